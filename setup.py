@@ -1,0 +1,50 @@
+"""Packaging of swan-video. `configs/` holds data, not code; installed, it travels as the package wan.configs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REPO = Path(__file__).parent
+VERSION = next(line for line in (REPO / "wan/__init__.py").read_text().splitlines() if "__version__" in line)
+
+setup(
+    name="swan-video",
+    version=VERSION.split('"')[1],
+    description="Inference for the Wan 2.1 and 2.2 video diffusion models",
+    long_description=(REPO / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["wan", "wan.*", "cache", "cache.*", "distributed", "distributed.*"]),
+        "wan.configs",
+    ],
+    package_dir={"wan.configs": "configs"},
+    package_data={"wan": ["assets/**/*"], "wan.configs": ["**/*.yaml"]},
+    py_modules=["generate"],
+    entry_points={"console_scripts": ["swan-generate=wan.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=4.51",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.30",
+        "accelerate>=1.1",
+        "sentencepiece>=0.2",
+        "gguf>=0.17",
+        "ftfy>=6.2",
+        "regex>=2024.5",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "opencv-python-headless>=4.9",
+        "imageio>=2.34",
+        "imageio-ffmpeg>=0.5",
+        "av>=12",
+        "easydict>=1.13",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.35", "matplotlib>=3.8", "psutil>=5.9", "scikit-image>=0.22"],
+        "flash": ["flash-attn>=2.5"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Golden cases: recorded outputs of the official implementations, replayed through this one."""

@@ -1,0 +1,30 @@
+"""Which code replays which case. A case is known by what it contains, never by its name."""
+
+from __future__ import annotations
+
+from tests.golden.cases import Case
+from tests.golden.checks import Check
+from tests.golden.runners import clip, loop, model, preprocess, scheduler, text, vae
+
+# (does this runner know the case?, run it). The first match counts.
+RUNNERS = [
+    (scheduler.matches, scheduler.run),
+    (loop.matches, loop.run),
+    (model.matches, model.run),
+    (vae.matches, vae.run),
+    (text.matches_t5, text.run_t5),
+    (text.matches_cleaning, text.run_cleaning),
+    (text.matches_tokenizer, text.run_tokenizer),
+    (clip.matches, clip.run),
+    (preprocess.matches_i2v, preprocess.run_i2v),
+    (preprocess.matches_flf2v, preprocess.run_flf2v),
+    (preprocess.matches_ti2v, preprocess.run_ti2v),
+]
+
+
+def run(case: Case) -> list[Check] | None:
+    """The checks of a case, or None if nothing here knows its kind."""
+    for matches, runner in RUNNERS:
+        if matches(case):
+            return runner(case)
+    return None

@@ -1,0 +1,136 @@
+"""kind "loop": a whole sampling run through the package's own loop, solver and conditioning."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cache import StepContext
+from tests.golden.cases import Case
+from tests.golden.checks import Check, close, exact
+from tests.golden.runners import model as model_runner
+from wan.conditioning.condition import Condition
+from wan.conditioning.image import image_condition
+from wan.conditioning.latent import first_frame_condition
+from wan.conditioning.sizes import i2v_size, latent_shape, ti2v_size
+from wan.denoise import denoise
+from wan.solvers import Solver, make_solver
+
+TOLERANCE = 5e-4
+SIGMA_TOLERANCE = 1e-6
+EXPERT_NAMES = {"model": "model", "high": "high_noise_model", "low": "low_noise_model"}
+
+
+def matches(case: Case) -> bool:
+    return case.meta.get("kind") == "loop" and model_runner.is_wan_model(case)
+
+
+def run(case: Case) -> list[Check]:
+    generate = case.meta["generate"]
+    condition, height, width = _condition(case)
+    shape = latent_shape(case.meta["z_dim"], generate["frame_num"], height, width, case.meta["vae_stride"][-1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(generate["seed"]))
+    solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
+    trace = _Trace(case, condition)
+    scale = generate["guide_scale"]
+    final = denoise(
+        trace.predict,
+        _RecordingSolver(solver, trace),
+        noise,
+        guide_scale=tuple(scale) if isinstance(scale, list) else scale,
+        boundary=case.meta.get("boundary"),
+        condition=condition,
+        on_step=trace.on_step,
+    )
+    trace.latents.append(final)
+    return _compare(case, solver, noise, condition, trace)
+
+
+class _Trace:
+    """The networks of a case behind ``predict``, and everything the run does with them."""
+
+    def __init__(self, case: Case, condition: Condition):
+        self.condition = condition
+        self.context = {"cond": case.tensors["inputs/context"], "uncond": case.tensors["inputs/context_null"]}
+        self.clip_fea = case.tensors.get("inputs/clip_fea", case.tensors.get("inputs/clip_context"))
+        self.models = {}
+        for name in EXPERT_NAMES.values():
+            weights = case.group("weights" if name == "model" else f"weights_{name}")
+            if weights:
+                self.models[name] = model_runner.build(case.config, weights)
+        self.latents, self.model_t, self.noise_pred, self.step_output, self.experts = [], [], [], [], []
+
+    def predict(self, latent: torch.Tensor, timestep: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+        name = EXPERT_NAMES[ctx.expert]
+        if ctx.branch == "cond":
+            self.latents.append(latent)
+            self.model_t.append(timestep)
+        context = [self.context[ctx.branch]]
+        return self.models[name](latent[None], timestep, context, y=self.condition.y, clip_fea=self.clip_fea)[0]
+
+    def on_step(self, ctx: StepContext, latent: torch.Tensor) -> None:
+        self.experts.append(EXPERT_NAMES[ctx.expert])
+
+
+class _RecordingSolver:
+    """A solver that notes what goes in and what comes out."""
+
+    def __init__(self, solver: Solver, trace: _Trace):
+        self._solver, self._trace = solver, trace
+
+    def __getattr__(self, name: str):
+        return getattr(self._solver, name)
+
+    def step(self, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        self._trace.noise_pred.append(velocity)
+        self._trace.step_output.append(self._solver.step(velocity, sample))
+        return self._trace.step_output[-1]
+
+
+def _condition(case: Case) -> tuple[Condition, int, int]:
+    """The conditioning of the run with the recorded latent ``z`` in place of the VAE; height and width in pixels."""
+    generate = case.meta["generate"]
+    z = case.tensors.get("inputs/z")
+    if z is None:
+        width, height = generate["size"]
+        return Condition(), height, width
+    img_w, img_h = generate["image_size"]
+    image = np.zeros((img_h, img_w, 3), dtype=np.uint8)
+    frames, model_type = generate["frame_num"], case.config["model_type"]
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        return z[None]
+
+    if model_type == "ti2v":
+        height, width = ti2v_size(generate["max_area"], img_h, img_w)
+        condition = first_frame_condition(encode, image, num_frames=frames, height=height, width=width)
+        return condition, height, width
+    height, width = i2v_size(generate["max_area"], img_h, img_w)
+    last = image if model_type == "flf2v" else None
+    condition = image_condition(encode, image, last, num_frames=frames, height=height, width=width)
+    return condition, height, width
+
+
+def _compare(case: Case, solver, noise: torch.Tensor, condition: Condition, trace: _Trace) -> list[Check]:
+    expected, derived = case.group("outputs"), case.meta.get("derived", {})
+    checks = [
+        exact("latent shape", list(noise.shape), derived.get("latent_shape", list(noise.shape))),
+        exact("expert per step", trace.experts, derived.get("expert_per_step", trace.experts)),
+        exact("timesteps", solver.timesteps, expected["timesteps"]),
+        close("sigmas", solver.sigmas, expected["sigmas"], SIGMA_TOLERANCE),
+    ]
+    if "inputs/noise" in case.tensors:
+        checks.append(exact("noise", noise, case.tensors["inputs/noise"]))
+    if "y" in expected:
+        checks.append(close("y", condition.y[0], expected["y"], TOLERANCE))
+    for name in ("latents", "noise_pred", "step_output"):
+        if name in expected:
+            checks.append(close(name, torch.stack(getattr(trace, name)), expected[name], TOLERANCE))
+    if "model_t" in expected:
+        # The reference spells one t out for all tokens, and pads; compare the real tokens.
+        model_t, wanted = torch.stack(trace.model_t), expected["model_t"]
+        if wanted.ndim == 3:
+            model_t = model_t[..., None].expand_as(wanted) if model_t.ndim == 2 else model_t
+            wanted = wanted[..., : model_t.shape[-1]]
+        checks.append(close("model_t", model_t, wanted, 0.0))
+    return checks

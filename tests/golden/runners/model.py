@@ -1,0 +1,46 @@
+"""kind "model", class WanModel: one forward pass of the diffusion transformer."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from tests.golden.cases import Case
+from tests.golden.checks import Check, close
+
+TOLERANCE = 1e-4
+MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
+
+
+def matches(case: Case) -> bool:
+    return case.meta.get("kind") == "model" and is_wan_model(case)
+
+
+def is_wan_model(case: Case) -> bool:
+    return case.meta.get("class") == "WanModel" and case.config.get("model_type") in MODEL_TYPES
+
+
+def run(case: Case) -> list[Check]:
+    model = build(case.config, case.group("weights"))
+    out = model(
+        case.listed("inputs/x"),
+        case.tensors["inputs/t"],
+        case.listed("inputs/context"),
+        y=case.listed("inputs/y"),
+        clip_fea=case.tensors.get("inputs/clip_fea"),
+    )
+    pairs = zip(out, case.listed("outputs/out"), strict=True)
+    return [close(f"out.{i}", actual, wanted, TOLERANCE) for i, (actual, wanted) in enumerate(pairs)]
+
+
+def build(config: dict, weights: dict[str, torch.Tensor]):
+    """The transformer of a case; settings that are not shapes (window_size, qk_norm, ...) are fixed in ours."""
+    from wan.models.dit import WanModel
+
+    # Wan2.1 and Wan2.2 call different networks "i2v"; which one a case has is told by its weights.
+    config = {**config, "clip": any(key.startswith("img_emb.") for key in weights)}
+    accepted = inspect.signature(WanModel.__init__).parameters
+    model = WanModel(**{key: value for key, value in config.items() if key in accepted})
+    model.load_state_dict(weights)
+    return model.eval()

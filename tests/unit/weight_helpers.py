@@ -1,0 +1,53 @@
+"""Sources without files, and where to find the facts and golden cases."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden.cases import Case, load_cases
+from wan.weights.source import Source, TensorInfo
+
+REPO = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("SWAN_SHARED", REPO.parent / "shared"))
+
+
+class DictSource(Source):
+    """A checkpoint in memory."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], path: str = "memory.safetensors"):
+        super().__init__([Path(path)], {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        self._tensors = tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].clone()
+
+
+class ShapeSource(Source):
+    """A checkpoint of which only names and shapes exist."""
+
+    def __init__(self, shapes: dict[str, list[int]], path: str = "shapes.safetensors"):
+        super().__init__([Path(path)], {name: TensorInfo(tuple(s), torch.bfloat16) for name, s in shapes.items()})
+
+
+def fact(relative: str):
+    """A JSON file of the facts folder; skips the test where that folder is absent."""
+    path = SHARED / "facts" / relative
+    if not path.is_file():
+        pytest.skip(f"{path} is not here; set SWAN_SHARED")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def manifest(name: str) -> dict[str, list[int]]:
+    """Tensor name -> shape of a released checkpoint."""
+    return fact(f"state_dicts/{name}.json")
+
+
+def golden(name: str) -> Case:
+    """A golden case from the repository, else from the shared folder; skips if it is in neither."""
+    for folder in (REPO / "tests" / "golden" / "cases", SHARED / "golden"):
+        if (folder / f"{name}.json").exists() or (folder / name / "samples.json").exists():
+            return next(case for case in load_cases(folder) if case.name == name)
+    pytest.skip(f"golden case {name} is not here; set SWAN_SHARED")

@@ -1,0 +1,94 @@
+"""Tiny World: one coloured shape that moves over a plain background, and the sentence that says so.
+
+A clip is rendered from its description alone (`Clip`), anti-aliased, so that training, the benchmark's judge and the
+judge's own test share one definition of what each word means.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 225),
+    "yellow": (240, 210, 40),
+    "purple": (150, 50, 190),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # (x, y), y downwards
+BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (243, 243, 243)}
+
+NUM_FRAMES = 17
+SIZES = ((64, 64), (96, 64), (64, 96), (80, 80), (96, 96))  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip shows. `radius`, `x`, `y`, `travel` are fractions of the frame's smaller side, width, height, and of
+    the side along the motion; `x` and `y` are the centre of the path."""
+
+    color: str
+    shape: str
+    direction: str
+    background: str
+    radius: float = 0.19
+    x: float = 0.5
+    y: float = 0.5
+    travel: float = 0.4
+
+    @property
+    def prompt(self) -> str:
+        return f"a {self.color} {self.shape} moving {self.direction} on a {self.background} background"
+
+
+def combinations() -> list[tuple[str, str, str]]:
+    """All (color, shape, direction), in a fixed order."""
+    return list(itertools.product(COLORS, SHAPES, DIRECTIONS))
+
+
+def held_out() -> set[tuple[str, str, str]]:
+    """A fifth of the combinations: never trained on. Each color, shape and direction keeps most of its partners."""
+    colors, shapes, directions = list(COLORS), list(SHAPES), list(DIRECTIONS)
+    index = itertools.product(range(len(colors)), range(len(shapes)), range(len(directions)))
+    return {(colors[c], shapes[s], directions[d]) for c, s, d in index if (c + 2 * s + 3 * d) % 5 == 0}
+
+
+def sample(rng: random.Random, combos: list[tuple[str, str, str]]) -> Clip:
+    """A random clip of one of the combinations, wholly inside the frame."""
+    color, shape, direction = rng.choice(combos)
+    radius, travel = rng.uniform(0.16, 0.22), rng.uniform(0.34, 0.46)
+    room = {"along": (radius + travel / 2), "across": radius}
+    horizontal = direction in ("left", "right")
+    x = rng.uniform(room["along" if horizontal else "across"], 1 - room["along" if horizontal else "across"])
+    y = rng.uniform(room["across" if horizontal else "along"], 1 - room["across" if horizontal else "along"])
+    return Clip(color, shape, direction, rng.choice(list(BACKGROUNDS)), radius, x, y, travel)
+
+
+def render(clip: Clip, width: int, height: int, frames: range | list[int] = range(NUM_FRAMES)) -> Tensor:
+    """Frames of the clip as float `[3, T, H, W]` in [-1, 1]."""
+    dx, dy = DIRECTIONS[clip.direction]
+    time = torch.tensor([f / (NUM_FRAMES - 1) - 0.5 for f in frames])[:, None, None]
+    center_x = (clip.x + dx * clip.travel * time) * width
+    center_y = (clip.y + dy * clip.travel * time) * height
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    distance = _distance(clip.shape, x - center_x, y - center_y, clip.radius * min(width, height))
+    coverage = (0.5 - distance).clamp(0, 1)
+    color = torch.tensor(COLORS[clip.color])[:, None, None, None] / 127.5 - 1
+    background = torch.tensor(BACKGROUNDS[clip.background])[:, None, None, None] / 127.5 - 1
+    return background + (color - background) * coverage
+
+
+def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """Signed distance in pixels to the outline (negative inside); all shapes have about the same area."""
+    if shape == "circle":
+        return (x**2 + y**2).sqrt() - radius
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.88 * radius
+    inradius = 0.62 * radius  # an equilateral triangle that stands on its base
+    return torch.maximum(y, x.abs() * 0.75**0.5 - 0.5 * y) - inradius

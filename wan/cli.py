@@ -1,0 +1,264 @@
+"""The command line: flags -> Request -> run -> exit code. `--help` and `--dry_run` import no torch.
+
+Exit codes: 0 done, 1 a file or the machine is at fault, 2 the request is wrong, 130 interrupted.
+Progress and messages go to stderr; stdout gets one JSON line (or the plan).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from easydict import EasyDict
+
+from wan import __version__, media
+from wan.errors import SwanError, UsageError
+from wan.request import (
+    DEFAULT_TASK,
+    DTYPE_NAMES,
+    OPTIONS,
+    SOLVER_NAMES,
+    VAE_DTYPE_NAMES,
+    Request,
+    build_request,
+    check_device,
+    replay_options,
+)
+from wan.tasks import load_task, task_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return words[text.lower()]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags. Every default is None: what it stands for depends on the task, and replay must see what was given."""
+    parser = _Parser(prog="generate.py", description="Make a video with a Wan 2.1 or 2.2 model.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"swan-video {__version__}")
+    group = parser.add_argument_group("what to make")
+    add = group.add_argument
+    add(
+        "--task",
+        metavar="NAME",
+        help=f"one of: {', '.join(task_names())}; default {DEFAULT_TASK}, which needs no download",
+    )
+    add("--prompt", metavar="TEXT", help="what the video shows")
+    add("--negative_prompt", metavar="TEXT", help="what it must not show; default: the task's official text")
+    add("--image", metavar="FILE", help="image to start from (i2v, flf2v, ti2v)")
+    add("--first_frame", metavar="FILE", help="first frame (flf2v); the same as --image")
+    add("--last_frame", metavar="FILE", help="last frame (flf2v)")
+    add(
+        "--size",
+        metavar="W*H",
+        help="pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
+    )
+    add("--frame_num", metavar="N", help="frames, 4n+1")
+    add("--fps", metavar="N", help="frames per second of the file")
+    add("--seed", "--base_seed", dest="seed", metavar="N", help="default -1: random, and printed")
+    add("--save_file", metavar="FILE", help=".mp4, or .png for one frame; default: a new name in this folder")
+    add("--replay", metavar="FILE", help="make the video of this file again; flags given beside it override")
+
+    add = parser.add_argument_group("sampling (defaults: the task's official ones)").add_argument
+    add("--sample_solver", metavar="NAME", help=f"one of: {', '.join(SOLVER_NAMES)}")
+    add("--sample_steps", metavar="N", help="number of steps")
+    add("--sample_shift", metavar="X", help="shift of the noise schedule")
+    add(
+        "--sample_guide_scale", metavar="X", help="guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off"
+    )
+    add("--denoising_step_list", metavar="T,T,...", help="timesteps of a step-distilled model, as 1000,750,500,250")
+
+    add = parser.add_argument_group("weights").add_argument
+    add("--ckpt_dir", metavar="DIR", help="checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B")
+    for flag, what in (
+        ("dit", "the DiT"),
+        ("high", "the high-noise expert"),
+        ("low", "the low-noise expert"),
+        ("vae", "the VAE"),
+        ("t5", "the text encoder"),
+        ("clip", "the image encoder"),
+    ):
+        add(f"--{flag}", metavar="FILE", help=f"take {what} from this file")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
+    add("--dtype", metavar="NAME", help=f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16")
+    add("--convert_model_dtype", action="store_true", default=None, help="the same as --dtype bf16")
+    add("--vae_dtype", metavar="NAME", help=f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32")
+    add("--attention", metavar="NAME", help="attention back end; default sdpa")
+    add("--offload_model", metavar="BOOL", type=_boolean, help="release each model after its stage; default true")
+    add("--t5_cpu", action="store_true", default=None, help="run the text encoder on the CPU")
+    add("--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; default 0: whole frames")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--dry_run", action="store_true", help="print the plan (files, shapes, steps, work, memory) and stop")
+    add("--json", action="store_true", help="print the plan as JSON")
+    add("--quiet", action="store_true", help="no progress and no notes on stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: sys.argv) and return its exit code. Never raises for a failed run."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except SwanError as error:
+        return _fail(f"error: {media.one_line(error)}", error.exit_code)
+    except Exception as error:
+        message = f"internal error: {type(error).__name__}: {media.one_line(error)}"
+        return _fail(f"{message} (set SWAN_DEBUG=1 to see where)", 1)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    if os.environ.get("SWAN_DEBUG") == "1":
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return exit_code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = make_parser().parse_args(argv)
+    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    if args.replay:
+        options = replay_options(media.read_settings(args.replay), options)
+    request = build_request(options)
+    spec = load_task(request.task)
+    if not args.quiet:
+        for warning in request.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if args.dry_run:
+        return _dry_run(request, spec, args.json)
+    if not args.quiet:
+        print(f"{request.task}, seed {request.seed}", file=sys.stderr)
+    print(json.dumps(run(request, spec, quiet=args.quiet)), flush=True)
+    return 0
+
+
+def _dry_run(request: Request, spec: EasyDict, as_json: bool) -> int:
+    from wan.memory import format_plan, make_plan, missing_files
+
+    plan = make_plan(request, spec)
+    print(json.dumps(plan) if as_json else format_plan(plan), flush=True)
+    if missing := missing_files(plan):
+        raise SwanError(f"missing: {', '.join(missing)}")
+    return 0
+
+
+def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, Any]:
+    """Make the video and write it to request.save_file. Returns the report that is printed as JSON.
+
+    Once denoising is done, a failure keeps the latents in a file and names it in the SwanError.
+    """
+    started = time.perf_counter()
+    device = check_device(request.device)
+    import torch
+
+    from wan.pipeline import WanPipeline
+
+    inference_only = os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"
+    with torch.inference_mode() if inference_only else contextlib.nullcontext(), _Progress(quiet) as progress:
+        pipe = WanPipeline.from_request(replace(request, device=device), spec)
+        try:
+            result = pipe(request, progress=progress)
+            saving = time.perf_counter()
+            media.write_video(request.save_file, result.frames, request.fps, request.settings())
+        except Exception as error:
+            latents = getattr(pipe, "latents", None)
+            if latents is None:
+                raise
+            raise SwanError(f"{_describe(error)}; {_keep_latents(latents, request.save_file)}") from error
+    ended = time.perf_counter()
+    seconds = dict(result.seconds) | {"save": ended - saving, "total": ended - started}
+    frames, height, width, _ = result.frames.shape
+    return {
+        "task": request.task,
+        "seed": request.seed,
+        "size": f"{width}x{height}",
+        "frames": frames,
+        "fps": request.fps,
+        "steps": request.steps,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        **_peak_memory(),
+        "file": request.save_file,
+        "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
+    }
+
+
+def _describe(error: Exception) -> str:
+    message = media.one_line(error)
+    return message if isinstance(error, SwanError) else f"{type(error).__name__}: {message}"
+
+
+def _keep_latents(latents: torch.Tensor, save_file: str) -> str:
+    """Save what the denoising made, beside the output or in the temporary folder; says where, for the message."""
+    name = f"{Path(save_file).name}.latents.safetensors"
+    for folder in (Path(save_file).parent, Path(tempfile.gettempdir())):
+        with contextlib.suppress(SwanError):
+            media.save_latents(folder / name, latents)
+            return f"the latents are kept in {folder / name}"
+    return "the latents could not be saved either"
+
+
+def _peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far (resident), and of what torch held on the GPU if it used one."""
+    import torch
+
+    peak = {}
+    with contextlib.suppress(ImportError):  # Windows has no resource module
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+class _Progress:
+    """One bar a stage on stderr. The pipeline calls it with (stage, done, total)."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.stage, self.bar = quiet, None, None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.quiet:
+            return
+        if stage != self.stage:
+            from tqdm import tqdm
+
+            self._close()
+            self.stage, self.bar = stage, tqdm(total=total, desc=stage, file=sys.stderr, leave=True)
+        self.bar.n = done
+        self.bar.refresh()
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

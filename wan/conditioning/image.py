@@ -1,0 +1,90 @@
+"""Image conditioning by channels: i2v (first frame) and flf2v (first and last frame).
+
+The network gets y = 4 mask channels + the latent of a video that is grey except for the given frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from wan.conditioning.condition import Condition
+from wan.conditioning.sizes import last_frame_crop, latent_frames
+
+Encode = Callable[[torch.Tensor], torch.Tensor]  # video [1, 3, T, H, W] in [-1, 1] -> latent [1, z, T', h, w]
+
+
+def image_condition(
+    encode: Encode,
+    first: np.ndarray,
+    last: np.ndarray | None = None,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    clip: bool = False,
+) -> Condition:
+    """Condition of an i2v run, or of flf2v when ``last`` is given.
+
+    first, last: uint8 [H, W, 3], any size; both are stretched to height x width (see ``sizes.i2v_size``)
+    clip:        whether the model has a CLIP branch (Wan2.1); it sees the pictures before they are stretched
+    """
+    pictures = [to_pixels(first)]
+    if last is not None:
+        pictures.append(crop_last(to_pixels(last), *first.shape[:2]))
+    frames = [resize(picture, height, width) for picture in pictures]
+    latent = encode(conditioning_video(frames, num_frames)[None])
+    mask = frame_mask(num_frames, *latent.shape[-2:], last=last is not None)
+    y = torch.cat([mask.to(latent)[None], latent], dim=1)
+    return Condition(y=y, clip_images=tuple(picture[:, None] for picture in pictures) if clip else ())
+
+
+def to_pixels(image: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] -> fp32 [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+
+
+def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[3, H, W] stretched to [3, height, width]; bicubic, no antialias and no clamp, as the models were trained."""
+    return F.interpolate(pixels[None], size=(height, width), mode="bicubic")[0]
+
+
+def crop_last(pixels: torch.Tensor, first_h: int, first_w: int) -> torch.Tensor:
+    """The last frame [3, H, W] brought to the shape of the first one: cropped and padded with grey, not scaled."""
+    height, width = last_frame_crop(first_h, first_w, *pixels.shape[1:])
+    return center_crop(pixels, height, width)
+
+
+def center_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The middle [3, height, width] of [3, H, W], zeros (mid grey) where the picture is too small."""
+    missing_w, missing_h = max(width - pixels.shape[2], 0), max(height - pixels.shape[1], 0)
+    padding = (missing_w // 2, missing_w - missing_w // 2, missing_h // 2, missing_h - missing_h // 2)
+    pixels = F.pad(pixels, padding)
+    # round() is Python's, to even, on both sides of the comparison with the reference
+    top = round((pixels.shape[1] - height) / 2)
+    left = round((pixels.shape[2] - width) / 2)
+    return pixels[:, top : top + height, left : left + width]
+
+
+def conditioning_video(frames: list[torch.Tensor], num_frames: int) -> torch.Tensor:
+    """[3, num_frames, H, W]: the first picture, zeros (mid grey, not black), and the last picture if there are two."""
+    grey = frames[0].new_zeros(3, num_frames - len(frames), *frames[0].shape[1:])
+    first, *last = (frame[:, None] for frame in frames)
+    return torch.cat([first, grey, *last], dim=1)
+
+
+def frame_mask(num_frames: int, height: int, width: int, *, last: bool = False) -> torch.Tensor:
+    """[4, T', height, width]: which frames are given, folded so that channel c of latent frame k is one video frame.
+
+    The first frame fills all four channels of latent frame 0. The reference writes the flf2v mask for 81 frames only;
+    the same rule is used here for every length.
+    """
+    given = torch.zeros(num_frames)
+    given[0] = 1
+    if last:
+        given[-1] = 1
+    folded = torch.cat([given[:1].repeat(4), given[1:]]).view(latent_frames(num_frames), 4).T
+    return folded[:, :, None, None].expand(-1, -1, height, width).contiguous()

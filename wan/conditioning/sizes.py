@@ -1,0 +1,73 @@
+"""Frame counts and picture sizes. Needs no torch: a request is checked before anything heavy is imported.
+
+Sizes are (height, width) in pixels. The arithmetic is the reference's, floor for floor.
+"""
+
+from __future__ import annotations
+
+import math
+
+from wan.errors import UsageError
+
+TEMPORAL_STRIDE = 4  # frames per latent frame, after the first, which stands alone
+
+
+def latent_frames(num_frames: int) -> int:
+    """Latent frames of a video of 4n + 1 frames: n + 1."""
+    if num_frames < 1 or (num_frames - 1) % TEMPORAL_STRIDE:
+        below = max(1, (num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
+        raise UsageError(f"the number of frames must be 4n + 1 (such as {below} or {below + 4}), got {num_frames}")
+    return (num_frames - 1) // TEMPORAL_STRIDE + 1
+
+
+def latent_shape(channels: int, num_frames: int, height: int, width: int, stride: int) -> tuple[int, int, int, int]:
+    """[z, T', h, w] of a video; ``stride`` is the VAE's pixels per latent cell (8, or 16 for ti2v)."""
+    return channels, latent_frames(num_frames), height // stride, width // stride
+
+
+def i2v_size(max_area: int, img_h: int, img_w: int, *, stride: int = 8, patch: int = 2) -> tuple[int, int]:
+    """The image's aspect ratio at about ``max_area`` pixels, each side floored to whole patches (i2v, flf2v)."""
+    aspect = img_h / img_w
+    height = int(math.sqrt(max_area * aspect) // stride // patch) * patch * stride
+    width = int(math.sqrt(max_area / aspect) // stride // patch) * patch * stride
+    return _checked(height, width, max_area, img_h, img_w)
+
+
+def ti2v_size(max_area: int, img_h: int, img_w: int, *, multiple: int = 32) -> tuple[int, int]:
+    """Of the two grids under ``max_area``, width floored first or height floored first, the truer aspect ratio."""
+    ratio = img_w / img_h
+    ideal_width = (max_area * ratio) ** 0.5
+    ideal_height = max_area / ideal_width
+
+    def floor(length: float) -> int:
+        return int(length // multiple) * multiple
+
+    width_first, height_first = floor(ideal_width), floor(ideal_height)
+    if not width_first or not height_first:
+        _checked(height_first, width_first, max_area, img_h, img_w)
+    candidates = [(floor(max_area / width_first), width_first), (height_first, floor(max_area / height_first))]
+
+    def mismatch(size: tuple[int, int]) -> float:
+        its = size[1] / size[0]
+        return max(ratio / its, its / ratio)
+
+    first, second = (_checked(*size, max_area, img_h, img_w) for size in candidates)
+    return first if mismatch(first) < mismatch(second) else second
+
+
+def last_frame_crop(first_h: int, first_w: int, last_h: int, last_w: int) -> tuple[int, int]:
+    """The (height, width) that flf2v crops its last frame to when the two images differ in size.
+
+    The reference scales the last frame's size so that it covers the first's, and then hands (width, height) to a crop
+    that reads (height, width). The swap is kept: it decides what the network sees.
+    """
+    if (first_h, first_w) == (last_h, last_w):
+        return last_h, last_w
+    scale = max(first_w / last_w, first_h / last_h)
+    return round(last_w * scale), round(last_h * scale)
+
+
+def _checked(height: int, width: int, max_area: int, img_h: int, img_w: int) -> tuple[int, int]:
+    if height < 1 or width < 1:
+        raise UsageError(f"an image of {img_w}x{img_h} has no size of at most {max_area} pixels: give a larger area")
+    return height, width

@@ -1,0 +1,79 @@
+"""The sampling loop: expert by noise level, classifier-free guidance, solver, conditioning, callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from cache import StepContext
+from wan.conditioning.condition import Condition
+from wan.solvers import Solver
+
+# predict(latent, timestep, ctx) -> velocity like latent. ``timestep`` is a CPU tensor, [1] or [1, tokens]. The caller
+# finds the network by ctx.expert and the text by ctx.branch.
+Predict = Callable[[torch.Tensor, torch.Tensor, StepContext], torch.Tensor]
+OnStep = Callable[[StepContext, torch.Tensor], None]
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@torch.no_grad()
+def denoise(
+    predict: Predict,
+    solver: Solver,
+    latent: torch.Tensor,
+    *,
+    guide_scale: float | tuple[float, float],
+    boundary: float | None = None,
+    condition: Condition | None = None,
+    on_step: OnStep | None = None,
+    run: int = 0,
+) -> torch.Tensor:
+    """The clean latent, fp32, from ``latent``, noise of any shape [..., F, H, W].
+
+    guide_scale: one scale, or (low-noise, high-noise); at scale 1 the uncond branch is not computed
+    boundary:    None for one network ("model"); else the expert is "high" while t >= boundary * 1000, then "low".
+                 The solver's history goes on over the switch.
+    condition:   y and CLIP tokens are predict's matter; here its latent is restored and its timesteps are used
+    on_step:     called after each step with the cond branch's context and the new latent; whatever it raises ends the
+                 run, which is how one is cancelled
+    """
+    condition = condition or Condition()
+    latent = condition.restore(latent.float())
+    for step, timestep in enumerate(solver.timesteps.tolist()):
+        expert = expert_at(timestep, boundary)
+        ctx = StepContext(step, solver.steps, timestep, solver.sigmas[step].item(), expert, "cond", run)
+        times = condition.timesteps(solver.timesteps[step])
+        velocity = guided_velocity(predict, latent, times, ctx, scale_of(expert, guide_scale))
+        latent = condition.restore(solver.step(velocity, latent))
+        if on_step is not None:
+            on_step(ctx, latent)
+    return latent
+
+
+def guided_velocity(
+    predict: Predict, latent: torch.Tensor, times: torch.Tensor, ctx: StepContext, scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) in fp32: uncond + scale * (cond - uncond)."""
+    cond = predict(latent, times, ctx).float()
+    if scale == 1:
+        return cond
+    uncond = predict(latent, times, replace(ctx, branch="uncond")).float()
+    return uncond + scale * (cond - uncond)
+
+
+def expert_at(timestep: float, boundary: float | None) -> str:
+    """ "model" without a boundary, else "high" from boundary * 1000 upwards and "low" below."""
+    if boundary is None:
+        return "model"
+    return "high" if timestep >= boundary * NUM_TRAIN_TIMESTEPS else "low"
+
+
+def scale_of(expert: str, guide_scale: float | tuple[float, float]) -> float:
+    """The scale of an expert; a pair is (low-noise, high-noise), as in the official configs."""
+    if isinstance(guide_scale, (int, float)):
+        return guide_scale
+    low, high = guide_scale
+    return high if expert == "high" else low

@@ -1,0 +1,169 @@
+"""The frozen encoders of Wan: UMT5 for prompts, CLIP ViT-H for the start image of Wan2.1. Both from transformers.
+
+Shapes: L tokens of one prompt, D width, N images, P = 1 + patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wan.errors import SwanError
+from wan.models.text import PromptTokenizer, load_tokenizer
+from wan.weights.assign import load_weights
+from wan.weights.infer import config_beside, count, looks_like, our_shapes
+from wan.weights.source import Source
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CLIP_HEAD_DIM = 80  # ViT-H
+
+
+class TextEncoder(nn.Module):
+    """Prompts -> text embeddings of the UMT5 encoder."""
+
+    def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, text_len: int = 512):
+        super().__init__()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """One [L_i, D] tensor per prompt, in the dtype of the model, end token included, padding cut off.
+
+        The model runs on the longest prompt's length, not on `text_len`: padding is masked and changes nothing.
+        """
+        if not texts:
+            return []
+        ids, mask = self.tokenizer(texts, self.text_len)
+        device = self.model.shared.weight.device
+        mask_BL = torch.tensor(mask)
+        lengths = mask_BL.sum(1).tolist()
+        longest = max(lengths)
+        ids_BL = torch.tensor(ids)[:, :longest].to(device)
+        out_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL[:, :longest].to(device)).last_hidden_state
+        return [row[:length] for row, length in zip(out_BLD, lengths)]
+
+
+class ClipEncoder(nn.Module):
+    """Images -> tokens of the CLIP image encoder, taken before its last block."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """images: N tensors [3, 1, H, W] in [-1, 1] of any size. Returns [N, P, D], the class token first."""
+        weight = self.model.embeddings.patch_embedding.weight
+        pixels = self.preprocess(images).to(weight.device, weight.dtype)
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+
+    def preprocess(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The encoder's input: [N, 3, S, S] fp32, stretched to the square size, then CLIP's mean and deviation."""
+        size_px = self.model.embeddings.image_size
+        square = [
+            F.interpolate(image.float().transpose(0, 1), (size_px, size_px), mode="bicubic", align_corners=False)
+            for image in images
+        ]
+        pixels = torch.cat(square) * 0.5 + 0.5  # not clamped: bicubic overshoot stays, as in training
+        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (pixels - mean) / std
+
+
+def load_text_encoder(
+    source: Source,
+    tokenizer_folder: str | Path,
+    *,
+    text_len: int = 512,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TextEncoder:
+    """UMT5 from an official `.pth` or a transformers checkpoint of any size; shapes come from the file.
+
+    dtype None keeps the file's. Raises SwanError if `source` is no T5 encoder or the folder has no tokenizer.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    shapes = our_shapes(source, "t5")
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    try:
+        vocab, dim = shapes["shared.weight"]
+        buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+        config = UMT5Config(
+            vocab_size=vocab,
+            d_model=dim,
+            d_kv=shapes[f"{attention}.q.weight"][0] // heads,
+            d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+            num_layers=count(shapes, "encoder.block."),
+            num_heads=heads,
+            relative_attention_num_buckets=buckets,
+            relative_attention_max_distance=128,
+            feed_forward_proj="gated-gelu",
+            layer_norm_epsilon=1e-6,
+            dropout_rate=0.0,
+            attn_implementation="eager",
+        )
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise _unfit(source, "a UMT5 encoder", error) from None
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
+    load_weights(model, source, "t5", device=device, dtype=dtype)
+    return TextEncoder(model, tokenizer, text_len)
+
+
+def load_clip_encoder(
+    source: Source,
+    *,
+    num_heads: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> ClipEncoder:
+    """CLIP's image encoder from an official open-clip `.pth` or a transformers checkpoint.
+
+    num_heads: not visible in the shapes; default from a config.json beside the file, else from ViT-H's head width.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shapes = our_shapes(source, "clip")
+    try:
+        dim, _, _, patch_px = shapes["embeddings.patch_embedding.weight"]
+        tokens = shapes["embeddings.position_embedding.weight"][-2]
+        config = CLIPVisionConfig(
+            hidden_size=dim,
+            intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+            num_hidden_layers=count(shapes, "encoder.layers."),
+            num_attention_heads=num_heads or _clip_heads(source, dim),
+            image_size=math.isqrt(tokens - 1) * patch_px,
+            patch_size=patch_px,
+            hidden_act="gelu",
+            layer_norm_eps=1e-5,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise _unfit(source, "a CLIP image encoder", error) from None
+    with torch.device("meta"):
+        model = CLIPVisionModel(config)
+    model = getattr(model, "vision_model", model)  # transformers 4 wraps it once more
+    if "position_ids" in model.embeddings._buffers:  # transformers 4; on the meta device it has no values
+        model.embeddings.position_ids = torch.arange(tokens).unsqueeze(0)
+    load_weights(model, source, "clip", device=device, dtype=dtype)
+    return ClipEncoder(model)
+
+
+def _clip_heads(source: Source, dim: int) -> int:
+    config = config_beside(source)
+    heads = config.get("num_attention_heads") if config.get("hidden_size") == dim else None
+    return heads or max(dim // _CLIP_HEAD_DIM, 1)
+
+
+def _unfit(source: Source, what: str, error: Exception) -> SwanError:
+    lacks = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"its tensors do not fit ({error})"
+    return SwanError(f"{source.describe()}: not {what}, {lacks}{looks_like(source)}")

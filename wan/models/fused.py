@@ -1,0 +1,95 @@
+"""Chains of elementwise operations of the DiT, each as one pass over the hidden states.
+
+A compiler would fuse these. Without one, a CPU runs a chain over one slice of rows at a time, in fp32, so that all but
+the first and last step stay in the L2 cache: that costs about one pass over memory, rounds once, and never makes an
+fp32 copy of the hidden states. On a GPU, and while the tiny model is trained, the same formulas run on whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 1 << 17  # elements of a slice: 512 KiB in fp32
+
+
+def _in_slices(x: Tensor, chain: Callable[..., Tensor], *rowwise: Tensor) -> Tensor:
+    """`chain(x, *rowwise)` over the rows of `x` `[N, ...]`, in place where autograd is off and the device is a CPU."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return chain(x.float(), *rowwise).to(x.dtype)
+    rows = max(1, CHUNK // max(1, x[0].numel()))
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        x[part] = chain(x[part].float(), *(other[part] for other in rowwise))
+    return x
+
+
+def norm_rope(x_BLC: Tensor, weight_C: Tensor, eps: float, head_dim: int, rope_LD: Tensor | None) -> Tensor:
+    """RMS norm over the full width, times `weight`, then (with a table) rotary embedding. May overwrite `x`.
+
+    Args: `rope_LD` complex `[L, head_dim / 2]` or None. Returns `[B, L, H, D]`.
+    """
+    B, L, C = x_BLC.shape
+    weight_C = weight_C.float()
+
+    def chain(x: Tensor, rope: Tensor | None = None) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_C
+        if rope is None:
+            return x
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, head_dim // 2, 2)))
+        return torch.view_as_real(pairs * rope[:, None]).flatten(-3)
+
+    def cpu_chain(x: Tensor, rope: Tensor | None = None) -> Tensor:  # the same in place, on a slice
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        x.mul_(norm.square_().div_(C).add_(eps).rsqrt_()).mul_(weight_C)
+        if rope is not None:
+            torch.view_as_complex(x.view(x.shape[0], -1, head_dim // 2, 2)).mul_(rope[:, None])
+        return x
+
+    inplace = not torch.is_grad_enabled() and x_BLC.device.type == "cpu" and x_BLC.dtype != torch.float32
+    rows = () if rope_LD is None else (rope_LD if B == 1 else rope_LD.repeat(B, 1),)
+    return _in_slices(x_BLC.flatten(0, 1), cpu_chain if inplace else chain, *rows).view(B, L, -1, head_dim)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form. May overwrite `x`. torch's own bf16 kernel on a CPU is some ten times slower than this."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype == torch.float32:
+        return F.gelu(x, approximate="tanh")
+
+    def chain(x: Tensor) -> Tensor:  # x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
+        gate = torch.square(x).mul_(0.07135481627159805).add_(1.5957691216057308).mul_(x).sigmoid_()
+        return gate.mul_(x)
+
+    return _in_slices(x.view(-1), chain).view_as(x)
+
+
+def modulated_norm(x_BLC: Tensor, shift_RC: Tensor, scale_RC: Tensor, segments: list[tuple[int, int]], eps: float):
+    """LayerNorm without weights, times (1 + scale) plus shift.
+
+    `segments` is a list of (row of `shift`/`scale`, number of tokens) along the flattened `B*L` tokens.
+    The scale rides on the norm's own weight and bias, so this is one fused kernel a segment.
+    """
+    dtype = torch.float32 if x_BLC.device.type == "cpu" else x_BLC.dtype  # GPUs have no mixed-precision kernel
+    weight_RC, bias_RC = (1 + scale_RC).to(dtype), shift_RC.to(dtype)
+    parts = [
+        F.layer_norm(part, part.shape[-1:], weight_RC[row], bias_RC[row], eps)
+        for part, row in zip(_split(x_BLC, segments), (row for row, _ in segments), strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x_BLC)
+
+
+def gated_add(x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+    """`x + gate * y`, the gate by segment as in `modulated_norm`."""
+    gate_RC = gate_RC.to(x_BLC.dtype)
+    parts = [
+        torch.addcmul(x, y, gate_RC[row])
+        for x, y, (row, _) in zip(_split(x_BLC, segments), _split(y_BLC, segments), segments, strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x_BLC)
+
+
+def _split(x_BLC: Tensor, segments: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return x_BLC.flatten(0, 1).split([count for _, count in segments])

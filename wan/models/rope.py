@@ -1,0 +1,23 @@
+"""Rotary position embedding over (frame, row, column)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Unit complex rotations `[F*H*W, head_dim / 2]` (complex64) for tokens of a (frames, rows, columns) grid.
+
+    The head's width d is split into d - 4(d//6), 2(d//6), 2(d//6) for frame, row and column; angles are computed in
+    fp64 (RoFormer, arXiv 2104.09864; axes as in the official Wan code).
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        rate = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = length
+        angles.append(torch.outer(torch.arange(length, dtype=torch.float64), rate).view(shape).expand(*grid, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)

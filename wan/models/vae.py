@@ -1,0 +1,238 @@
+"""The Wan VAE: 2.1 (16 channels, 8x8 pixels a latent) and 2.2 (48 channels, 16x16), 4 frames a latent frame.
+
+Source: behaviour of the official Wan2.1 and Wan2.2 autoencoders (parameter names are theirs). Encoding takes frames
+1, 4, 4, ..., decoding one latent frame at a time: beside the result, memory does not grow with the video's length.
+Shape legend as in `vae_blocks`; public methods take and return channels first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from wan.models.vae_blocks import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    DownStage,
+    ResidualBlock,
+    RMSNorm,
+    State,
+    Upsample,
+    UpStage,
+)
+
+# Per-channel statistics of the released latents: what the diffusion model sees is (latent - mean) / std.
+LATENT_STATS = {
+    16: (
+        [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
+        + [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+        [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
+        + [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
+    ),
+    48: (
+        [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891]
+        + [0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502]
+        + [-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723]
+        + [-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+        [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901]
+        + [0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659]
+        + [0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944]
+        + [0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744],
+    ),
+}
+
+
+class Encoder(nn.Module):
+    def __init__(self, version: str, dim: int, z_dim: int, dim_mult, num_res_blocks: int, temporal_downsample):
+        super().__init__()
+        widths = [dim * m for m in (1, *dim_mult)]
+        self.conv1 = CausalConv3d(12 if version == "2.2" else 3, widths[0])
+        layers: list[nn.Module] = []
+        for i, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            down = i < len(dim_mult) - 1
+            temporal = down and temporal_downsample[i]
+            if version == "2.2":
+                layers.append(DownStage(width_in, width, num_res_blocks, down, temporal))
+                continue
+            layers += [ResidualBlock(width_in if j == 0 else width, width) for j in range(num_res_blocks)]
+            layers += [Downsample(width, temporal)] if down else []
+        self.downsamples = nn.ModuleList(layers)
+        self.middle = nn.ModuleList([ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)])
+        self.head = nn.ModuleDict({"0": RMSNorm(width), "2": CausalConv3d(width, 2 * z_dim)})
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        x = self.conv1(x, state)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, state)
+        return self.head["2"](x, state, norm=self.head["0"])
+
+
+class Decoder(nn.Module):
+    def __init__(self, version: str, dim: int, z_dim: int, dim_mult, num_res_blocks: int, temporal_downsample):
+        super().__init__()
+        widths = [dim * m for m in (dim_mult[-1], *reversed(dim_mult))]
+        temporal_upsample = list(reversed(temporal_downsample))
+        self.conv1 = CausalConv3d(z_dim, widths[0])
+        self.middle = nn.ModuleList(
+            [ResidualBlock(widths[0], widths[0]), AttentionBlock(widths[0]), ResidualBlock(widths[0], widths[0])]
+        )
+        layers: list[nn.Module] = []
+        for i, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            up = i < len(dim_mult) - 1
+            temporal = up and temporal_upsample[i]
+            if version == "2.2":
+                layers.append(UpStage(width_in, width, num_res_blocks + 1, up, temporal))
+                continue
+            width_in = width_in // 2 if i > 0 else width_in  # 2.1: the upsample before has halved the width
+            layers += [ResidualBlock(width_in if j == 0 else width, width) for j in range(num_res_blocks + 1)]
+            layers += [Upsample(width, width // 2, temporal)] if up else []
+        self.upsamples = nn.ModuleList(layers)
+        self.head = nn.ModuleDict({"0": RMSNorm(width), "2": CausalConv3d(width, 12 if version == "2.2" else 3)})
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        x = self.conv1(x, state)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, state)
+        return self.head["2"](x, state, norm=self.head["0"])
+
+
+class WanVAE(nn.Module):
+    """`version` "2.1" or "2.2"; `dim` encoder width, `dec_dim` decoder width (default `dim`).
+
+    `latent_mean` and `latent_std` (`z_dim` numbers each) default to the released statistics of that `z_dim`.
+    """
+
+    def __init__(
+        self,
+        version: str = "2.1",
+        dim: int = 96,
+        z_dim: int = 16,
+        dec_dim: int | None = None,
+        dim_mult=(1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        temporal_downsample=(False, True, True),
+        latent_mean: list[float] | None = None,
+        latent_std: list[float] | None = None,
+    ):
+        super().__init__()
+        self.version, self.z_dim = version, z_dim
+        self.pixel_shuffle = 2 if version == "2.2" else 1
+        self.stride_s = self.pixel_shuffle * 2 ** (len(dim_mult) - 1)
+        mean, std = LATENT_STATS.get(z_dim, ([0.0] * z_dim, [1.0] * z_dim))
+        self.latent_mean = list(latent_mean or mean)
+        self.latent_std = list(latent_std or std)
+        shape = (tuple(dim_mult), num_res_blocks, tuple(temporal_downsample))
+        self.encoder = Encoder(version, dim, z_dim, *shape)
+        self.conv1 = CausalConv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = CausalConv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(version, dec_dim or dim, z_dim, *shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
+
+    def encode(self, video: Tensor, tile_px: int = 0) -> Tensor:
+        """Video `[B, 3, T, H, W]` in [-1, 1] -> normalised latent `[B, z, 1 + (T-1)//4, H/s, W/s]`, fp32.
+
+        Frames beyond 4n+1 are dropped, as in the official code. `tile_px` > 0 encodes in overlapping square tiles.
+        """
+        mean, std = self._stats(video)
+        return (_tiled(self.encode_raw, video, tile_px, 1 / self.stride_s, self.stride_s) - mean) * (1 / std)
+
+    def decode(self, z: Tensor, tile_px: int = 0) -> Tensor:
+        """Normalised latent `[B, z, T', h, w]` -> video `[B, 3, 4T'-3, sh, sw]` in [-1, 1], fp32."""
+        mean, std = self._stats(z)
+        z = z.float() / (1 / std) + mean
+        return _tiled(self.decode_raw, z, tile_px // self.stride_s, self.stride_s, 1).clamp_(-1, 1)
+
+    def encode_raw(self, video: Tensor) -> Tensor:
+        """The posterior mean, not normalised (no sampling)."""
+        state: State = {}
+        x = _to_channels_last(video, self.pixel_shuffle, self.dtype)
+        starts = range(1, x.shape[1] - 3, 4)
+        chunks = [self.encoder(x[:, :1], state)]
+        chunks += [self.encoder(x[:, i : i + 4].contiguous(), state) for i in starts]
+        mean = self.conv1(torch.cat(chunks, 1), state)[..., : self.z_dim]
+        return mean.permute(0, 4, 1, 2, 3).float().contiguous()
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Pixels, not clamped, of a latent in the VAE's own scale."""
+        B, _, T, h, w = z.shape
+        video = None
+        for start, chunk in self._decode_chunks(z):
+            if video is None:
+                video = chunk.new_empty(B, 3, 4 * T - 3, *chunk.shape[3:], dtype=torch.float32)
+            video[:, :, start : start + chunk.shape[2]] = chunk
+        return video
+
+    def _decode_chunks(self, z: Tensor) -> Iterator[tuple[int, Tensor]]:
+        state: State = {}
+        x = self.conv2(_to_channels_last(z, 1, self.dtype), state)
+        start = 0
+        for frame in x.split(1, dim=1):
+            chunk = _to_channels_first(self.decoder(frame, state), self.pixel_shuffle)
+            yield start, chunk
+            start += chunk.shape[2]
+
+    def _stats(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1)
+            for values in (self.latent_mean, self.latent_std)
+        )
+        return mean, std
+
+
+def _to_channels_last(x: Tensor, shuffle: int, dtype: torch.dtype) -> Tensor:
+    """`[B, C, T, H, W] -> [B, T, H/q, W/q, C*q*q]`, new channels in the order (channel, column, row)."""
+    B, C, T, H, W = x.shape
+    q = shuffle
+    x = x.to(dtype).view(B, C, T, H // q, q, W // q, q).permute(0, 2, 3, 5, 1, 6, 4)
+    return x.reshape(B, T, H // q, W // q, C * q * q)
+
+
+def _to_channels_first(x: Tensor, shuffle: int) -> Tensor:
+    """The inverse of `_to_channels_last`."""
+    B, T, H, W, C = x.shape
+    q = shuffle
+    x = x.view(B, T, H, W, C // (q * q), q, q).permute(0, 4, 1, 2, 6, 3, 5)
+    return x.reshape(B, C // (q * q), T, H * q, W * q)
+
+
+def _tiled(run, x: Tensor, tile: int, scale: float, align: int) -> Tensor:
+    """Applies `run` to overlapping square tiles of the last two axes and blends them linearly.
+
+    `tile` is the tile's side in units of `x` (0: no tiling), `scale` the output's size relative to the input,
+    `align` what tile borders must be multiples of. A quarter of each tile overlaps the next.
+    """
+    H, W = x.shape[-2:]
+    tile = tile // align * align
+    if not tile or (H <= tile and W <= tile):
+        return run(x)
+    overlap = max(align, tile // 4 // align * align)
+    out = weights = None
+    for top in _starts(H, tile, tile - overlap):
+        for left in _starts(W, tile, tile - overlap):
+            y = run(x[..., top : top + tile, left : left + tile])
+            if out is None:
+                size = (int(H * scale), int(W * scale))
+                out, weights = y.new_zeros(*y.shape[:-2], *size), y.new_zeros(size)
+            ramp = int(overlap * scale)
+            mask = _ramp(y, -2, ramp)[:, None] * _ramp(y, -1, ramp)
+            window = (..., slice(int(top * scale), int(top * scale) + y.shape[-2]))
+            window += (slice(int(left * scale), int(left * scale) + y.shape[-1]),)
+            out[window] += y * mask
+            weights[window[1:]] += mask
+    return out.div_(weights)
+
+
+def _starts(size: int, tile: int, step: int) -> list[int]:
+    return [*range(0, max(size - tile, 0), step), max(size - tile, 0)]
+
+
+def _ramp(y: Tensor, axis: int, overlap: int) -> Tensor:
+    """Weights along an axis: rising over the first `overlap` samples, falling over the last."""
+    position = torch.arange(y.shape[axis], device=y.device, dtype=torch.float32) + 1
+    return torch.minimum(position, position.flip(0)).clamp_(max=overlap + 1)

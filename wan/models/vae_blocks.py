@@ -1,0 +1,223 @@
+"""Building blocks of the Wan VAE.
+
+Shape legend: B batch, T frames of this chunk, H rows, W columns, C channels. Activations are `[B, T, H, W, C]` in
+memory, which a convolution sees as channels-last without a copy.
+
+The network is streamed: a video goes through in chunks of frames, and each causal layer keeps the frames that its next
+chunk will look back at in `state`, a dict from layer to tensor that belongs to one run. The first chunk is one frame.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+State = dict[nn.Module, Tensor]
+
+# Elements that one pass of a CPU elementwise chain handles at a time, so that all its passes stay in the L2 cache.
+CPU_CHUNK = 1 << 17
+
+
+class RMSNorm(nn.Module):
+    """Scales each position to unit RMS over its channels, times `gamma`.
+
+    Official behaviour: `x / max(|x|_2, 1e-12) * sqrt(C) * gamma`. `num_axes` is how many singleton axes `gamma` has in
+    checkpoints after the channel axis (3 in video blocks, 2 in the attention block).
+    """
+
+    def __init__(self, channels: int, num_axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
+
+    def forward(self, x: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
+        """`x` is `[..., C]`; the result goes to `out` where given. Accumulates in fp32."""
+        gamma = self.gamma.flatten()
+        if torch.is_grad_enabled() or x.is_cuda:
+            norm = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            y = x * (math.sqrt(x.shape[-1]) / norm).to(x.dtype) * gamma
+            y = F.silu(y) if silu else y
+            return y if out is None else out.copy_(y)
+        out = torch.empty_like(x) if out is None else out
+        gamma = gamma.float() * math.sqrt(x.shape[-1])
+        # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
+        for source, target in zip(x.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
+            rows = max(1, CPU_CHUNK // x.shape[-1])
+            for x_NC, y_NC in zip(source.split(rows), target.split(rows), strict=True):
+                y = x_NC.to(torch.float32, copy=True)
+                norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
+                y.mul_(norm.reciprocal_()).mul_(gamma)
+                y_NC.copy_(F.silu(y, inplace=True) if silu else y)
+        return out
+
+
+def _frames(x: Tensor) -> list[Tensor]:
+    """`[B, T, H, W, C]` (any stride over B and T) -> B*T views `[H*W, C]`."""
+    return [frame.flatten(0, -2) for clip in x.unbind(0) for frame in clip.unbind(0)]
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution over time, rows and columns whose window ends at the present frame (zeros before the first)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int, int] = 3):
+        super().__init__(in_channels, out_channels, kernel)
+        self.padding = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
+
+    def forward(self, x: Tensor, state: State, norm: RMSNorm | None = None) -> Tensor:
+        """`[B, T, H, W, C_in] -> [B, T, H, W, C_out]`; with `norm`, the input is normalised and passed by SiLU."""
+        if self.kernel_size == (1, 1, 1):
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        past = state.get(self)
+        if past is None:
+            x = x if norm is None else norm(x, silu=True)
+            state[self] = torch.cat([torch.zeros_like(x), x], 1)
+            return self.convolve(x, self.weight[:, :, -1:])  # the taps of the past would only see zeros
+        keep = past.shape[1]
+        if torch.is_grad_enabled():
+            window = torch.cat([past, x if norm is None else norm(x, silu=True)], 1)
+        else:  # written in place behind the past: no concatenation
+            window = x.new_empty(x.shape[0], keep + x.shape[1], *x.shape[2:])
+            window[:, :keep] = past
+            window[:, keep:].copy_(x) if norm is None else norm(x, out=window[:, keep:], silu=True)
+        state[self] = window[:, -keep:].clone()
+        return self.convolve(window, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor, stride: int | tuple[int, int, int] = 1) -> Tensor:
+        y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, self.bias, stride, self.padding)
+        return y.permute(0, 2, 3, 4, 1).contiguous()
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(in_channels),
+                "2": CausalConv3d(in_channels, out_channels),
+                "3": RMSNorm(out_channels),
+                "6": CausalConv3d(out_channels, out_channels),
+            }
+        )
+        self.shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        y = self.residual["2"](x, state, norm=self.residual["0"])
+        y = self.residual["6"](y, state, norm=self.residual["3"])
+        return y.add_(x if self.shortcut is None else self.shortcut(x, state))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of one head over the positions of each frame."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, num_axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        B, T, H, W, C = x.shape
+        qkv = F.linear(self.norm(x), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
+        q, k, v = qkv.view(B * T, 1, H * W, 3 * C).chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).view(B, T, H, W, C)
+        return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).add_(x)
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns, and with `temporal` also the frames after the first."""
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        conv = self.resample["1"]
+        x = _conv2d(x, conv.weight, conv.bias, stride=2)
+        if self.time_conv is None:
+            return x
+        past, state[self] = state.get(self), x[:, -1:].clone()
+        if past is None:
+            return x
+        return self.time_conv.convolve(torch.cat([past, x], 1), self.time_conv.weight, (2, 1, 1))
+
+
+class Upsample(nn.Module):
+    """Doubles rows and columns (nearest, then a convolution), and with `temporal` the frames after the first."""
+
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(in_channels, out_channels, 3, padding=1)})
+        self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        if self.time_conv is not None:
+            if self.time_conv in state:
+                y = self.time_conv(x, state)  # channels: both new frames' channels, one after the other
+                x = y.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
+            else:  # the first frame stays one frame, and later windows see zeros in its place
+                state[self.time_conv] = x.new_zeros(x.shape[0], 2, *x.shape[2:])
+        B, T, H, W, C = x.shape
+        x = x[:, :, :, None, :, None].expand(B, T, H, 2, W, 2, C).reshape(B, T, 2 * H, 2 * W, C)
+        conv = self.resample["1"]
+        return _conv2d(x, conv.weight, conv.bias, padding=1)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
+    return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+
+
+class DownStage(nn.Module):
+    """Wan2.2 encoder stage: residual blocks and a downsample, beside a shortcut that averages."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, down: bool, temporal: bool):
+        super().__init__()
+        layers = [ResidualBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)]
+        self.downsamples = nn.ModuleList(layers + ([Downsample(out_channels, temporal)] if down else []))
+        self.out_channels = out_channels
+        self.factor_t, self.factor_s = 2 if temporal else 1, 2 if down else 1
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        y = x
+        for layer in self.downsamples:
+            y = layer(y, state)
+        return y.add_(self.average(x))
+
+    def average(self, x: Tensor) -> Tensor:
+        """Space (and time) to channels in the order (channel, frame, row, column), then the mean of each group."""
+        ft, fs = self.factor_t, self.factor_s
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % ft, 0))  # zero frames at the front
+        B, T, H, W, C = x.shape
+        x = x.view(B, T // ft, ft, H // fs, fs, W // fs, fs, C).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        return x.reshape(B, T // ft, H // fs, W // fs, self.out_channels, -1).mean(-1)
+
+
+class UpStage(nn.Module):
+    """Wan2.2 decoder stage: residual blocks and an upsample, beside a shortcut that repeats channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, up: bool, temporal: bool):
+        super().__init__()
+        layers = [ResidualBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)]
+        self.upsamples = nn.ModuleList(layers + ([Upsample(out_channels, out_channels, temporal)] if up else []))
+        self.out_channels, self.up = out_channels, up
+        self.factor_t = 2 if temporal else 1
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        first = self.upsamples[0].residual["2"] not in state
+        y = x
+        for layer in self.upsamples:
+            y = layer(y, state)
+        return y.add_(self.repeat(x, first)) if self.up else y
+
+    def repeat(self, x: Tensor, first: bool) -> Tensor:
+        """Channels to space (and time) in the order (channel, frame, row, column), each channel repeated to fill."""
+        B, T, H, W, C = x.shape
+        ft = self.factor_t
+        x = x.repeat_interleave(self.out_channels * ft * 4 // C, dim=-1)
+        x = x.view(B, T, H, W, self.out_channels, ft, 2, 2).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.reshape(B, T * ft, 2 * H, 2 * W, self.out_channels)
+        return x[:, ft - 1 :] if first else x

@@ -1,0 +1,217 @@
+"""The pipeline of every task: encode the prompt and the images, denoise, decode."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache import StepContext
+from wan.conditioning.condition import Condition
+from wan.conditioning.image import image_condition
+from wan.conditioning.latent import first_frame_condition
+from wan.conditioning.sizes import latent_shape
+from wan.denoise import denoise
+from wan.experts import Experts
+from wan.media import read_image
+from wan.models.attention import get_attention
+from wan.models.dit import WanModel
+from wan.models.encoders import load_clip_encoder, load_text_encoder
+from wan.models.vae import WanVAE
+from wan.request import Request
+from wan.solvers import make_solver
+from wan.weights.assign import load_weights
+from wan.weights.infer import check_dit
+from wan.weights.locate import CheckpointFiles, locate
+from wan.weights.source import open_source
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class Result:
+    """`frames` uint8 [T, H, W, 3]; `latents` fp32 [z, T', h, w]; `seconds` by stage."""
+
+    frames: np.ndarray
+    latents: Tensor
+    seconds: dict[str, float]
+
+
+class WanPipeline:
+    """A task with its checkpoint. Models are loaded when a stage first needs them.
+
+    `latents` is None until a run has denoised; from then on it holds the result, whatever happens later.
+    """
+
+    def __init__(self, spec: Any, files: CheckpointFiles, request: Request):
+        self.spec, self.files = spec, files
+        self.device = torch.device(request.device)
+        self.dtype, self.vae_dtype = DTYPES[request.dtype], DTYPES[request.vae_dtype]
+        self.text_device = torch.device("cpu") if request.t5_cpu else self.device
+        self.attention, self.offload = request.attention, request.offload_model
+        self.latents: Tensor | None = None
+        self.experts = Experts(self._load_expert, keep_all=not self.offload)
+        self._models: dict[str, Any] = {}
+
+    @classmethod
+    def from_request(cls, request: Request, spec: Any) -> WanPipeline:
+        """Finds the files and checks them against the task; loads nothing yet.
+
+        Raises UsageError or SwanError, one line, before any work is done.
+        """
+        get_attention(request.attention)
+        files = locate(request.ckpt_dir, spec, request.files)
+        for paths in files.dit.values():
+            check_dit(open_source(paths), spec)
+        for paths in (files.t5, files.vae, files.clip):
+            if paths:
+                open_source(paths)
+        return cls(spec, files, request)
+
+    def __call__(self, request: Request, progress: Progress | None = None) -> Result:
+        """Makes one video. `progress(stage, done, total)` is called as each stage goes on."""
+        self.latents = None
+        seconds: dict[str, float] = {}
+        report = progress or (lambda stage, done, total: None)
+        with _timed("encode", seconds, report):
+            texts = self._encode_texts(request)
+            condition, clip_fea = self._encode_images(request)
+        with _timed("denoise", seconds, report):
+            latents = self._denoise(request, texts, condition, clip_fea, report)
+            self.latents = latents[0].cpu()
+        with _timed("decode", seconds, report):
+            frames = self._decode(latents, request.vae_tile_px)
+        return Result(frames, self.latents, seconds)
+
+    # Stages
+
+    def _encode_texts(self, request: Request) -> dict[str, Tensor]:
+        texts = {"cond": request.prompt}
+        if any(scale != 1 for scale in request.guide_scale):
+            texts["uncond"] = request.negative_prompt
+        with self._model("t5") as encoder:
+            embeddings = encoder(list(texts.values()))
+        return {branch: row.to(self.device) for branch, row in zip(texts, embeddings, strict=True)}
+
+    def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
+        if request.image is None:
+            return Condition(), None
+        pictures = [read_image(path) for path in (request.image, request.last_image) if path is not None]
+        size = {"num_frames": request.frame_num, "height": request.height, "width": request.width}
+        with self._model("vae") as vae:
+
+            def encode(video: Tensor) -> Tensor:
+                return vae.encode(video.to(self.device), tile_px=request.vae_tile_px)
+
+            if self.spec.kind == "ti2v":
+                condition = first_frame_condition(encode, *pictures, **size)
+            else:
+                condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
+        clip_fea = None
+        if condition.clip_images:
+            with self._model("clip") as clip:
+                clip_fea = clip([image.to(self.device) for image in condition.clip_images])
+        return condition, clip_fea
+
+    def _denoise(
+        self, request: Request, texts: dict[str, Tensor], condition: Condition, clip_fea: Tensor | None, report
+    ) -> Tensor:
+        shape = latent_shape(
+            self.spec.vae.z_dim, request.frame_num, request.height, request.width, self.spec.vae_stride[1]
+        )
+        # Drawn on the CPU, so that one seed gives one video on every device.
+        generator = torch.Generator().manual_seed(request.seed)
+        noise = torch.randn(1, *shape, generator=generator, dtype=torch.float32).to(self.device)
+        solver = make_solver(
+            request.solver,
+            steps=request.steps,
+            shift=request.shift,
+            denoising_step_list=request.denoising_step_list,
+        )
+
+        def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
+            model = self.experts[ctx.expert]
+            return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea)
+
+        latents = denoise(
+            predict,
+            solver,
+            noise,
+            guide_scale=request.guide_scale,
+            boundary=self.spec.get("boundary"),
+            condition=condition,
+            on_step=lambda ctx, latent: report("denoise", ctx.step + 1, ctx.steps),
+        )
+        if self.offload:
+            self.experts.release()
+            _free_memory()
+        return latents
+
+    def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
+        with self._model("vae") as vae:
+            video = vae.decode(latents, tile_px=tile_px)[0]
+        # Truncated, not rounded, as the official code writes its videos.
+        pixels = video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
+        return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+    # Models
+
+    @contextmanager
+    def _model(self, name: str) -> Iterator[Any]:
+        """A model for the length of a stage; let go of afterwards when offloading."""
+        if name not in self._models:
+            self._models[name] = getattr(self, f"_load_{name}")()
+        try:
+            yield self._models[name]
+        finally:
+            if self.offload:
+                self._models.pop(name)
+                _free_memory()
+
+    def _load_t5(self):
+        return load_text_encoder(
+            open_source(self.files.t5),
+            self.files.tokenizer,
+            text_len=self.spec.dit.text_len,
+            device=self.text_device,
+            dtype=self.dtype,
+        )
+
+    def _load_clip(self):
+        return load_clip_encoder(open_source(self.files.clip), device=self.device, dtype=self.dtype)
+
+    def _load_vae(self) -> WanVAE:
+        with torch.device("meta"):
+            vae = WanVAE(**self.spec.vae)
+        return load_weights(vae, open_source(self.files.vae), "vae", device=self.device, dtype=self.vae_dtype)
+
+    def _load_expert(self, name: str) -> WanModel:
+        _free_memory()
+        with torch.device("meta"):
+            model = WanModel(**self.spec.dit, attention=self.attention)
+        return load_weights(model, open_source(self.files.dit[name]), "dit", device=self.device, dtype=self.dtype)
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float], report: Progress) -> Iterator[None]:
+    started = time.perf_counter()
+    report(stage, 0, 1)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    report(stage, 1, 1)
+    seconds[stage] = time.perf_counter() - started
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,64 @@
+"""Noise levels and timesteps of a run, computed in float64 so that timesteps come out as exact integers.
+
+Wan is a rectified flow: x_sigma = (1 - sigma) * x_0 + sigma * noise, and the network is told t = 1000 * sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from wan.errors import UsageError
+
+
+class Schedule(NamedTuple):
+    """``timesteps`` [steps] as the network sees them; ``sigmas`` fp32 [steps + 1], falling to 0. Both on the CPU."""
+
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+
+
+def shift_sigma(sigma, shift: float):
+    """Moves noise levels (a float or an array) towards 1 for shift > 1; 0 and 1 stay (SD3, arXiv 2403.03206)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def unipc_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> Schedule:
+    """Evenly spaced from the largest training sigma below 1 (0.999), then shifted: the first timestep is 999."""
+    # The training table is fp32, so the start is 0.9990000128746033; a float64 0.999 would move some timesteps by one.
+    sigma_max = float(np.float32(1 - 1 / num_train_timesteps))
+    return _schedule(shift_sigma(np.linspace(sigma_max, 0, steps + 1)[:-1], shift), num_train_timesteps)
+
+
+def linear_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> Schedule:
+    """Evenly spaced from exactly 1, then shifted: the first timestep is 1000."""
+    return _schedule(shift_sigma(np.linspace(1, 0, steps + 1)[:-1], shift), num_train_timesteps)
+
+
+def listed_schedule(step_list: Sequence[float], shift: float, num_train_timesteps: int = 1000) -> Schedule:
+    """The steps a distilled model was trained on: each listed t gives sigma = shifted(t / 1000).
+
+    The timesteps are float32 and keep their fraction ([1000, 750, 500, 250] with shift 5 gives 1000, 937.5, 833.33,
+    625), because the distilled models (LightX2V) were trained with these values.
+    """
+    listed = np.asarray(step_list, dtype=np.float64)
+    if listed.size == 0 or listed[0] > num_train_timesteps or listed[-1] < 1 or (np.diff(listed) >= 0).any():
+        raise UsageError(
+            f"the denoising steps must fall strictly, within {num_train_timesteps} and 1, got {list(step_list)}"
+        )
+    sigmas = shift_sigma(listed / num_train_timesteps, shift)
+    timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.float32))
+    return Schedule(timesteps, _with_zero(sigmas))
+
+
+def _schedule(sigmas: np.ndarray, num_train_timesteps: int) -> Schedule:
+    # Timesteps are truncated, sigmas are not: the network sees 999 where the solver integrates from 0.9998.
+    timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.int64))
+    return Schedule(timesteps, _with_zero(sigmas))
+
+
+def _with_zero(sigmas: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))

@@ -1,0 +1,161 @@
+"""Tasks: one YAML file each in configs/tasks, read and checked against a schema. Imports no torch.
+
+A task names the shapes of its models, the files of its checkpoint and the official sampling defaults.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from easydict import EasyDict
+
+from wan.errors import SwanError, UsageError
+
+KINDS = ("t2v", "i2v", "flf2v", "ti2v")
+REPO = Path(__file__).resolve().parent.parent
+
+# Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
+SCHEMA: dict[str, Any] = {
+    "name": str,
+    "title": str,
+    "kind": str,
+    "hub?": list,
+    "checkpoint?": str,
+    "prompt?": str,
+    "dtype?": str,
+    "negative_prompt": str,
+    "vae_stride": list,
+    "boundary?": float,
+    "dit": {
+        "model_type": str,
+        "patch_size": list,
+        "text_len": int,
+        "in_dim": int,
+        "dim": int,
+        "ffn_dim": int,
+        "freq_dim": int,
+        "text_dim": int,
+        "out_dim": int,
+        "num_heads": int,
+        "num_layers": int,
+        "eps": float,
+        "clip?": bool,
+    },
+    "vae": {
+        "version": str,
+        "dim": int,
+        "dec_dim?": int,
+        "z_dim": int,
+        "dim_mult": list,
+        "num_res_blocks": int,
+        "temporal_downsample": list,
+        "latent_mean?": list,
+        "latent_std?": list,
+    },
+    "text": {
+        "vocab": int,
+        "dim": int,
+        "dim_attn": int,
+        "dim_ffn": int,
+        "num_heads": int,
+        "num_layers": int,
+        "num_buckets": int,
+    },
+    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str},
+    "experts?": {"low": str, "high": str},
+    "sampling": {
+        "steps": int,
+        "shift": float,
+        "shift_480p?": float,
+        "guide_scale": (float, int, list),
+        "solver": str,
+        "frame_num": int,
+        "fps": int,
+        "size": str,
+        "sizes": list,
+    },
+}
+
+
+def task_dir() -> Path:
+    """The folder of the task files: beside the package in a checkout, inside it when pip-installed."""
+    for folder in (REPO / "configs" / "tasks", Path(__file__).resolve().parent / "configs" / "tasks"):
+        if folder.is_dir():
+            return folder
+    raise SwanError("configs/tasks is missing from this installation")
+
+
+def task_names() -> list[str]:
+    """The names of all tasks, sorted."""
+    return sorted(path.stem for path in task_dir().glob("*.yaml"))
+
+
+def load_task(name: str) -> EasyDict:
+    """The checked contents of configs/tasks/NAME.yaml.
+
+    Raises UsageError for an unknown name (lists the valid ones) and SwanError, naming file and key, for a
+    task file that does not follow the schema.
+    """
+    if name not in task_names():
+        raise UsageError(f"unknown task {name!r}; tasks: {', '.join(task_names())}")
+    return read_task(task_dir() / f"{name}.yaml")
+
+
+def read_task(path: Path) -> EasyDict:
+    """Read and check one task file. Raises SwanError that names the file and the key at fault."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SwanError(f"{path}: {' '.join(str(error).split())}") from error
+    _check(data, SCHEMA, path, "")
+    _check_values(data, path)
+    return EasyDict(data)
+
+
+def _check(data: Any, schema: dict[str, Any], path: Path, prefix: str) -> None:
+    if not isinstance(data, dict):
+        raise SwanError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a table of keys")
+    known = {key.rstrip("?") for key in schema}
+    for key in data:
+        if key not in known:
+            raise SwanError(f"{path}: unknown key {prefix}{key}; allowed: {', '.join(sorted(known))}")
+    for entry, kind in schema.items():
+        key = entry.rstrip("?")
+        if key not in data:
+            if entry.endswith("?"):
+                continue
+            raise SwanError(f"{path}: key {prefix}{key} is missing")
+        if isinstance(kind, dict):
+            _check(data[key], kind, path, f"{prefix}{key}.")
+        elif not isinstance(data[key], kind) or (isinstance(data[key], bool) and kind is not bool):
+            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise SwanError(f"{path}: {prefix}{key} must be {names}, not {data[key]!r}")
+
+
+def _check_values(data: dict[str, Any], path: Path) -> None:
+    """What a type cannot say: names that must agree, and lists of a fixed length."""
+    two_experts = "experts" in data
+    pair = isinstance(data["sampling"]["guide_scale"], list) and len(data["sampling"]["guide_scale"]) == 2
+    problems = {
+        f"name must be {path.stem!r}": data["name"] != path.stem,
+        f"kind must be one of {', '.join(KINDS)}": data["kind"] not in KINDS,
+        "vae_stride must be three numbers": len(data["vae_stride"]) != 3,
+        "dit.patch_size must be three numbers": len(data["dit"]["patch_size"]) != 3,
+        "vae.version must be '2.1' or '2.2'": data["vae"]["version"] not in ("2.1", "2.2"),
+        "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
+        "experts and boundary go together": two_experts != ("boundary" in data),
+        "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,
+    }
+    for problem, wrong in problems.items():
+        if wrong:
+            raise SwanError(f"{path}: {problem}")
+
+
+def grid_px(spec: EasyDict) -> int:
+    """Width and height of a video must be multiples of this many pixels: VAE stride times patch."""
+    return spec.vae_stride[1] * spec.dit.patch_size[1]
+
+
+def embedded_checkpoint(spec: EasyDict) -> Path | None:
+    """The folder of the weights that come with Swan, or None for a task whose weights are downloaded."""
+    return REPO / spec.checkpoint if spec.get("checkpoint") else None

@@ -1,0 +1,179 @@
+"""What a checkpoint holds, told from the shapes of its tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from wan.errors import SwanError
+from wan.weights.names import Rows, official_names
+from wan.weights.source import Source, TensorInfo
+
+HEAD_DIM = 128  # of every released Wan transformer
+
+# (model_type, clip, dim) -> release. The layer counts follow from the dim.
+_RELEASES = {
+    ("t2v", False, 1536): "the Wan2.1 t2v-1.3B transformer",
+    ("t2v", False, 5120): "the Wan2.1 t2v-14B transformer or a Wan2.2 t2v-A14B expert",
+    ("i2v", True, 5120): "the Wan2.1 i2v-14B transformer",
+    ("i2v", False, 5120): "a Wan2.2 i2v-A14B expert",
+    ("flf2v", True, 5120): "the Wan2.1 flf2v-14B transformer",
+    ("ti2v", False, 3072): "the Wan2.2 ti2v-5B transformer",
+    ("vace", False, 1536): "the Wan2.1 vace-1.3B transformer",
+    ("vace", False, 5120): "the Wan2.1 vace-14B transformer",
+    ("s2v", False, 5120): "the Wan2.2 s2v-14B transformer",
+    ("animate", True, 5120): "the Wan2.2 animate-14B transformer",
+}
+
+
+def infer_dit_config(source: Source) -> dict[str, Any]:
+    """Configuration of the Wan transformer in `source`, in the official terms.
+
+    Keys, as `WanModel` takes them: model_type, patch_size, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim,
+    num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2). The number of
+    heads is not visible in shapes: it comes from a config.json beside the file, else from the head width 128.
+    Raises SwanError if this is no Wan transformer.
+    """
+    shapes = our_shapes(source, "dit")
+    try:
+        dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
+        config = {
+            "patch_size": patch_size,
+            "in_dim": in_dim,
+            "dim": dim,
+            "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+            "freq_dim": shapes["time_embedding.0.weight"][1],
+            "text_dim": shapes["text_embedding.0.weight"][1],
+            "out_dim": shapes["head.head.weight"][0] // max(math.prod(patch_size), 1),
+        }
+    except (KeyError, IndexError, ValueError) as error:
+        lacks = f"it has no {error.args[0]}" if isinstance(error, KeyError) else "its tensors have other shapes"
+        is_dit = "patch_embedding.weight" in shapes  # and identify would come back here
+        raise SwanError(f"{source.describe()}: not a Wan transformer, {lacks}{looks_like(source, is_dit)}") from None
+    config["num_layers"] = count(shapes, "blocks.")
+    config["num_heads"] = _heads_from_config(source, dim) or max(dim // HEAD_DIM, 1)
+    config["clip"] = any(name.startswith("img_emb.") for name in shapes)
+    config["model_type"] = _model_type(shapes, config)
+    return config
+
+
+def identify(source: Source) -> str | None:
+    """What the file looks like, in words ("a Wan2.1 VAE (z 16, width 96)"), or None if it cannot be told."""
+    try:
+        return _identify(source)
+    except (SwanError, ValueError, IndexError):
+        return None  # a mixture of layouts, or the right names with unheard-of shapes
+
+
+def looks_like(source: Source, unknown: bool = False) -> str:
+    """The end of an error message: "; the file looks like ...", empty if that cannot be told."""
+    found = None if unknown else identify(source)
+    return f"; the file looks like {found}" if found else ""
+
+
+def _identify(source: Source) -> str | None:
+    keys = source.keys()
+    if any(re.search(r"\.lora_(A|B|down|up)\.|\.diff(_b)?$", key) for key in keys):
+        return "a LoRA"
+    dit = our_shapes(source, "dit")
+    if {"patch_embedding.weight", "blocks.0.ffn.0.weight", "head.head.weight"} <= dit.keys():
+        return _describe_dit(source)
+    vae = our_shapes(source, "vae")
+    if {"encoder.conv1.weight", "conv2.weight"} <= vae.keys():
+        conv1, z_dim = vae["encoder.conv1.weight"], vae["conv2.weight"][0]
+        return f"a Wan{'2.2' if conv1[1] == 12 else '2.1'} VAE (z {z_dim}, width {conv1[0]})"
+    t5 = our_shapes(source, "t5")
+    if {"shared.weight", "encoder.final_layer_norm.weight"} <= t5.keys():
+        layers = count(t5, "encoder.block.")
+        vocab, dim = t5["shared.weight"]
+        size = "the umt5-xxl encoder" if (vocab, dim, layers) == (256384, 4096, 24) else "a T5 encoder"
+        return f"{size} (vocabulary {vocab}, dim {dim}, {layers} layers)"
+    clip = our_shapes(source, "clip")
+    if "embeddings.class_embedding" in clip:
+        dim, layers = clip["embeddings.class_embedding"][-1], count(clip, "encoder.layers.")
+        return f"a CLIP image encoder (dim {dim}, {layers} layers)"
+    if "encoder.0.weight" in keys and any(key.startswith("decoder.") for key in keys):
+        return "a tiny VAE (TAE)"
+    return None
+
+
+def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
+    """Check that `source` holds the transformer of task `spec` (`name`, `dit`, `files`), before anything is loaded.
+
+    Raises SwanError that says what the file holds and what the task needs.
+    """
+    held, wanted = infer_dit_config(source), dict(spec["dit"])
+    compared = [key for key in held if key in wanted and key != "num_heads"]
+    needs = [f"{key} {wanted[key]}" for key in compared if held[key] != wanted[key]]
+    wants_clip = bool(spec.get("files", {}).get("clip"))
+    if held["clip"] != wants_clip:
+        needs.append(f"{'an' if wants_clip else 'no'} image embedding (img_emb)")
+    if needs:
+        raise SwanError(
+            f"{source.describe()}: holds {_describe_dit(source)}; task {spec['name']} needs {', '.join(needs)}"
+        )
+
+
+def _describe_dit(source: Source) -> str:
+    held = infer_dit_config(source)
+    release = _RELEASES.get((held["model_type"], held["clip"], held["dim"]))
+    name = release or f"a Wan {held['model_type']} transformer"
+    return f"{name} (in_dim {held['in_dim']}, dim {held['dim']}, {held['num_layers']} layers)"
+
+
+def _model_type(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str:
+    markers = {
+        "vace": "vace_patch_embedding.weight",
+        "s2v": "casual_audio_encoder.weights",
+        "animate": "face_encoder.out_proj.weight",
+        "flf2v": "img_emb.emb_pos",
+    }
+    for model_type, marker in markers.items():
+        if marker in shapes:
+            return model_type
+    if config["in_dim"] != config["out_dim"]:
+        return "i2v"  # latent frames and their mask are concatenated to the input
+    return "ti2v" if config["in_dim"] == 48 else "t2v"
+
+
+def our_shapes(source: Source, component: str) -> dict[str, tuple[int, ...]]:
+    """Our names -> shapes of the tensors in the file. Raises SwanError if two tensors share a name."""
+    names = official_names(source.keys(), component)
+    return {ours: tensor_info(source, name).shape for ours, name in names.items()}
+
+
+def tensor_info(source: Source, name: str | Rows) -> TensorInfo:
+    """Shape and dtype of a tensor, or of some rows of one."""
+    if isinstance(name, str):
+        return source.info(name)
+    whole = source.info(name.name)
+    rows, *rest = whole.shape or (0,)
+    # An uneven cut gets a shape that fits nothing.
+    return TensorInfo((rows // name.count if rows % name.count == 0 else -1, *rest), whole.dtype)
+
+
+def count(names: Iterable[str], prefix: str) -> int:
+    """Number of layers: one more than the largest index that follows `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return max((int(match[1]) + 1 for name in names if (match := pattern.match(name))), default=0)
+
+
+def config_beside(source: Source) -> dict[str, Any]:
+    """The config.json next to the weights; empty if there is none. It may belong to another component."""
+    try:
+        config = json.loads((source.paths[0].parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, IndexError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _heads_from_config(source: Source, dim: int) -> int | None:
+    """Heads by the official or the diffusers config, if it is the config of a transformer of this width."""
+    config = config_beside(source)
+    if config.get("dim") == dim:
+        return config.get("num_heads")
+    heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return heads if isinstance(heads, int) and isinstance(width, int) and heads * width == dim else None

@@ -1,0 +1,196 @@
+"""Find the files of each component: an official folder, a diffusers folder, or a hub id. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from wan.errors import SwanError, UsageError
+from wan.weights.source import WEIGHT_SUFFIXES, weight_files
+
+OVERRIDES = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_DIFFUSERS = {
+    "model": "transformer",
+    "high": "transformer",  # Wan2.2: the first transformer is the high-noise expert
+    "low": "transformer_2",
+    "vae": "vae",
+    "t5": "text_encoder",
+    "clip": "image_encoder",
+    "tokenizer": "tokenizer",
+}
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Files of each component. Every list can be given to `open_source`."""
+
+    dit: dict[str, list[Path]]  # "model", or "high" and "low"
+    vae: list[Path]
+    t5: list[Path]
+    tokenizer: Path  # a folder
+    clip: list[Path] | None  # only for tasks with an image encoder
+
+
+def locate(
+    ckpt_dir: str | PathLike | None,
+    spec: Mapping[str, Any],
+    overrides: Mapping[str, str | PathLike] | None = None,
+) -> CheckpointFiles:
+    """Find every file that task `spec` needs.
+
+    ckpt_dir: a folder in the official or the diffusers layout, or a hub id `org/name[@revision]`, which is downloaded
+    (or found in the cache) by huggingface_hub. None if `overrides` name everything.
+    spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip`) and, for two experts,
+    `experts` (`low`, `high` folder names).
+    overrides: a file or folder for any of "dit" (one expert), "high", "low", "vae", "t5", "tokenizer", "clip".
+
+    Raises UsageError for a folder or an override that does not exist, SwanError for what is missing in the folder.
+    """
+    given = _check_overrides(overrides or {}, spec)
+    experts = dict(spec.get("experts") or {"model": "."})
+    parts = [*experts, "vae", "t5", "tokenizer", *(["clip"] if spec["files"].get("clip") else [])]
+    wanted = [part for part in parts if part not in given]
+    root = _resolve(ckpt_dir, spec, wanted) if wanted else None
+    found: dict[str, Any] = {}
+    for part in parts:
+        if part in given:
+            found[part] = given[part] if part == "tokenizer" else _files_at(given[part])
+        else:
+            found[part] = _find(root, part, spec)
+    return CheckpointFiles(
+        dit={name: found[name] for name in experts},
+        vae=found["vae"],
+        t5=found["t5"],
+        tokenizer=found["tokenizer"],
+        clip=found.get("clip"),
+    )
+
+
+def _check_overrides(overrides: Mapping[str, str | PathLike], spec: Mapping[str, Any]) -> dict[str, Path]:
+    unknown = sorted(set(overrides) - set(OVERRIDES))
+    if unknown:
+        raise UsageError(f"cannot override {', '.join(unknown)}; allowed: {', '.join(OVERRIDES)}")
+    two = bool(spec.get("experts"))
+    wrong = [name for name in ("dit",) if two and name in overrides]
+    wrong += [name for name in ("high", "low") if not two and name in overrides]
+    if wrong:
+        needs = "two experts, give high and low" if two else "one transformer, give dit"
+        raise UsageError(f"task {spec['name']} has {needs}, not {' and '.join(wrong)}")
+    result = {}
+    for name, value in overrides.items():
+        path = Path(value).expanduser()
+        if not path.exists():
+            raise UsageError(f"{name}: no such file or folder: {path}")
+        result["model" if name == "dit" else name] = path
+    return result
+
+
+def _resolve(ckpt_dir: str | PathLike | None, spec: Mapping[str, Any], wanted: Iterable[str]) -> Path:
+    """The checkpoint folder, downloaded if need be."""
+    if ckpt_dir is None or not str(ckpt_dir):
+        raise UsageError(f"task {spec['name']} needs a checkpoint folder or hub id for: {', '.join(wanted)}")
+    folder = Path(ckpt_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"{folder} is a file, not a checkpoint folder")
+    hub_id = _HUB_ID.fullmatch(str(ckpt_dir))
+    if hub_id is None:
+        raise UsageError(f"no such checkpoint folder: {folder} (a hub id would be org/name)")
+    return _download(hub_id["repo"], hub_id["revision"], spec)
+
+
+def _download(repo: str, revision: str | None, spec: Mapping[str, Any]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise SwanError(f"no folder {repo} here, and huggingface_hub is not installed to download it") from None
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_patterns(spec)))
+    except Exception as error:  # network, authentication, unknown repository, offline: all end the run the same way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        where = f"{repo}@{revision}" if revision else repo
+        raise SwanError(f"no folder {repo} here, and it cannot be had from the hub as {where}: {reason}") from error
+
+
+def _patterns(spec: Mapping[str, Any]) -> list[str]:
+    """What to download: the files of this task in either layout. A repository has one of the two."""
+    files = spec["files"]
+    patterns = ["config.json", "model_index.json", f"{files['tokenizer']}/*"]
+    patterns += [files[part] for part in ("t5", "vae", "clip") if files.get(part)]
+    experts = spec.get("experts")
+    patterns += [f"{folder}/*" for folder in experts.values()] if experts else ["diffusion_pytorch_model*"]
+    folders = {_DIFFUSERS[part] for part in (*(experts or {"model": ""}), "vae", "t5", "tokenizer")}
+    if files.get("clip"):
+        folders.add(_DIFFUSERS["clip"])
+    return patterns + [f"{folder}/*" for folder in sorted(folders)]
+
+
+def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
+    diffusers = root / _DIFFUSERS[part]
+    if part == "tokenizer":
+        return _find_tokenizer(root, spec)
+    if part == "model":
+        found = _root_dit(root, spec)
+        looked_for = "diffusion_pytorch_model*.safetensors"
+    elif part in ("high", "low"):
+        folder = root / spec["experts"][part]
+        found = weight_files(folder) if folder.is_dir() else []
+        looked_for = f"{spec['experts'][part]}/*.safetensors"
+    else:
+        official = root / spec["files"][part]
+        same = [official.with_suffix(suffix) for suffix in (official.suffix, *WEIGHT_SUFFIXES)]
+        found = [path for path in same if path.is_file()][:1]
+        looked_for = spec["files"][part]
+    if not found and diffusers.is_dir():
+        found = weight_files(diffusers)
+    if not found:
+        raise _missing(root, part, f"{looked_for} and {_DIFFUSERS[part]}/")
+    return found
+
+
+def _root_dit(root: Path, spec: Mapping[str, Any]) -> list[Path]:
+    """Weights of a single transformer at the top of the folder, that is, all that are no other component."""
+    named = sorted(root.glob("diffusion_pytorch_model*.safetensors.index.json"))
+    named = named or sorted(root.glob("diffusion_pytorch_model*.safetensors"))
+    if named or (root / _DIFFUSERS["model"]).is_dir():
+        return named
+    others = {Path(name).stem for name in spec["files"].values()}
+    rest = [path for path in sorted(root.glob("*.safetensors")) + sorted(root.glob("*.gguf"))]
+    rest = [path for path in rest if path.stem not in others]
+    if len(rest) > 1:
+        names = ", ".join(path.name for path in rest[:4])
+        raise SwanError(f"{root}: cannot tell which file is the transformer ({names}); name it")
+    return rest
+
+
+def _find_tokenizer(root: Path, spec: Mapping[str, Any]) -> Path:
+    folders = [root / spec["files"]["tokenizer"], root / _DIFFUSERS["tokenizer"]]
+    for folder in folders:
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return folder
+    looked_for = " and ".join(f"{folder.relative_to(root)}/" for folder in folders)
+    raise _missing(root, "tokenizer", f"{looked_for} with {' or '.join(_TOKENIZER_FILES)}")
+
+
+def _files_at(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = weight_files(path)
+    if not files:
+        raise SwanError(f"{path}: no weight files in it")
+    return files
+
+
+def _missing(root: Path, part: str, looked_for: str, limit: int = 12) -> SwanError:
+    names = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
+    there = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "nothing"
+    what = {"model": "the transformer", "high": "the high-noise expert", "low": "the low-noise expert"}.get(part, part)
+    return SwanError(f"{root}: {what} is missing; looked for {looked_for}, found {there}")

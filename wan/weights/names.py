@@ -1,0 +1,310 @@
+"""Names in a file -> our names, by whole-path tables.
+
+Inside, the transformer and the VAE carry the official Wan names; the two encoders are transformers models and carry
+transformers' names (5.x, that is CLIP without `vision_model.`). A dialect is a table of (path, our path) rules. A
+path leaves out the last part (`weight`, `bias`, `gamma`, a quantiser's `weight_scale`, ...), which is kept as it is;
+a rule for a bare parameter, such as `scale_shift_table`, holds the full name. In a path `{a}` and `{b}` stand for
+numbers. On our side there are also `{flat}` = a * (b_count + 1) + b and `{last}` = b_count, `{flat_last}` likewise,
+because the VAEs number their blocks through while diffusers nests them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from wan.errors import SwanError
+
+COMPONENTS = ("dit", "vae", "t5", "clip")
+
+
+class Rows(NamedTuple):
+    """Part `index` of `count` equal parts of the first axis of tensor `name`."""
+
+    name: str
+    index: int
+    count: int
+
+
+# Whole path -> our whole path. A tuple on the right: the tensor is cut along its first axis.
+Table = dict[str, "str | tuple[str, ...]"]
+
+
+def _under(path: str, our_path: str, table: Table) -> Table:
+    """The same rules, one level deeper."""
+    result: Table = {}
+    for key, value in table.items():
+        ours = (value,) if isinstance(value, str) else value
+        full = tuple(f"{our_path}.{one}" for one in ours)
+        result[f"{path}.{key}"] = full[0] if isinstance(value, str) else full
+    return result
+
+
+_DIT_BLOCK: Table = {
+    **{f"attn1.to_{one}": f"self_attn.{one}" for one in "qkv"},
+    "attn1.to_out.0": "self_attn.o",
+    "attn1.norm_q": "self_attn.norm_q",
+    "attn1.norm_k": "self_attn.norm_k",
+    **{f"attn2.to_{one}": f"cross_attn.{one}" for one in "qkv"},
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.norm_q": "cross_attn.norm_q",
+    "attn2.norm_k": "cross_attn.norm_k",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "scale_shift_table": "modulation",
+}
+
+_DIT_DIFFUSERS: Table = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+    **_under("blocks.{a}", "blocks.{a}", _DIT_BLOCK),
+    **_under("vace_blocks.{a}", "vace_blocks.{a}", _DIT_BLOCK),
+    "vace_blocks.{a}.proj_in": "vace_blocks.{a}.before_proj",
+    "vace_blocks.{a}.proj_out": "vace_blocks.{a}.after_proj",
+}
+
+_VAE_RESNET: Table = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+_VAE_RESAMPLE: Table = {"resample.1": "resample.1", "time_conv": "time_conv"}
+_VAE_ATTENTION: Table = {"norm": "norm", "to_qkv": "to_qkv", "proj": "proj"}
+
+
+def _vae_ends(half: str) -> Table:
+    return {
+        f"{half}.conv_in": f"{half}.conv1",
+        f"{half}.norm_out": f"{half}.head.0",
+        f"{half}.conv_out": f"{half}.head.2",
+        **_under(f"{half}.mid_block.resnets.0", f"{half}.middle.0", _VAE_RESNET),
+        **_under(f"{half}.mid_block.attentions.0", f"{half}.middle.1", _VAE_ATTENTION),
+        **_under(f"{half}.mid_block.resnets.1", f"{half}.middle.2", _VAE_RESNET),
+    }
+
+
+_VAE_COMMON: Table = {
+    "quant_conv": "conv1",
+    "post_quant_conv": "conv2",
+    **_vae_ends("encoder"),
+    **_vae_ends("decoder"),
+}
+_VAE_21_DIFFUSERS: Table = {
+    **_VAE_COMMON,
+    **_under("encoder.down_blocks.{a}", "encoder.downsamples.{a}", _VAE_RESNET | _VAE_RESAMPLE),
+    **_under("decoder.up_blocks.{a}.resnets.{b}", "decoder.upsamples.{flat}", _VAE_RESNET),
+    **_under("decoder.up_blocks.{a}.upsamplers.0", "decoder.upsamples.{flat_last}", _VAE_RESAMPLE),
+}
+_VAE_22_DIFFUSERS: Table = {
+    **_VAE_COMMON,
+    **_under("encoder.down_blocks.{a}.resnets.{b}", "encoder.downsamples.{a}.downsamples.{b}", _VAE_RESNET),
+    **_under("encoder.down_blocks.{a}.downsampler", "encoder.downsamples.{a}.downsamples.{last}", _VAE_RESAMPLE),
+    **_under("decoder.up_blocks.{a}.resnets.{b}", "decoder.upsamples.{a}.upsamples.{b}", _VAE_RESNET),
+    **_under("decoder.up_blocks.{a}.upsampler", "decoder.upsamples.{a}.upsamples.{last}", _VAE_RESAMPLE),
+}
+
+_T5_OFFICIAL: Table = {
+    "token_embedding": "shared",
+    "norm": "encoder.final_layer_norm",
+    **_under(
+        "blocks.{a}",
+        "encoder.block.{a}",
+        {
+            "norm1": "layer.0.layer_norm",
+            **{f"attn.{one}": f"layer.0.SelfAttention.{one}" for one in "qkvo"},
+            "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+            "norm2": "layer.1.layer_norm",
+            "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+            "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+            "ffn.fc2": "layer.1.DenseReluDense.wo",
+        },
+    ),
+}
+_T5_GGUF: Table = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    **_under(
+        "enc.blk.{a}",
+        "encoder.block.{a}",
+        {
+            "attn_norm": "layer.0.layer_norm",
+            **{f"attn_{one}": f"layer.0.SelfAttention.{one}" for one in "qkvo"},
+            "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+            "ffn_norm": "layer.1.layer_norm",
+            "ffn_gate": "layer.1.DenseReluDense.wi_0",
+            "ffn_up": "layer.1.DenseReluDense.wi_1",
+            "ffn_down": "layer.1.DenseReluDense.wo",
+        },
+    ),
+}
+
+_CLIP_OFFICIAL: Table = {
+    "visual.cls_embedding": "embeddings.class_embedding",
+    "visual.pos_embedding": "embeddings.position_embedding.weight",
+    "visual.patch_embedding": "embeddings.patch_embedding",
+    "visual.pre_norm": "pre_layrnorm",
+    "visual.post_norm": "post_layernorm",
+    **_under(
+        "visual.transformer.{a}",
+        "encoder.layers.{a}",
+        {
+            "norm1": "layer_norm1",
+            "attn.to_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attn.proj": "self_attn.out_proj",
+            "norm2": "layer_norm2",
+            "mlp.0": "mlp.fc1",
+            "mlp.2": "mlp.fc2",
+        },
+    ),
+}
+
+
+class Dialect:
+    """A way to name tensors. A file speaks it if `marker` is found in one of its names."""
+
+    def __init__(self, name: str, marker: str, table: Table):
+        self.name = name
+        self.marker = re.compile(marker)
+        # Only rules with as many dots as a name can match it.
+        self.rules: dict[int, list[tuple[re.Pattern, tuple[str, ...]]]] = {}
+        for path, ours in table.items():
+            pattern = re.escape(path).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
+            targets = (ours,) if isinstance(ours, str) else ours
+            self.rules.setdefault(path.count("."), []).append((re.compile(pattern), targets))
+
+    def translate(self, name: str, counts: dict[str, int]) -> tuple[str, ...]:
+        """Our names for one name: itself if no rule matches, several if the tensor is cut up."""
+        path, _, leaf = name.rpartition(".")
+        for candidate, suffix in ((name, ""), (path, f".{leaf}")):
+            for pattern, targets in self.rules.get(candidate.count("."), ()):
+                if match := pattern.fullmatch(candidate):
+                    numbers = _numbers(match.groupdict(), counts.get(name.split(".")[0], 0))
+                    return tuple(target.format(**numbers) + suffix for target in targets)
+        return (name,)
+
+
+_DIALECTS: dict[str, tuple[Dialect, ...]] = {
+    "dit": (Dialect("diffusers", r"^condition_embedder\.", _DIT_DIFFUSERS),),
+    "vae": (
+        Dialect("diffusers 2.2", r"\.(down_blocks\.\d+\.(resnets|downsampler)|upsampler)\.", _VAE_22_DIFFUSERS),
+        Dialect("diffusers", r"^(en|de)coder\.conv_in\.", _VAE_21_DIFFUSERS),
+    ),
+    "t5": (
+        Dialect("official", r"^token_embedding\.|^blocks\.0\.", _T5_OFFICIAL),
+        Dialect("gguf", r"^enc\.blk\.", _T5_GGUF),
+    ),
+    "clip": (Dialect("official", r"^visual\.", _CLIP_OFFICIAL),),
+}
+# The dialect with our own names needs no rules.
+_NATIVE = {
+    "dit": Dialect("official", "", {}),
+    "vae": Dialect("official", "", {}),
+    "t5": Dialect("transformers", "", {}),
+    "clip": Dialect("transformers", "", {}),
+}
+
+# A single file for ComfyUI may hold every component, each under its prefix.
+_PREFIXES = {
+    "dit": ("model.diffusion_model.", "diffusion_model."),
+    "vae": ("first_stage_model.", "vae."),
+    "t5": ("text_encoders.umt5xxl.transformer.",),
+    "clip": ("vision_model.",),
+}
+
+# Tensors that are no part of the component and that no model here wants.
+_IGNORED = {
+    "dit": r"scaled_fp8",
+    "vae": r"$^",
+    "t5": r"spiece_model|scaled_fp8",
+    "clip": r"(textual|text_model|visual_projection|text_projection)\..*|log_scale|logit_scale|visual\.head"
+    r"|embeddings\.position_ids",
+}
+
+
+def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]:
+    """Our name -> the name in the file (or `Rows` of it) for every tensor of `component` ("dit", "vae", "t5", "clip").
+
+    A name that no rule knows stays as it is, so that it is reported as unexpected by the name its file gives it.
+    Raises SwanError if two tensors of the file would get the same name.
+    """
+    found = _strip(list(keys), component)
+    speaks = _detect(found, component)
+    counts = _b_count(found)
+    result: dict[str, str | Rows] = {}
+    for name, file_name in found.items():
+        ours = speaks.translate(name, counts)
+        for index, our_name in enumerate(ours):
+            if our_name in result:
+                raise SwanError(f"{result[our_name]} and {file_name} are both {our_name}: the file mixes two layouts")
+            result[our_name] = file_name if len(ours) == 1 else Rows(file_name, index, len(ours))
+    if component == "t5" and "encoder.embed_tokens.weight" in result:  # the same table twice, or alone
+        embedding = result.pop("encoder.embed_tokens.weight")
+        result.setdefault("shared.weight", embedding)
+    return result
+
+
+def dialect(keys: Iterable[str], component: str) -> str:
+    """The dialect a file is written in: "official", "diffusers", "transformers", ..., with its prefix if it has one."""
+    keys = list(keys)
+    name = _detect(_strip(keys, component), component).name
+    prefix = _prefix(keys, component)
+    return f"{name}, prefix {prefix}" if prefix and component != "clip" else name
+
+
+def _detect(names: Iterable[str], component: str) -> Dialect:
+    for one in _DIALECTS[component]:
+        if any(one.marker.search(name) for name in names):
+            return one
+    return _NATIVE[component]
+
+
+def _strip(keys: list[str], component: str) -> dict[str, str]:
+    """Name without the file's prefix -> name in the file, for the tensors that belong to the component."""
+    prefix = _prefix(keys, component)
+    ignored = re.compile(_IGNORED[component])
+    whole_file = component == "clip"  # its prefix is on some tensors, `visual_projection` has none
+    found = {}
+    for key in keys:
+        if prefix and not key.startswith(prefix) and not whole_file:
+            continue
+        name = key.removeprefix(prefix)
+        if not ignored.fullmatch(name):
+            found[name] = key
+    return found
+
+
+def _prefix(keys: list[str], component: str) -> str:
+    return next((one for one in _PREFIXES[component] if any(key.startswith(one) for key in keys)), "")
+
+
+def _b_count(names: Iterable[str]) -> dict[str, int]:
+    """Residual blocks per stage of a nested VAE, per half: one more than the largest index."""
+    counts: dict[str, int] = {}
+    for name in names:
+        match = re.match(r"(encoder|decoder)\.(?:down|up)_blocks\.\d+\.resnets\.(\d+)\.", name)
+        if match:
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return counts
+
+
+def _numbers(groups: dict[str, str], b_count: int) -> dict[str, int]:
+    a, b = int(groups.get("a", 0)), int(groups.get("b", 0))
+    base = a * (b_count + 1)
+    return {"a": a, "b": b, "flat": base + b, "last": b_count, "flat_last": base + b_count}

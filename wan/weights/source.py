@@ -1,0 +1,168 @@
+"""A checkpoint as a set of named tensors that are read one at a time.
+
+`open_source` looks at the bytes of a file, not at its name, and refuses what is not a checkpoint with one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan.errors import SwanError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and element type of one stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source:
+    """Named tensors of one checkpoint. Subclasses supply `read`."""
+
+    def __init__(self, paths: Sequence[Path], infos: dict[str, TensorInfo]):
+        self.paths = list(paths)
+        self._infos = infos
+
+    def keys(self) -> list[str]:
+        """Tensor names, as the file spells them."""
+        return list(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of `name`; KeyError if there is no such tensor."""
+        return self._infos[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor to the CPU. It owns its memory: the file may change or vanish afterwards."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The file, or `folder (n files)`, for messages."""
+        if len(self.paths) == 1:
+            return str(self.paths[0])
+        return f"{self.paths[0].parent} ({len(self.paths)} files)"
+
+
+class MergedSource(Source):
+    """Several files that together hold one checkpoint."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self._owner: dict[str, Source] = {}
+        for part in parts:
+            for name in part.keys():
+                if name in self._owner:
+                    first = self._owner[name].describe()
+                    raise SwanError(f"tensor {name} is in both {first} and {part.describe()}: give one copy of it")
+                self._owner[name] = part
+        paths = [path for part in parts for path in part.paths]
+        super().__init__(paths, {name: part.info(name) for name, part in self._owner.items()})
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._owner[name].read(name)
+
+
+def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Source:
+    """Open a weight file, a `.safetensors.index.json`, a folder of weight files, or a list of files.
+
+    Raises SwanError, one line, for what cannot be a checkpoint: missing, empty, truncated, a Git-LFS pointer, a web
+    page, an unknown container, missing shards, or the same tensor in two files.
+    """
+    if isinstance(path_or_paths, (str, PathLike)):
+        return _open_path(Path(path_or_paths))
+    paths = [Path(path) for path in path_or_paths]
+    if not paths:
+        raise SwanError("no weight files were given")
+    parts = [_open_path(path) for path in paths]
+    return parts[0] if len(parts) == 1 else MergedSource(parts)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that make up the checkpoint in `folder`: its index, else all files of the first kind found."""
+    indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
+    if len(indexes) > 1:
+        raise SwanError(f"{folder} holds several checkpoints ({_names(indexes)}): name the file to use")
+    if indexes:
+        return indexes
+    for suffix in WEIGHT_SUFFIXES:
+        files = sorted(path for path in folder.glob("*" + suffix) if path.is_file())
+        if files:
+            return files
+    return []
+
+
+def _open_path(path: Path) -> Source:
+    if path.is_dir():
+        files = weight_files(path)
+        if not files:
+            found = _names(sorted(path.iterdir())) or "nothing"
+            raise SwanError(f"{path}: no weight files (looked for {', '.join(WEIGHT_SUFFIXES)}; found {found})")
+        return open_source(files)
+    if not path.exists():
+        raise SwanError(f"{path}: no such file")
+    kind = _sniff(path)
+    if kind == "index":
+        from wan.weights.safetensors_file import open_index
+
+        return open_index(path)
+    if kind == "pth":
+        from wan.weights.pth import PthSource
+
+        return PthSource(path)
+    if kind == "gguf":
+        return _open_gguf(path)
+    from wan.weights.safetensors_file import SafetensorsSource
+
+    return SafetensorsSource(path)
+
+
+def _open_gguf(path: Path) -> Source:
+    try:
+        from wan.weights.gguf_file import GGUFSource
+    except ModuleNotFoundError:
+        raise SwanError(f"{path}: GGUF files cannot be read by this version") from None
+    return GGUFSource(path)
+
+
+def _sniff(path: Path) -> str:
+    """Container of a file by its first bytes: "safetensors", "index", "pth" or "gguf"."""
+    size_bytes = path.stat().st_size
+    if size_bytes == 0:
+        raise SwanError(f"{path}: the file is empty (0 bytes); download it again")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        raise SwanError(f"{path}: a Git-LFS pointer{_lfs_size(head)}, not the weights; run `git lfs pull`")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise SwanError(f"{path}: a web page, not weights; the download was an error or login page")
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # torch.save: zip archive since 1.6, pickle stream before
+        return "pth"
+    if path.name.endswith(_INDEX_SUFFIX):
+        return "index"
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    raise SwanError(f"{path}: not a safetensors, PyTorch or GGUF file (it begins with {head[:8]!r})")
+
+
+def _lfs_size(head: bytes) -> str:
+    for line in head.splitlines():
+        if line.startswith(b"size ") and line[5:].isdigit():
+            return f" to a file of {int(line[5:]):,} bytes"
+    return ""
+
+
+def _names(paths: Sequence[Path], limit: int = 8) -> str:
+    names = [path.name for path in paths[:limit]]
+    return ", ".join(names) + (f" and {len(paths) - limit} more" if len(paths) > limit else "")
