@@ -27,8 +27,8 @@ from wan.models.encoders import load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.request import Request
 from wan.solvers import make_solver
-from wan.weights.assign import load_weights
-from wan.weights.infer import check_dit
+from wan.weights.assign import check_weights, load_weights
+from wan.weights.infer import check_dit, check_encoder
 from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.source import open_source
 
@@ -71,9 +71,10 @@ class WanPipeline:
         files = locate(request.ckpt_dir, spec, request.files)
         for paths in files.dit.values():
             check_dit(open_source(paths), spec)
-        for paths in (files.t5, files.vae, files.clip):
-            if paths:
-                open_source(paths)
+        check_weights(_empty_vae(spec), open_source(files.vae), "vae")
+        check_encoder(open_source(files.t5), "t5", spec)
+        if files.clip:
+            check_encoder(open_source(files.clip), "clip", spec)
         return cls(spec, files, request)
 
     def __call__(self, request: Request, progress: Progress | None = None) -> Result:
@@ -84,7 +85,7 @@ class WanPipeline:
         with _timed("encode", seconds, report):
             texts = self._encode_texts(request)
             condition, clip_fea = self._encode_images(request)
-        with _timed("denoise", seconds, report):
+        with _timed("denoise", seconds, report, request.steps):
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
         with _timed("decode", seconds, report):
@@ -152,7 +153,7 @@ class WanPipeline:
         )
         if self.offload:
             self.experts.release()
-            _free_memory()
+            _empty_cache()
         return latents
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
@@ -174,7 +175,9 @@ class WanPipeline:
         finally:
             if self.offload:
                 self._models.pop(name)
-                _free_memory()
+                if name in ("t5", "clip"):
+                    gc.collect()  # transformers' models hold themselves in a cycle
+                _empty_cache()
 
     def _load_t5(self):
         return load_text_encoder(
@@ -189,29 +192,33 @@ class WanPipeline:
         return load_clip_encoder(open_source(self.files.clip), device=self.device, dtype=self.dtype)
 
     def _load_vae(self) -> WanVAE:
-        with torch.device("meta"):
-            vae = WanVAE(**self.spec.vae)
-        return load_weights(vae, open_source(self.files.vae), "vae", device=self.device, dtype=self.vae_dtype)
+        return load_weights(
+            _empty_vae(self.spec), open_source(self.files.vae), "vae", device=self.device, dtype=self.vae_dtype
+        )
 
     def _load_expert(self, name: str) -> WanModel:
-        _free_memory()
+        _empty_cache()
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention)
         return load_weights(model, open_source(self.files.dit[name]), "dit", device=self.device, dtype=self.dtype)
 
 
+def _empty_vae(spec: Any) -> WanVAE:
+    with torch.device("meta"):
+        return WanVAE(**spec.vae)
+
+
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float], report: Progress) -> Iterator[None]:
+def _timed(stage: str, seconds: dict[str, float], report: Progress, total: int = 1) -> Iterator[None]:
     started = time.perf_counter()
-    report(stage, 0, 1)
+    report(stage, 0, total)
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    report(stage, 1, 1)
+    report(stage, total, total)
     seconds[stage] = time.perf_counter() - started
 
 
-def _free_memory() -> None:
-    gc.collect()
+def _empty_cache() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -91,14 +91,17 @@ def fold_statistics(vae: WanVAE, clips: list[Clip]) -> None:
 
 
 def train(out: Path, image_steps: int, clip_steps: int, seed: int = 0) -> None:
+    """Both stages; with `image_steps` 0 the clips begin from the images' result of an earlier run, `vae_images.pth`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = build().train()
+    if not image_steps:
+        vae.load_state_dict(torch.load(out / "vae_images.pth", weights_only=True))
     combos = [c for c in combinations() if c not in held_out()]
     test = [sample(random.Random(i), combinations()) for i in range(8)]
-    log = (out / "train_vae.jsonl").open("w")
+    log = (out / "train_vae.jsonl").open("w" if image_steps else "a")
     start = time.time()
-    for steps, peak, images in ((image_steps, 2e-3, True), (clip_steps, 2e-3, False)):
+    for steps, peak, images in ((image_steps, 2e-3, True), (clip_steps, 7e-4, False)):
         optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=1e-4)
         for step in range(steps):
             rate = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -112,14 +115,14 @@ def train(out: Path, image_steps: int, clip_steps: int, seed: int = 0) -> None:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
-            if step % 100 == 99 or step == steps - 1:
+            if step % 50 == 49 or step == steps - 1:
                 row = {"stage": "images" if images else "clips", "step": step + 1, "loss": round(loss.item(), 5)}
                 row |= {"latent": round(size.item() ** 0.5, 3), "grad": round(norm.item(), 3)}
                 row["seconds"] = round(time.time() - start)
-                if step % 500 == 499 or step == steps - 1:
+                if step % 250 == 249 or step == steps - 1:
                     row["psnr_db"] = round(psnr(vae.eval(), test), 2)
                     vae.train()
-                    torch.save(vae.state_dict(), out / "vae_latest.pth")
+                    torch.save(vae.state_dict(), out / ("vae_images.pth" if images else "vae_clips.pth"))
                 print(json.dumps(row), file=log, flush=True)
     vae.eval()
     fold_statistics(vae, [sample(rng, combos) for _ in range(200)])
@@ -132,7 +135,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for weights and log")
     parser.add_argument("--image_steps", type=int, default=1500)
-    parser.add_argument("--clip_steps", type=int, default=3000)
+    parser.add_argument("--clip_steps", type=int, default=1600)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train(args.out, args.image_steps, args.clip_steps)

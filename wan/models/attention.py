@@ -42,7 +42,7 @@ def _sage_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
     return sageattn(q_BLHD, k_BMHD, v_BMHD, tensor_layout="NHD")
 
 
-# name -> (function, package it needs beside torch, does it need a GPU)
+# name -> (function, package that it needs beside torch)
 BACK_ENDS: dict[str, tuple[Attention, str | None]] = {
     "sdpa": (_sdpa, None),
     "flash_attn2": (_flash_attn2, "flash_attn"),

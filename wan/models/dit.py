@@ -157,7 +157,7 @@ class WanModel(nn.Module):
         return self.patch_embedding.weight.dtype
 
     def forward(self, x, t: Tensor, context, *, y=None, clip_fea: Tensor | None = None):
-        """Velocity prediction, fp32, in the form of `x`.
+        """Velocity prediction, fp32, in the form of `x`. Raises ValueError where the arguments do not fit together.
 
         Args:
             x: noisy latents `[B, C_in, F, H, W]`, or a list of `[C_in, F, H, W]` of any sizes.
@@ -166,6 +166,13 @@ class WanModel(nn.Module):
             y: conditioning latents, as `x`, concatenated after it on the channels.
             clip_fea: CLIP features `[n, 257, 1280]`, n = B (i2v) or 2B (flf2v).
         """
+        if len(context) != len(x):
+            raise ValueError(f"{len(context)} texts for a batch of {len(x)}")
+        if (clip_fea is None) != (self.img_emb is None):
+            raise ValueError(
+                f"clip_fea is {'missing' if clip_fea is None else 'given, but this model has no image branch'}"
+            )
+        t = t.expand(len(x), *t.shape[1:])
         if isinstance(x, Tensor):
             return self._forward(x if y is None else torch.cat([x, y], 1), t, context, clip_fea)
         images = clip_fea.chunk(len(x)) if clip_fea is not None else [None] * len(x)
@@ -178,7 +185,7 @@ class WanModel(nn.Module):
 
     def _forward(self, x_BCFHW: Tensor, t: Tensor, context, clip_fea: Tensor | None) -> Tensor:
         x_BLC, grid = self.embed_patches(x_BCFHW)
-        time_RC, temb_R6C, segments = self.embed_time(t.expand(x_BLC.shape[0], *t.shape[1:]), x_BLC.shape[1])
+        time_RC, temb_R6C, segments = self.embed_time(t, x_BLC.shape[1])
         text_BMC = self.embed_text(context)
         image_BMC = self.img_emb(clip_fea.to(self.dtype)) if self.img_emb is not None else None
         rope_LD = rope_table(grid, self.head_dim, x_BLC.device)
@@ -194,17 +201,23 @@ class WanModel(nn.Module):
 
     def embed_patches(self, x_BCFHW: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Latents to tokens: `([B, L, C], (frames, rows, columns))`."""
+        if any(size % patch for size, patch in zip(x_BCFHW.shape[2:], self.patch_size, strict=True)):
+            raise ValueError(f"a latent of {list(x_BCFHW.shape[2:])} cannot be cut into patches of {self.patch_size}")
         x = self.patch_embedding(x_BCFHW.to(self.dtype))
         return x.flatten(2).transpose(1, 2).contiguous(), tuple(x.shape[2:])
 
     def embed_text(self, context) -> Tensor:
         """Text embeddings, zero-padded to `text_len` (the padding is not masked later): `[B, text_len, C]`."""
+        if (longest := max(len(text) for text in context)) > self.text_len:
+            raise ValueError(f"a text embedding of {longest} tokens; at most {self.text_len} fit")
         padded = [F.pad(text.to(self.dtype), (0, 0, 0, self.text_len - text.shape[0])) for text in context]
         x = gelu_tanh(self.text_embedding["0"](torch.stack(padded)))
         return self.text_embedding["2"](x)
 
     def embed_time(self, t: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Segments]:
         """Each distinct timestep embedded once: `([R, C], [R, 6, C], segments of equal time over all B*L tokens)`."""
+        if t.ndim == 2 and t.shape[1] < num_tokens:
+            raise ValueError(f"{t.shape[1]} timesteps for {num_tokens} tokens")
         device = self.patch_embedding.weight.device
         per_token = t.cpu() if t.ndim == 2 else t.cpu()[:, None].expand(-1, num_tokens)
         runs, counts = torch.unique_consecutive(per_token[:, :num_tokens].reshape(-1), return_counts=True)

@@ -204,13 +204,14 @@ def _to_channels_first(x: Tensor, shuffle: int) -> Tensor:
 def _tiled(run, x: Tensor, tile: int, scale: float, align: int) -> Tensor:
     """Applies `run` to overlapping square tiles of the last two axes and blends them linearly.
 
-    `tile` is the tile's side in units of `x` (0: no tiling), `scale` the output's size relative to the input,
-    `align` what tile borders must be multiples of. A quarter of each tile overlaps the next.
+    `tile` is the tile's side in units of `x` (0: no tiling), `scale` the output's size relative to the input, `align`
+    what tile borders must be multiples of. A tile is at least two of these; a quarter of it overlaps the next.
     """
     H, W = x.shape[-2:]
     tile = tile // align * align
     if not tile or (H <= tile and W <= tile):
         return run(x)
+    tile = max(tile, 2 * align)
     overlap = max(align, tile // 4 // align * align)
     out = weights = None
     for top in _starts(H, tile, tile - overlap):

@@ -50,6 +50,11 @@ def load_weights(
     return model
 
 
+def check_weights(model: nn.Module, source: Source, component: str) -> None:
+    """The checks of `load_weights` alone: nothing is read. Raises SwanError, one line."""
+    _check(model, _slots(model), official_names(source.keys(), component), source)
+
+
 def _slots(model: nn.Module) -> list[list[str]]:
     """Names of the tensors to fill; tied ones share a slot."""
     groups: dict[int, list[str]] = {}

@@ -12,6 +12,7 @@ from wan.errors import SwanError
 from wan.weights.names import Rows, official_names
 from wan.weights.source import Source, TensorInfo
 
+CLIP_DIM = 1280
 HEAD_DIM = 128  # of every released Wan transformer
 
 # (model_type, clip, dim) -> release. The layer counts follow from the dim.
@@ -106,7 +107,7 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
     Raises SwanError that says what the file holds and what the task needs.
     """
     held, wanted = infer_dit_config(source), dict(spec["dit"])
-    compared = [key for key in held if key in wanted and key != "num_heads"]
+    compared = [key for key in held if key in wanted and key not in ("num_heads", "clip")]
     needs = [f"{key} {wanted[key]}" for key in compared if held[key] != wanted[key]]
     wants_clip = bool(spec.get("files", {}).get("clip"))
     if held["clip"] != wants_clip:
@@ -115,6 +116,20 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
         raise SwanError(
             f"{source.describe()}: holds {_describe_dit(source)}; task {spec['name']} needs {', '.join(needs)}"
         )
+
+
+def check_encoder(source: Source, component: str, spec: Mapping[str, Any]) -> None:
+    """Check that `source` holds the text ("t5") or image ("clip") encoder whose output task `spec` reads.
+
+    Raises SwanError that says what the file holds and what the task needs.
+    """
+    kind, table = ("UMT5", "shared.weight") if component == "t5" else ("CLIP image", "embeddings.class_embedding")
+    shape = our_shapes(source, component).get(table)
+    if shape is None:
+        raise SwanError(f"{source.describe()}: not a {kind} encoder{looks_like(source)}")
+    dim = spec["dit"]["text_dim"] if component == "t5" else CLIP_DIM
+    if shape[-1] != dim:
+        raise SwanError(f"{source.describe()}: holds {identify(source)}; task {spec['name']} needs dim {dim}")
 
 
 def _describe_dit(source: Source) -> str:

@@ -1,0 +1,1 @@
+"""Reproducible measurements. Each prints JSON and is run as `python -m benchmarks.NAME`."""

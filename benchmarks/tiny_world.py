@@ -1,0 +1,155 @@
+"""Does Tiny World show what its prompts say? `python -m benchmarks.tiny_world` makes 64 clips and judges them.
+
+Half of the prompts are of colour-shape-direction combinations that were kept out of training. Prompts and seeds are
+fixed, everything else is the task's default. Prints JSON: the rates at which colour, shape, direction and background
+are right, and the seconds a clip takes (the first one loads the models).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from benchmarks.common import machine
+from benchmarks.judge import Verdict, judge
+from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out
+from wan.pipeline import WanPipeline
+from wan.request import Request, build_request, check_device
+from wan.tasks import load_task
+
+TASK = "t2v-tiny"
+CASES_PER_HALF = 32
+WORDS = ("color", "shape", "direction")
+
+
+class Outcome(NamedTuple):
+    """One clip made: what was asked, what the judge saw, how long it took, and its first, middle and last frame."""
+
+    clip: Clip
+    verdict: Verdict
+    seconds: float
+    stills: np.ndarray
+
+    def right(self, word: str) -> bool:
+        return getattr(self.verdict, word) == getattr(self.clip, word)
+
+    @property
+    def held_out(self) -> bool:
+        return (self.clip.color, self.clip.shape, self.clip.direction) in held_out()
+
+
+def cases() -> list[tuple[Clip, int]]:
+    """64 clips to ask for and the seed of each; trained and held-out combinations alternate."""
+    unseen = held_out()
+    halves = []
+    for combos in ([one for one in combinations() if one not in unseen], sorted(unseen)):
+        # Evenly over all pairs; a step prime to 3 and to the words' counts mixes backgrounds and words.
+        pairs = [(combo, background) for background in BACKGROUNDS for combo in combos]
+        step = next(n for n in range(len(pairs) * 5 // 13, len(pairs)) if np.gcd(n, len(pairs)) == 1)
+        chosen = [pairs[index * step % len(pairs)] for index in range(CASES_PER_HALF)]
+        halves.append([Clip(*combo, background) for combo, background in chosen])
+    return [(clip, seed) for seed, clip in enumerate(clip for pair in zip(*halves) for clip in pair)]
+
+
+def make_request(prompt: str, seed: int, steps: int | None, ckpt_dir: str | None) -> Request:
+    """A request with the task's defaults; no file is written."""
+    options = {"task": TASK, "prompt": prompt, "seed": seed, "sample_steps": steps, "ckpt_dir": ckpt_dir}
+    nowhere = str(Path(tempfile.gettempdir()) / "unused.mp4")
+    return build_request(options | {"offload_model": False, "device": check_device("auto"), "save_file": nowhere})
+
+
+@torch.inference_mode()
+def run(count: int, steps: int | None, ckpt_dir: str | None) -> tuple[list[Outcome], Request]:
+    """Make and judge the first `count` clips with one pipeline. Returns them and the last request."""
+    outcomes, pipe = [], None
+    for clip, seed in cases()[:count]:
+        request = make_request(clip.prompt, seed, steps, ckpt_dir)
+        pipe = pipe or WanPipeline.from_request(request, load_task(TASK))
+        started = time.perf_counter()
+        frames = pipe(request).frames
+        seconds = time.perf_counter() - started
+        outcome = Outcome(clip, judge(frames), seconds, frames[[0, len(frames) // 2, -1]])
+        outcomes.append(outcome)
+        missed = "".join(f", {word} {getattr(outcome.verdict, word)}" for word in WORDS if not outcome.right(word))
+        print(f"{len(outcomes)}/{count} {seconds:.1f} s {clip.prompt}{missed}", file=sys.stderr)
+    return outcomes, request
+
+
+def report(outcomes: list[Outcome], request: Request) -> dict:
+    """The JSON: rates from 0 to 1, overall and by half."""
+    halves = {"trained": [one for one in outcomes if not one.held_out]}
+    halves["held_out"] = [one for one in outcomes if one.held_out]
+    seconds = [one.seconds for one in outcomes]
+    return {
+        "task": TASK,
+        "clips": len(outcomes),
+        "size": f"{request.width}x{request.height}",
+        "frames": request.frame_num,
+        "steps": request.steps,
+        "solver": request.solver,
+        "guide_scale": request.guide_scale[0],
+        **_rates(outcomes),
+        **{name: {"clips": len(half), **_rates(half)} for name, half in halves.items()},
+        "seconds_per_clip": {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)},
+        "device": request.device,
+        "dtype": request.dtype,
+        "machine": machine(),
+    }
+
+
+def _rates(outcomes: list[Outcome]) -> dict[str, float]:
+    if not outcomes:
+        return {}
+    hits = {word: [one.right(word) for one in outcomes] for word in (*WORDS, "background")}
+    hits["color_shape_direction"] = [all(one.right(word) for word in WORDS) for one in outcomes]
+    return {word: round(sum(right) / len(right), 4) for word, right in hits.items()}
+
+
+def draw(outcomes: list[Outcome], columns: int = 4, text_px: int = 14, gap_px: int = 6) -> Image.Image:
+    """A contact sheet: first, middle and last frame of each clip under its prompt, red where the judge disagrees."""
+    height, width = outcomes[0].stills.shape[1:3]
+    cell_width, cell_height = max(3 * width, 330) + gap_px, height + text_px + gap_px
+    rows = -(-len(outcomes) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap_px, rows * cell_height + gap_px), (225, 225, 235))
+    pen = ImageDraw.Draw(sheet)
+    for index, one in enumerate(outcomes):
+        x, y = gap_px + index % columns * cell_width, gap_px + index // columns * cell_height
+        good = all(one.right(word) for word in (*WORDS, "background"))
+        mark = " (held out)" if one.held_out else ""
+        pen.text((x, y), one.clip.prompt.removeprefix("a ") + mark, fill="black" if good else "red")
+        for place, still in enumerate(one.stills):
+            sheet.paste(Image.fromarray(still), (x + place * width, y + text_px))
+    return sheet
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    every = 2 * CASES_PER_HALF
+    parser.add_argument("--clips", type=int, default=every, choices=range(1, every + 1), metavar="N", help="first N")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the task's")
+    parser.add_argument("--ckpt_dir", metavar="DIR", help="other weights of the same shape; default: the embedded ones")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON here as well")
+    parser.add_argument("--picture", metavar="FILE", help="write a contact sheet (PNG)")
+    args = parser.parse_args()
+    outcomes, request = run(args.clips, args.steps, args.ckpt_dir)
+    text = json.dumps(report(outcomes, request), indent=1)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    if args.picture:
+        draw(outcomes).quantize(128).save(args.picture, format="PNG", optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

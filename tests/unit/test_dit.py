@@ -1,0 +1,196 @@
+"""The transformer: equal to diffusers', and its own batching, timesteps and back ends."""
+
+import pytest
+import torch
+
+from wan.errors import UsageError
+from wan.models import attention
+from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.weights.assign import load_weights
+
+SHAPE = {
+    "in_dim": 6,
+    "out_dim": 4,
+    "dim": 48,
+    "ffn_dim": 80,
+    "freq_dim": 32,
+    "text_dim": 24,
+    "text_len": 12,
+    "num_heads": 2,
+    "num_layers": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.inference_mode():
+        yield
+
+
+def make(model_type="t2v", **changes):
+    torch.manual_seed(0)
+    return WanModel(model_type, **(SHAPE | changes)).eval()
+
+
+def latents(*sizes, channels=6):
+    torch.manual_seed(1)
+    return [torch.randn(channels, *size) for size in sizes]
+
+
+def texts(*lengths):
+    torch.manual_seed(2)
+    return [torch.randn(length, SHAPE["text_dim"]) for length in lengths]
+
+
+def close(actual, wanted, tolerance=1e-5):
+    assert actual.shape == wanted.shape and actual.dtype == torch.float32
+    assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def same_weights(model_type, **changes):
+    """Ours and diffusers' model with the weights of the latter."""
+    pytest.importorskip("diffusers")
+    from benchmarks.peers import build_ours, build_theirs
+    from tests.unit.weight_helpers import DictSource
+
+    config = SHAPE | {"model_type": model_type} | changes
+    torch.manual_seed(0)
+    theirs = build_theirs("dit", config)
+    return load_weights(build_ours("dit", config), DictSource(theirs.state_dict()), "dit"), theirs
+
+
+@pytest.mark.parametrize("changes", [{}, {"dim": 40, "num_heads": 2}, {"num_heads": 4, "num_layers": 1}])
+def test_t2v_equals_diffusers(changes):
+    ours, theirs = same_weights("t2v", **changes)
+    x, context = torch.stack(latents((3, 4, 6), (3, 4, 6))), torch.stack(texts(12, 12))
+    t = torch.tensor([999, 37])
+    close(ours(x, t, context), theirs(x, t, context).sample, 1e-4)
+
+
+def test_i2v_equals_diffusers():
+    ours, theirs = same_weights("i2v", text_len=512)  # what diffusers' cross attention takes for granted
+    [x, y], context = latents((2, 4, 4), (2, 4, 4), channels=3), torch.stack(texts(512))
+    clip = torch.randn(1, CLIP_TOKENS, CLIP_DIM)
+    t = torch.tensor([500])
+    wanted = theirs(torch.cat([x, y])[None], t, context, encoder_hidden_states_image=clip).sample
+    close(ours(x[None], t, context, y=y[None], clip_fea=clip), wanted, 1e-4)
+    close(ours([x], t, context, y=[y], clip_fea=clip)[0][None], wanted, 1e-4)
+
+
+def test_flf2v_equals_diffusers():
+    ours, theirs = same_weights("flf2v", text_len=512)
+    [x], context, t = latents((1, 4, 4)), torch.stack(texts(512)), torch.tensor([1])
+    clip = torch.randn(2, CLIP_TOKENS, CLIP_DIM)
+    wanted = theirs(x[None], t, context, encoder_hidden_states_image=clip).sample
+    close(ours(x[None], t, context, clip_fea=clip), wanted, 1e-4)
+
+
+def test_a_timestep_a_token_equals_diffusers():
+    ours, theirs = same_weights("ti2v")
+    x, context = torch.stack(latents((3, 4, 6))), torch.stack(texts(12))
+    t = torch.full((1, 18), 700)
+    t[:, :6] = 0  # the first frame is given
+    close(ours(x, t, context), theirs(x, t, context).sample, 1e-4)
+
+
+def test_bf16_stays_close_to_fp32():
+    model, x, context, t = make(), latents((3, 4, 6)), texts(9), torch.tensor([640])
+    wanted = model(x, t, context)[0]
+    for name, parameter in model.named_parameters():
+        if not model.keep_fp32(name):
+            parameter.data = parameter.data.bfloat16()
+    actual = model(x, t, context)[0]
+    assert actual.dtype == torch.float32
+    assert (actual - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_a_batch_equals_its_elements():
+    model, x, context = make(), latents((3, 4, 6), (3, 4, 6)), texts(5, 12)
+    t = torch.tensor([900, 20])
+    batch = model(torch.stack(x), t, context)
+    for i in range(2):
+        close(batch[i : i + 1], model(x[i][None], t[i : i + 1], [context[i]]))
+    shared = model(torch.stack(x), t[:1], context)  # one timestep for all
+    close(shared[1:], model(x[1][None], t[:1], [context[1]]))
+
+
+def test_a_list_may_mix_sizes_and_each_equals_itself_alone():
+    model, x, context = make(), latents((1, 4, 6), (3, 2, 8)), texts(5, 12)
+    t = torch.tensor([900, 20])
+    together = model(x, t, context)
+    assert [tuple(out.shape) for out in together] == [(4, 1, 4, 6), (4, 3, 2, 8)]
+    for i in range(2):
+        close(together[i], model([x[i]], t[i : i + 1], [context[i]])[0])
+
+
+def test_one_timestep_a_token_equals_one_a_sample_where_all_agree():
+    model, x, context = make("ti2v"), latents((2, 4, 4)), texts(7)
+    wanted = model(x, torch.tensor([300]), context)[0]
+    close(model(x, torch.full((1, 8), 300), context)[0], wanted)
+    close(model(x, torch.cat([torch.full((1, 8), 300), torch.zeros(1, 5)], 1), context)[0], wanted)  # beyond: ignored
+
+
+def test_a_token_of_time_zero_is_modulated_by_time_zero():
+    model, x, context = make("ti2v", num_layers=0), latents((2, 4, 4)), texts(7)  # without blocks, tokens do not mix
+    mixed = model(x, torch.tensor([[0] * 4 + [300] * 4]), context)[0]
+    close(mixed[:, :1], model(x, torch.tensor([0]), context)[0][:, :1])
+    close(mixed[:, 1:], model(x, torch.tensor([300]), context)[0][:, 1:])
+
+
+@pytest.mark.parametrize(
+    "t, rows, segments",
+    [
+        (torch.tensor([7]), 1, [(0, 4)]),
+        (torch.tensor([7, 7]), 1, [(0, 8)]),
+        (torch.tensor([9.5, 2.0]), 2, [(1, 4), (0, 4)]),
+        (torch.tensor([[0, 800, 800, 800]]), 2, [(0, 1), (1, 3)]),
+        (torch.tensor([[0, 800, 800, 800]] * 2), 2, [(0, 1), (1, 3), (0, 1), (1, 3)]),
+        (torch.tensor([[5, 5, 5, 5, 0, 0]]), 1, [(0, 4)]),
+    ],
+)
+def test_each_distinct_timestep_is_embedded_once(t, rows, segments):
+    model, seen = make(), []
+    model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    time_RC, temb_R6C, found = model.embed_time(t, 4)
+    assert seen == [rows] and time_RC.shape[0] == temb_R6C.shape[0] == rows
+    assert found == segments
+
+
+def test_padding_of_the_text_is_zeros():
+    model, x, [text] = make(), latents((1, 4, 4)), texts(5)
+    padded = torch.cat([text, torch.zeros(7, SHAPE["text_dim"])])
+    t = torch.tensor([10])
+    assert torch.equal(model(x, t, [text])[0], model(x, t, [padded])[0])
+
+
+def test_what_forms_the_modulation_stays_in_fp32():
+    kept = {name.split(".")[0] for name, _ in make().named_parameters() if WanModel.keep_fp32(name)}
+    assert kept == {"time_embedding", "time_projection", "blocks", "head"}
+    assert not WanModel.keep_fp32("blocks.0.ffn.0.weight") and WanModel.keep_fp32("blocks.0.modulation")
+
+
+def test_unknown_back_end_lists_the_known():
+    with pytest.raises(UsageError) as error:
+        make(attention="warp")
+    assert all(name in str(error.value) for name in ("warp", *attention.BACK_ENDS))
+
+
+@pytest.mark.parametrize("name", ["flash_attn2", "flash_attn3", "sage_attn2"])
+def test_missing_back_end_lists_what_is_here(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError) as error:
+        attention.get_attention(name)
+    assert attention.BACK_ENDS[name][1] in str(error.value) and str(error.value).endswith("available here: sdpa")
+
+
+def test_a_back_end_is_there_once_its_package_and_a_gpu_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name == "sageattention" or None)
+    assert attention.available() == ["sdpa", "sage_attn2"]
+    assert attention.get_attention("sage_attn2") is attention.BACK_ENDS["sage_attn2"][0]
+
+
+def test_sdpa_is_softmax_attention():
+    q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
+    weights = (torch.einsum("blhd,bmhd->bhlm", q, k) / 8**0.5).softmax(-1)
+    close(attention.get_attention("sdpa")(q, k, v), torch.einsum("bhlm,bmhd->blhd", weights, v))

@@ -1,0 +1,132 @@
+"""The order of imports, and what a module may not do: see ARCHITECTURE.md."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGES = ("wan", "cache", "distributed")
+
+# A module imports from its own layer or from those before it.
+LAYERS = [
+    ("wan", "wan.errors", "cache", "distributed"),
+    ("wan.tasks", "wan.media"),
+    ("wan.quant", "wan.weights"),
+    ("wan.models",),
+    ("wan.solvers", "wan.conditioning"),
+    ("wan.request", "wan.memory", "wan.offload"),
+    ("wan.denoise", "wan.experts"),
+    ("wan.pipeline",),
+    ("wan.cli", "wan.compat"),
+    ("generate",),
+]
+
+
+def module_name(path):
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for package in PACKAGES for path in sorted((REPO / package).rglob("*.py"))}
+FILES["generate"] = REPO / "generate.py"
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in FILES.items()}
+
+
+def layer(module):
+    """Index of the layer that lists the module or, failing that, the longest listed parent (the root's only itself)."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        parent = ".".join(parts[:length])
+        if parent == "wan" and length < len(parts):
+            break
+        for index, members in enumerate(LAYERS):
+            if parent in members:
+                return index
+    pytest.fail(f"{module} is in no layer: add it to LAYERS and to ARCHITECTURE.md")
+
+
+def own_imports(module, nodes):
+    """Modules of this repository imported by `nodes`, as (module, line)."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [] if node.level == 0 else package_of(module).split(".")
+            base = base[: len(base) - node.level + 1] + ([node.module] if node.module else [])
+            parent = ".".join(base)
+            # `from wan import media` imports a module, `from wan import __version__` the package
+            names = [f"{parent}.{a.name}" if f"{parent}.{a.name}" in FILES else parent for a in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in (*PACKAGES, "generate"):
+                yield name, node.lineno
+
+
+def package_of(module):
+    return module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_to_the_left(module):
+    for imported, line in own_imports(module, ast.walk(TREES[module])):
+        assert layer(imported) <= layer(module), f"{FILES[module].name}:{line} imports {imported}"
+
+
+def test_cache_and_distributed_know_nothing_of_wan():
+    for module, tree in TREES.items():
+        root = module.split(".")[0]
+        if root in ("cache", "distributed"):
+            assert {name.split(".")[0] for name, _ in own_imports(module, ast.walk(tree))} <= {root}, module
+
+
+def test_no_cycles_at_import():
+    graph = {
+        module: {name for name, _ in own_imports(module, tree.body) if name != module and name in FILES}
+        for module, tree in TREES.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_patched(module):
+    """Nothing assigns to `.forward`, by `=` or by `setattr`."""
+    for node in ast.walk(TREES[module]):
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = [leaf for target in targets for leaf in ast.walk(target)]
+            assert not any(isinstance(leaf, ast.Attribute) and leaf.attr == "forward" for leaf in targets), node.lineno
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            name = node.args[1]
+            assert not (isinstance(name, ast.Constant) and name.value == "forward"), node.lineno
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_optional_packages_are_not_needed(module):
+    """What only some machines have is imported inside functions; diffusers, the peer, nowhere."""
+    optional = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers"}
+    assert not imported_roots(TREES[module].body) & optional
+    assert "diffusers" not in imported_roots(ast.walk(TREES[module]))
+
+
+def imported_roots(nodes):
+    roots = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize(
+    "module", ["wan", "wan.cli", "wan.request", "wan.tasks", "wan.memory", "wan.weights.locate", "cache", "generate"]
+)
+def test_import_is_cheap(module):
+    code = f"import sys, {module}; print(*({{'torch', 'numpy', 'transformers', 'cv2'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
