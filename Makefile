@@ -18,6 +18,8 @@ test: setup
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks.tiny_world
+	$(VENV)/bin/python -m benchmarks.peers dit
+	$(VENV)/bin/python -m benchmarks.peers vae
 
 lint: setup
 	$(VENV)/bin/ruff check .

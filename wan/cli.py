@@ -173,12 +173,9 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
     """
     started = time.perf_counter()
     device = check_device(request.device)
-    import torch
-
     from wan.pipeline import WanPipeline
 
-    inference_only = os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"
-    with torch.inference_mode() if inference_only else contextlib.nullcontext(), _Progress(quiet) as progress:
+    with _Progress(quiet) as progress:
         pipe = WanPipeline.from_request(replace(request, device=device), spec)
         try:
             result = pipe(request, progress=progress)

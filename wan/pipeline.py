@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,14 @@ class WanPipeline:
         return cls(spec, files, request)
 
     def __call__(self, request: Request, progress: Progress | None = None) -> Result:
-        """Makes one video. `progress(stage, done, total)` is called as each stage goes on."""
+        """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
+
+        Autograd is off, as everywhere but in tools/tiny, unless the environment says WAN_INFERENCE_ONLY=0.
+        """
+        with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
+            return self._run(request, progress)
+
+    def _run(self, request: Request, progress: Progress | None) -> Result:
         self.latents = None
         seconds: dict[str, float] = {}
         report = progress or (lambda stage, done, total: None)

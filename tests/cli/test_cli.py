@@ -228,22 +228,3 @@ def test_debug_shows_the_traceback(pipeline, capsys, monkeypatch):
     pipeline.early = ValueError("x")
     assert main([]) == 1
     assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("value, inference", [(None, True), ("1", True), ("0", False)])
-def test_autograd_is_off_unless_asked(pipeline, monkeypatch, value, inference):
-    import torch
-
-    seen = []
-    real = pipeline.__call__
-
-    def look(self, request, progress):
-        seen.append(torch.is_inference_mode_enabled())
-        return real(self, request, progress)
-
-    monkeypatch.setattr(pipeline, "__call__", look)
-    if value is None:
-        monkeypatch.delenv("WAN_INFERENCE_ONLY", raising=False)
-    else:
-        monkeypatch.setenv("WAN_INFERENCE_ONLY", value)
-    assert main(["--quiet"]) == 0 and seen == [inference]

@@ -193,6 +193,19 @@ def test_progress(setup):
     assert {done for stage, done, _ in reports if stage == "denoise"} == set(range(STEPS + 1))
 
 
+@pytest.mark.parametrize("value, inference", [(None, True), ("1", True), ("0", False)])
+def test_autograd_is_off_unless_asked(setup, monkeypatch, value, inference):
+    request, spec = setup("t2v")
+    pipe = WanPipeline.from_request(request, spec)
+    seen = []
+    monkeypatch.setattr(pipe, "_run", lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    monkeypatch.delenv("WAN_INFERENCE_ONLY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("WAN_INFERENCE_ONLY", value)
+    pipe(request)
+    assert seen == [inference]
+
+
 def test_latents_survive_a_failed_decoder(setup, monkeypatch):
     request, spec = setup("t2v")
     pipe = WanPipeline.from_request(request, spec)

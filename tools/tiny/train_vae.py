@@ -1,7 +1,5 @@
 """Trains the tiny VAE (the Wan2.1 structure at width 8): images first, then whole clips.
 
-    WAN_INFERENCE_ONLY=0 python -m tools.tiny.train_vae --out build/tiny
-
 Loss: L1 + squared error of the pixels, with a little noise on the latent (so that nearby latents decode alike) and a
 small penalty on its size (so that the noise cannot be drowned). At the end the per-channel statistics of the latents
 are folded into the two 1x1x1 convolutions around the latent, so that the official constants of the Wan2.1 VAE hold.
@@ -9,7 +7,6 @@ are folded into the two 1x1x1 convolutions around the latent, so that the offici
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -19,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tools.tiny.world import SIZES, Clip, combinations, held_out, render, sample
+from tools.tiny.world import Clip, combinations, held_out, render, sample
 from wan.models.vae import WanVAE
 
 WIDTH = 8
@@ -59,11 +56,20 @@ def _first_and_rest(x: Tensor) -> list[Tensor]:
     return [x[:, :1]] + ([x[:, 1:]] if x.shape[1] > 1 else [])
 
 
-def batch(rng: random.Random, combos, images: bool) -> Tensor:
-    width, height = SIZES[0] if images or rng.random() < 0.7 else rng.choice(SIZES[1:])
-    if images:
-        return torch.stack([render(sample(rng, combos), width, height, [rng.randrange(17)]) for _ in range(16)])
-    return torch.stack([render(sample(rng, combos), width, height) for _ in range(2 if width * height == 4096 else 1)])
+def images(rng: random.Random, combos) -> list[Tensor]:
+    return [torch.stack([render(sample(rng, combos), 64, 64, [rng.randrange(17)]) for _ in range(16)])]
+
+
+def clips(rng: random.Random, combos) -> list[Tensor]:
+    """Windows of 32x32 from six clips and, in a third of the steps, two whole ones, which alone would pull all colours
+    towards theirs. (Batches of one clip are avoided: torch's convolutions of them are several times slower here.)"""
+    windows = []
+    for _ in range(6):
+        clip = sample(rng, combos)
+        left, top = (min(max(int(64 * c) - 16 + rng.randint(-12, 12), 0), 32) for c in (clip.x, clip.y))
+        windows.append(render(clip, 64, 64)[..., top : top + 32, left : left + 32])
+    whole = [render(sample(rng, combos), 64, 64) for _ in range(2)] if rng.random() < 0.33 else []
+    return [torch.stack(part) for part in (windows, whole) if part]
 
 
 @torch.no_grad()
@@ -101,41 +107,33 @@ def train(out: Path, image_steps: int, clip_steps: int, seed: int = 0) -> None:
     test = [sample(random.Random(i), combinations()) for i in range(8)]
     log = (out / "train_vae.jsonl").open("w" if image_steps else "a")
     start = time.time()
-    for steps, peak, images in ((image_steps, 2e-3, True), (clip_steps, 7e-4, False)):
+    for stage, steps, peak in ((images, image_steps, 2e-3), (clips, clip_steps, 4e-4)):
         optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=1e-4)
+        total = 0.0
         for step in range(steps):
             rate = peak * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             optimizer.param_groups[0]["lr"] = rate
-            video = batch(rng, combos, images)
-            y, z = reconstruct(vae, video)
-            size = z.square().mean()
-            error = y - video
-            loss = error.abs().mean() + error.square().mean() + 1e-3 * size
             optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            parts = stage(rng, combos)
+            for video in parts:
+                y, z = reconstruct(vae, video)
+                error = y - video
+                loss = (error.abs().mean() + error.square().mean() + 1e-3 * z.square().mean()) / len(parts)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             if step % 50 == 49 or step == steps - 1:
-                row = {"stage": "images" if images else "clips", "step": step + 1, "loss": round(loss.item(), 5)}
-                row |= {"latent": round(size.item() ** 0.5, 3), "grad": round(norm.item(), 3)}
+                row = {"stage": stage.__name__, "step": step + 1, "loss": round(total / (step % 50 + 1), 5)}
                 row["seconds"] = round(time.time() - start)
+                total = 0.0
                 if step % 250 == 249 or step == steps - 1:
                     row["psnr_db"] = round(psnr(vae.eval(), test), 2)
                     vae.train()
-                    torch.save(vae.state_dict(), out / ("vae_images.pth" if images else "vae_clips.pth"))
+                    torch.save(vae.state_dict(), out / f"vae_{stage.__name__}.pth")
                 print(json.dumps(row), file=log, flush=True)
     vae.eval()
     fold_statistics(vae, [sample(rng, combos) for _ in range(200)])
     torch.save(vae.state_dict(), out / "vae.pth")
     row = {"stage": "end", "psnr_db": round(psnr(vae, test), 2), "psnr_96_db": round(psnr(vae, test, (96, 96)), 2)}
     print(json.dumps(row | {"seconds": round(time.time() - start)}), file=log, flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for weights and log")
-    parser.add_argument("--image_steps", type=int, default=1500)
-    parser.add_argument("--clip_steps", type=int, default=1600)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    train(args.out, args.image_steps, args.clip_steps)

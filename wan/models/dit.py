@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed import Parallel
 from wan.models.attention import get_attention
 from wan.models.fused import gated_add, gelu_tanh, modulated_norm, norm_rope
 from wan.models.rope import rope_table
@@ -37,10 +38,11 @@ class SelfAttention(nn.Module):
             return x_BLC.unflatten(-1, (-1, self.head_dim))
         return norm_rope(x_BLC, norm.weight, norm.eps, self.head_dim, rope_LD)
 
-    def forward(self, x_BLC: Tensor, rope_LD: Tensor, attention) -> Tensor:
+    def forward(self, x_BLC: Tensor, rope_LD: Tensor, attention, parallel: Parallel) -> Tensor:
         q_BLHD = self.heads(self.q(x_BLC), self.norm_q, rope_LD)
         k_BLHD = self.heads(self.k(x_BLC), self.norm_k, rope_LD)
-        return self.o(attention(q_BLHD, k_BLHD, self.heads(self.v(x_BLC))).flatten(2))
+        y_BLHD = parallel.attention(attention, q_BLHD, k_BLHD, self.heads(self.v(x_BLC)))
+        return self.o(y_BLHD.flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -71,10 +73,12 @@ class Block(nn.Module):
         self.ffn = nn.ModuleDict({"0": nn.Linear(dim, ffn_dim), "2": nn.Linear(ffn_dim, dim)})
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x_BLC: Tensor, temb_R6C: Tensor, segments: Segments, text, image, rope_LD, attention) -> Tensor:
+    def forward(
+        self, x_BLC: Tensor, temb_R6C: Tensor, segments: Segments, text, image, rope_LD, attention, parallel: Parallel
+    ) -> Tensor:
         """One block; `temb_R6C` is the projected time embedding (fp32) of each distinct timestep."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (temb_R6C + self.modulation.float()).unbind(1)
-        y = self.self_attn(modulated_norm(x_BLC, shift1, scale1, segments, self.eps), rope_LD, attention)
+        y = self.self_attn(modulated_norm(x_BLC, shift1, scale1, segments, self.eps), rope_LD, attention, parallel)
         x_BLC = gated_add(x_BLC, y, gate1, segments)
         x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), text, image, attention)
         y = self.ffn["0"](modulated_norm(x_BLC, shift2, scale2, segments, self.eps))
@@ -137,6 +141,7 @@ class WanModel(nn.Module):
         self.patch_size, self.text_len, self.freq_dim = tuple(patch_size), text_len, freq_dim
         self.head_dim, self.out_dim = dim // num_heads, out_dim
         self.attention = get_attention(attention)
+        self.parallel = Parallel()
         clip = model_type in ("i2v", "flf2v") if clip is None else clip
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
@@ -188,16 +193,18 @@ class WanModel(nn.Module):
         time_RC, temb_R6C, segments = self.embed_time(t, x_BLC.shape[1])
         text_BMC = self.embed_text(context)
         image_BMC = self.img_emb(clip_fea.to(self.dtype)) if self.img_emb is not None else None
-        rope_LD = rope_table(grid, self.head_dim, x_BLC.device)
+        x_BLC = self.parallel.shard(x_BLC, dim=1)
+        rope_LD = self.parallel.shard(rope_table(grid, self.head_dim, x_BLC.device), dim=0)
 
         def run(x_BLC: Tensor, first: int, last: int) -> Tensor:
             """Blocks first..last-1: the only loop over blocks."""
             for block in self.blocks[first:last]:
-                x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention)
+                x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention, self.parallel)
             return x_BLC
 
         x_BLC = run(x_BLC, 0, len(self.blocks))
-        return self.unpatchify(self.head(x_BLC, time_RC, segments), grid)
+        x_BLC = self.parallel.gather(self.head(x_BLC, time_RC, segments), dim=1)
+        return self.unpatchify(x_BLC, grid)
 
     def embed_patches(self, x_BCFHW: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Latents to tokens: `([B, L, C], (frames, rows, columns))`."""

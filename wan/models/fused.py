@@ -1,8 +1,9 @@
-"""Chains of elementwise operations of the DiT, each as one pass over the hidden states.
+"""Chains of elementwise operations, each as about one pass over the hidden states.
 
-A compiler would fuse these. Without one, a CPU runs a chain over one slice of rows at a time, in fp32, so that all but
-the first and last step stay in the L2 cache: that costs about one pass over memory, rounds once, and never makes an
-fp32 copy of the hidden states. On a GPU, and while the tiny model is trained, the same formulas run on whole tensors.
+A compiler would fuse these. Without one, a chain runs over one slice of rows at a time, in fp32 and in place, and
+rounds once at the end. On a CPU a slice is small enough that all but its first and last step stay in the L2 cache; on a
+GPU the slices are large and keep the fp32 copy small beside the hidden states. With autograd, for the training of the
+tiny model, the same formulas run on whole tensors.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 17  # elements of a slice: 512 KiB in fp32
+
+def slice_rows(x: Tensor) -> int:
+    """How many rows of `x` `[N, ...]` a chain handles at a time: 512 KiB in fp32 on a CPU, else 64 MiB."""
+    elements = 1 << 17 if x.device.type == "cpu" else 1 << 24
+    return max(1, elements // max(1, x[0].numel()))
 
 
 def _in_slices(x: Tensor, chain: Callable[..., Tensor], *rowwise: Tensor) -> Tensor:
-    """`chain(x, *rowwise)` over the rows of `x` `[N, ...]`, in place where autograd is off and the device is a CPU."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    """`chain(x, *rowwise)` over the rows of `x` `[N, ...]`, in fp32; in place where autograd is off."""
+    if torch.is_grad_enabled():
         return chain(x.float(), *rowwise).to(x.dtype)
-    rows = max(1, CHUNK // max(1, x[0].numel()))
+    rows = slice_rows(x)
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         x[part] = chain(x[part].float(), *(other[part] for other in rowwise))
@@ -42,16 +47,17 @@ def norm_rope(x_BLC: Tensor, weight_C: Tensor, eps: float, head_dim: int, rope_L
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, head_dim // 2, 2)))
         return torch.view_as_real(pairs * rope[:, None]).flatten(-3)
 
-    def cpu_chain(x: Tensor, rope: Tensor | None = None) -> Tensor:  # the same in place, on a slice
+    def inplace_chain(x: Tensor, rope: Tensor | None = None) -> Tensor:  # the same on a copy of a slice
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         x.mul_(norm.square_().div_(C).add_(eps).rsqrt_()).mul_(weight_C)
         if rope is not None:
             torch.view_as_complex(x.view(x.shape[0], -1, head_dim // 2, 2)).mul_(rope[:, None])
         return x
 
-    inplace = not torch.is_grad_enabled() and x_BLC.device.type == "cpu" and x_BLC.dtype != torch.float32
+    is_copied = x_BLC.dtype != torch.float32
     rows = () if rope_LD is None else (rope_LD if B == 1 else rope_LD.repeat(B, 1),)
-    return _in_slices(x_BLC.flatten(0, 1), cpu_chain if inplace else chain, *rows).view(B, L, -1, head_dim)
+    use = inplace_chain if is_copied and not torch.is_grad_enabled() else chain
+    return _in_slices(x_BLC.flatten(0, 1), use, *rows).view(B, L, -1, head_dim)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,11 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device |
     The head's width d is split into d - 4(d//6), 2(d//6), 2(d//6) for frame, row and column; angles are computed in
     fp64 (RoFormer, arXiv 2104.09864; axes as in the official Wan code).
     """
+    return _table(tuple(grid), head_dim, torch.device(device), torch.is_inference_mode_enabled())
+
+
+@lru_cache(maxsize=2)  # the same for every step of a run, and for cond and uncond
+def _table(grid: tuple[int, int, int], head_dim: int, device: torch.device, inference: bool) -> Tensor:
     side = 2 * (head_dim // 6)
     angles = []
     for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):

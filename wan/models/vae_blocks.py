@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = dict[nn.Module, Tensor]
+from wan.models.fused import slice_rows
 
-# Elements that one pass of a CPU elementwise chain handles at a time, so that all its passes stay in the L2 cache.
-CPU_CHUNK = 1 << 17
+State = dict[nn.Module, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -33,18 +32,17 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
-        """`x` is `[..., C]`; the result goes to `out` where given. Accumulates in fp32."""
+        """`x` is `[B, T, H, W, C]`; the result goes to `out` where given. In fp32, slice by slice (see `fused`)."""
         gamma = self.gamma.flatten()
-        if torch.is_grad_enabled() or x.is_cuda:
+        if torch.is_grad_enabled():  # of the tiny model's training
             norm = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
             y = x * (math.sqrt(x.shape[-1]) / norm).to(x.dtype) * gamma
-            y = F.silu(y) if silu else y
-            return y if out is None else out.copy_(y)
+            return F.silu(y) if silu else y
         out = torch.empty_like(x) if out is None else out
         gamma = gamma.float() * math.sqrt(x.shape[-1])
         # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
         for source, target in zip(x.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
-            rows = max(1, CPU_CHUNK // x.shape[-1])
+            rows = slice_rows(source)
             for x_NC, y_NC in zip(source.split(rows), target.split(rows), strict=True):
                 y = x_NC.to(torch.float32, copy=True)
                 norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
@@ -149,8 +147,8 @@ class Upsample(nn.Module):
     """Doubles rows and columns (nearest, then a 3x3 convolution), and with `temporal` the frames after the first.
 
     In the enlarged picture two of three taps fall on the same pixel. So each of the four kinds of output pixel (even or
-    odd row, even or odd column) is a 2x2 convolution of the small picture with summed taps: 4/9 of the products, and the
-    enlarged picture is never made.
+    odd row, even or odd column) is a 2x2 convolution of the small picture with summed taps: 4/9 of the products, and
+    the enlarged picture is never made.
     """
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
