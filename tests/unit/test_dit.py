@@ -169,6 +169,22 @@ def test_what_forms_the_modulation_stays_in_fp32():
     assert not WanModel.keep_fp32("blocks.0.ffn.0.weight") and WanModel.keep_fp32("blocks.0.modulation")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"context": texts(13)}, "13 tokens; at most 12"),
+        ({"context": texts(3, 3)}, "2 texts for a batch of 1"),
+        ({"t": torch.zeros(1, 5)}, "5 timesteps for 8 tokens"),
+        ({"x": torch.zeros(1, 6, 2, 4, 5)}, "cannot be cut into patches"),
+        ({"clip_fea": torch.zeros(1, CLIP_TOKENS, CLIP_DIM)}, "no image branch"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    fitting = {"x": torch.zeros(1, 6, 2, 4, 4), "t": torch.tensor([500]), "context": texts(3)}
+    with pytest.raises(ValueError, match=message):
+        make()(**(fitting | change))
+
+
 def test_unknown_back_end_lists_the_known():
     with pytest.raises(UsageError) as error:
         make(attention="warp")
