@@ -12,7 +12,9 @@ CONFIG_KEYS = {"dim", "z_dim", "num_res_blocks", "temperal_downsample", "dim_mul
 
 
 def matches(case: Case) -> bool:
-    return CONFIG_KEYS.issubset(case.config) and any(case.tags(f"outputs/{name}") for name in ("latent_", "decoded_", "roundtrip_"))
+    return CONFIG_KEYS.issubset(case.config) and any(
+        case.tags(f"outputs/{name}") for name in ("latent_", "decoded_", "roundtrip_")
+    )
 
 
 def run(case: Case) -> list[Check]:
