@@ -67,11 +67,15 @@ class CausalConv3d(nn.Conv3d):
         """`[B, T, H, W, C_in] -> [B, T, H, W, C_out]`; with `norm`, the input is normalised and passed by SiLU."""
         if self.kernel_size == (1, 1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
+        return self.convolve(self.window(x, state, norm))
+
+    def window(self, x: Tensor, state: State, norm: RMSNorm | None) -> Tensor:
+        """The frames this convolution looks back at, then those of `x`, activated: all it needs, so `x` can go."""
         past = state.get(self)
         if past is None:
             x = x if norm is None else norm(x, silu=True)
             state[self] = torch.cat([torch.zeros_like(x), x], 1)
-            return self.convolve(x, self.weight[:, :, -1:])  # the taps of the past would only see zeros
+            return x
         keep = past.shape[1]
         if torch.is_grad_enabled():
             window = torch.cat([past, x if norm is None else norm(x, silu=True)], 1)
@@ -79,10 +83,13 @@ class CausalConv3d(nn.Conv3d):
             window = x.new_empty(x.shape[0], keep + x.shape[1], *x.shape[2:])
             window[:, :keep] = past
             window[:, keep:].copy_(x) if norm is None else norm(x, out=window[:, keep:], silu=True)
+        del past, state[self]  # before its successor is made
         state[self] = window[:, -keep:].clone()
-        return self.convolve(window, self.weight)
+        return window
 
-    def convolve(self, x: Tensor, weight: Tensor, stride: int | tuple[int, int, int] = 1) -> Tensor:
+    def convolve(self, x: Tensor, stride: int | tuple[int, int, int] = 1) -> Tensor:
+        """Over the frames of a window. A first frame stands alone: the taps of its past would only see zeros."""
+        weight = self.weight[:, :, -x.shape[1] :]
         y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, self.bias, stride, self.padding)
         return y.permute(0, 2, 3, 4, 1).contiguous()
 
@@ -102,7 +109,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         y = self.residual["2"](x, state, norm=self.residual["0"])
-        y = self.residual["6"](y, state, norm=self.residual["3"])
+        y = self.residual["6"].window(y, state, self.residual["3"])  # lets go of the first convolution's output
+        y = self.residual["6"].convolve(y)
         return y.add_(x if self.shortcut is None else self.shortcut(x, state))
 
 
@@ -140,7 +148,7 @@ class Downsample(nn.Module):
         past, state[self] = state.get(self), x[:, -1:].clone()
         if past is None:
             return x
-        return self.time_conv.convolve(torch.cat([past, x], 1), self.time_conv.weight, (2, 1, 1))
+        return self.time_conv.convolve(torch.cat([past, x], 1), stride=(2, 1, 1))
 
 
 class Upsample(nn.Module):
