@@ -44,7 +44,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.35", "matplotlib>=3.8", "psutil>=5.9", "scikit-image>=0.22"],
+        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.35"],
         "flash": ["flash-attn>=2.5"],
     },
 )
