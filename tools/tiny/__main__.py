@@ -1,8 +1,9 @@
 """Trains the embedded model from nothing and writes it: `WAN_INFERENCE_ONLY=0 python -m tools.tiny`.
 
-About an hour on two cores with AMX, by the sum of its stages. Each stage logs JSON lines to the folder `--out`; the
-logs of the committed weights lie in tools/tiny/log. These were made in three runs: images, clips (`--image_steps 0`); a DiT with timestep
-shift 3 (train_dit_first.jsonl, 3,000 steps, directions not learned), and from there the present one (`--resume_dit`).
+About an hour on two cores with AMX, by the sum of its stages. Each stage logs JSON lines to the folder `--out`.
+The logs of the committed weights lie in tools/tiny/log. These were made in three runs: images, clips
+(`--image_steps 0`); a DiT with timestep shift 3 (train_dit_first.jsonl, 3,000 steps, directions not learned), and from
+there the present one (`--resume_dit`).
 """
 
 from __future__ import annotations
