@@ -10,23 +10,23 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from easydict import EasyDict
 
 from wan import __version__, media
-from wan.errors import SwanError, UsageError
+from wan.command import Parser, run_command
+from wan.errors import SwanError
 from wan.request import (
     DEFAULT_TASK,
     DTYPE_NAMES,
+    GGUF_FLAGS,
     OPTIONS,
     SOLVER_NAMES,
     VAE_DTYPE_NAMES,
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
 def _boolean(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
@@ -55,7 +50,7 @@ def _boolean(text: str) -> bool:
 
 def make_parser() -> argparse.ArgumentParser:
     """All flags. Every default is None: what it stands for depends on the task, and replay must see what was given."""
-    parser = _Parser(prog="generate.py", description="Make a video with a Wan 2.1 or 2.2 model.", allow_abbrev=False)
+    parser = Parser(prog="generate.py", description="Make a video with a Wan 2.1 or 2.2 model.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"swan-video {__version__}")
     group = parser.add_argument_group("what to make")
     add = group.add_argument
@@ -100,6 +95,15 @@ def make_parser() -> argparse.ArgumentParser:
         ("clip", "the image encoder"),
     ):
         add(f"--{flag}", metavar="FILE", help=f"take {what} from this file")
+    add("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
+    for flag, part in GGUF_FLAGS.items():
+        add(f"--{flag}", metavar="FILE", help=f"the same as --{part}, for a GGUF file")
+    add(
+        "--gguf_mode",
+        metavar="NAME",
+        help="quantised weights: resident (dequantised once), stream (at each use, in little memory) or auto (default:"
+        " resident where the memory is free)",
+    )
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
@@ -120,22 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv) and return its exit code. Never raises for a failed run."""
-    try:
-        return _main(argv)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except SwanError as error:
-        return _fail(f"error: {media.one_line(error)}", error.exit_code)
-    except Exception as error:
-        message = f"internal error: {type(error).__name__}: {media.one_line(error)}"
-        return _fail(f"{message} (set SWAN_DEBUG=1 to see where)", 1)
-
-
-def _fail(message: str, exit_code: int) -> int:
-    if os.environ.get("SWAN_DEBUG") == "1":
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    return exit_code
+    return run_command(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -177,6 +166,9 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
 
     with _Progress(quiet) as progress:
         pipe = WanPipeline.from_request(replace(request, device=device), spec)
+        if not quiet:
+            for note in pipe.notes:
+                print(note, file=sys.stderr)
         try:
             result = pipe(request, progress=progress)
             saving = time.perf_counter()
@@ -197,6 +189,7 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
         "fps": request.fps,
         "steps": request.steps,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        **({"gguf_mode": modes} if (modes := {name: mode for name, mode in pipe.gguf_modes.items() if mode}) else {}),
         **_peak_memory(),
         "file": request.save_file,
         "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),

@@ -56,7 +56,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, settings: dict[s
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise SwanError(f"frames must be uint8 [T, H, W, 3], not {frames.dtype} {list(frames.shape)}")
     comment = json.dumps(settings, sort_keys=True)  # ASCII, so it survives any locale
-    with _atomic(path) as temporary:
+    with atomic(path) as temporary:
         if path.suffix.lower() == ".png":
             if len(frames) != 1:
                 raise SwanError(f"{path}: a PNG holds one frame, not {len(frames)}; use .mp4")
@@ -97,7 +97,7 @@ def save_latents(path: str | Path, latents: torch.Tensor) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _atomic(Path(path)) as temporary:
+    with atomic(Path(path)) as temporary:
         try:
             save_file({"latents": latents.detach().cpu().contiguous()}, temporary)
         except SafetensorError as error:
@@ -137,7 +137,7 @@ def _mp4_comment(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that is moved there on success and removed on any failure or Ctrl-C."""
     temporary = path.with_name(f".swan-{secrets.token_hex(8)}.tmp")
     try:

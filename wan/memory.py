@@ -5,17 +5,22 @@ Everything is computed from the shapes in the task file. Parameters and FLOPs ar
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 from easydict import EasyDict
 
 from wan.conditioning.sizes import latent_shape
 from wan.errors import SwanError
 from wan.request import Request
 from wan.weights.locate import locate
+
+if TYPE_CHECKING:
+    import torch
 
 CLIP_PARAMS = 632_076_800  # ViT-H/14 of open-clip, the image tower alone
 CLIP_DIM, CLIP_TOKENS = 1280, 257
@@ -203,7 +208,7 @@ def memory_by_stage(request: Request, spec: EasyDict, shape: tuple[int, ...], to
     per_map //= 4 if spec.vae.version == "2.2" else 1  # the decoder of 2.2 works on folded 2x2 pixels
     video = 3 * request.frame_num * request.width * request.height * 4
     weights = {
-        "encode_text": counts["text"] * bytes_per_weight,
+        "encode_text": _streamed_bytes(request, "t5") or counts["text"] * bytes_per_weight,
         "denoise": counts["dit"] * bytes_per_weight,
         "decode": counts["vae"] * bytes_per_vae_weight,
     }
@@ -211,11 +216,35 @@ def memory_by_stage(request: Request, spec: EasyDict, shape: tuple[int, ...], to
         weights["encode_image"] = counts["clip"] * 2
     experts = 1 if request.offload_model or "experts" not in spec else 2
     weights["denoise"] *= experts
+    streamed = [_streamed_bytes(request, part) for part in ("dit", "high", "low")]
+    if any(streamed):
+        weights["denoise"] = sum(streamed) if experts == 2 else max(streamed)
     # Kept models add up; released ones (--offload_model true) do not.
     kept = 0 if request.offload_model else sum(weights.values())
     text = dit.text_len * (4 * spec.text.dim_attn + 3 * spec.text.dim_ffn) * bytes_per_weight
     activations = {"encode_text": text, "denoise": hidden + latents, "decode": VAE_LIVE_MAPS * per_map + video}
     return {stage: (kept or weights[stage]) + size for stage, size in activations.items()}
+
+
+def _streamed_bytes(request: Request, part: str) -> int:
+    """Size of the GGUF file whose weights stay packed; 0 if the part has none."""
+    path = Path(request.files.get(part, ""))
+    return _size_of(path) if request.gguf_mode == "stream" and path.suffix == ".gguf" and path.is_file() else 0
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on a torch device: what its driver says, else that of the machine or of the container."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int((group / "memory.max").read_text()) - used + int(stat.get("file", 0)))  # files can go
+    return free
 
 
 # Files

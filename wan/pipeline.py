@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise
 from wan.experts import Experts
 from wan.media import read_image
+from wan.memory import available_bytes
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import load_clip_encoder, load_text_encoder
@@ -34,6 +37,8 @@ from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RESIDENT_MARGIN = 1.25  # free memory over that of the dequantised weights: activations, and one packed tensor
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 
 
@@ -58,6 +63,8 @@ class WanPipeline:
         self.dtype, self.vae_dtype = DTYPES[request.dtype], DTYPES[request.vae_dtype]
         self.text_device = torch.device("cpu") if request.t5_cpu else self.device
         self.attention, self.offload = request.attention, request.offload_model
+        self.notes: list[str] = []
+        self.gguf_modes = self._choose_gguf_modes(request.gguf_mode)
         self.latents: Tensor | None = None
         self.experts = Experts(self._load_expert, keep_all=not self.offload)
         self._models: dict[str, Any] = {}
@@ -194,6 +201,7 @@ class WanPipeline:
             text_len=self.spec.dit.text_len,
             device=self.text_device,
             dtype=self.dtype,
+            stream=self.gguf_modes["t5"] == "stream",
         )
 
     def _load_clip(self):
@@ -208,7 +216,34 @@ class WanPipeline:
         _empty_cache()
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention)
-        return load_weights(model, open_source(self.files.dit[name]), "dit", device=self.device, dtype=self.dtype)
+        return load_weights(
+            model,
+            open_source(self.files.dit[name]),
+            "dit",
+            device=self.device,
+            dtype=self.dtype,
+            stream=self.gguf_modes[name] == "stream",
+        )
+
+    def _choose_gguf_modes(self, asked: str) -> dict[str, str]:
+        """Component -> "resident" or "stream" for quantised weights, "" for others. `notes` say what "auto" became."""
+        modes: dict[str, str] = {}
+        held: Counter[torch.device] = Counter()  # by the models that stay, without offloading
+        for name, paths in {"t5": self.files.t5, **self.files.dit}.items():
+            source, device = open_source(paths), self.text_device if name == "t5" else self.device
+            dense = sum(math.prod(source.info(key).shape) for key in source.keys()) * self.dtype.itemsize
+            modes[name] = asked if source.is_quantized() else ""
+            if modes[name] == "auto":
+                free = available_bytes(device) - held[device]
+                modes[name] = "resident" if RESIDENT_MARGIN * dense <= free else "stream"
+                self.notes.append(
+                    f"{source.describe()}: {DTYPE_NAMES[self.dtype]} weights would take {dense / 1e9:.1f} GB of"
+                    f" {free / 1e9:.1f} GB free, so gguf_mode is {modes[name]}"
+                )
+            if not self.offload:
+                stored = sum(path.stat().st_size for path in source.paths)
+                held[device] += stored if modes[name] == "stream" else dense
+        return modes
 
 
 def _empty_vae(spec: Any) -> WanVAE:

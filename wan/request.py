@@ -30,14 +30,17 @@ DEFAULT_TASK = "t2v-tiny"
 SOLVER_NAMES = ("unipc", "dpm++", "euler")
 DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
 VAE_DTYPE_NAMES = ("fp32", "bf16")
-FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "clip")
-PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, "image", "first_frame", "last_frame", "save_file")
+FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
+GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
+GGUF_MODES = ("auto", "resident", "stream")
+PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "image", "first_frame", "last_frame", "save_file")
 MAX_PROMPT_CHARS = 10_000  # the prompt travels in the mp4; models read 512 tokens at most
 MAX_SEED = 2**63 - 1
 
 # Options a Request is built from. cli.py has a flag for each; replay and Python callers give the same names.
 OPTIONS = (
-    *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, "prompt", "negative_prompt", "seed"),
+    *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode"),
+    *("prompt", "negative_prompt", "seed"),
     *("image", "first_frame", "last_frame", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale"),
     *("denoising_step_list", "save_file", "offload_model", "t5_cpu", "convert_model_dtype", "device", "dtype"),
     *("attention", "vae_dtype", "vae_tile_px"),
@@ -63,7 +66,8 @@ class Request:
     image:          the (first) image, absolute path, or None; last_image: the last frame of flf2v
     ckpt_dir:       folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
     dtype:          compute type of DiT and encoders: bf16, fp16 or fp32; vae_dtype: bf16 or fp32
-    files:          single files given in place of the checkpoint's own, by component (dit, high, low, vae, t5, clip)
+    files:          single files given in place of the checkpoint's own, by component (see FILE_FLAGS)
+    gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
     save_file:      absolute path of the mp4 or PNG
     warnings:       lines to show before the run
     """
@@ -87,6 +91,7 @@ class Request:
     ckpt_dir: str
     ckpt_option: str | None
     files: dict[str, str]
+    gguf_mode: str
     save_file: str
     device: str
     dtype: str
@@ -116,6 +121,8 @@ def replay_options(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     given = {name: value for name, value in given.items() if value is not None}
     if "first_frame" in given:
         given.setdefault("image", given.pop("first_frame"))
+    for flag in GGUF_FLAGS.keys() & given:
+        options.pop(GGUF_FLAGS[flag], None)
     for flag, digest in settings.get("image_sha256", {}).items():
         if flag in given:
             continue
@@ -168,6 +175,7 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
         ckpt_dir=_ckpt_dir(spec, get["ckpt_dir"]),
         ckpt_option=_absolute(get["ckpt_dir"]),
         files=_files(spec, get),
+        gguf_mode=_choice(get["gguf_mode"], "auto", "gguf_mode", GGUF_MODES),
         save_file=_save_file(get["save_file"], frame_num, f"{spec.name}_{width}x{height}_{seed}", prompt),
         device=_device(get["device"]),
         dtype=_dtype(spec, get["dtype"], get["convert_model_dtype"]),
@@ -404,15 +412,35 @@ def _absolute(value: str | None) -> str | None:
 
 def _files(spec: EasyDict, get: Mapping[str, Any]) -> dict[str, str]:
     """Single files in place of the checkpoint's own, by component, absolute."""
-    files = {flag: get[flag] for flag in FILE_FLAGS if get[flag]}
-    allowed = ["vae", "t5", *(["high", "low"] if "experts" in spec else ["dit"])] + ["clip"] * ("clip" in spec.files)
-    for flag, path in files.items():
-        if flag not in allowed:
-            usable = ", ".join(f"--{name}" for name in allowed)
+    allowed = ["vae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"])] + ["clip"] * (
+        "clip" in spec.files
+    )
+    files: dict[str, str] = {}
+    for flag in (*FILE_FLAGS, *GGUF_FLAGS):
+        part, path = GGUF_FLAGS.get(flag, flag), get[flag]
+        if not path:
+            continue
+        if part not in allowed:
+            flags = (one for one in (*FILE_FLAGS, *GGUF_FLAGS) if GGUF_FLAGS.get(one, one) in allowed)
+            usable = ", ".join(f"--{one}" for one in flags)
             raise UsageError(f"--{flag} has no meaning for {spec.name}; single files it takes: {usable}")
         if not os.path.exists(path):
             raise UsageError(f"--{flag}: no file {path}")
-    return {flag: _absolute(path) for flag, path in files.items()}
+        if flag == "tokenizer" and not os.path.isdir(path):
+            raise UsageError(f"--tokenizer takes a folder, and {path} is a file")
+        if part in files:
+            raise UsageError(f"--{part} and --{flag} both name a file for the same component; give one")
+        if flag in GGUF_FLAGS and not _is_gguf(path):
+            raise UsageError(f"--{flag}: {path} is not a GGUF file; for other formats use --{part}")
+        files[part] = _absolute(path)
+    return files
+
+
+def _is_gguf(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _save_file(value: str | None, frame_num: int, stem: str, prompt: str) -> str:

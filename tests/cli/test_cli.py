@@ -24,6 +24,7 @@ class StandIn:
 
     fail = None  # raised after denoising
     early = None  # raised before
+    notes, gguf_modes = (), {}
 
     @classmethod
     def from_request(cls, request, spec):

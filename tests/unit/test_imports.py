@@ -14,14 +14,14 @@ PACKAGES = ("wan", "cache", "distributed")
 # A module imports from its own layer or from those before it.
 LAYERS = [
     ("wan", "wan.errors", "cache", "distributed"),
-    ("wan.tasks", "wan.media"),
+    ("wan.tasks", "wan.media", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
     ("wan.request", "wan.memory", "wan.offload"),
     ("wan.denoise", "wan.experts"),
     ("wan.pipeline",),
-    ("wan.cli", "wan.compat"),
+    ("wan.cli", "wan.convert", "wan.compat"),
     ("generate",),
 ]
 
@@ -124,7 +124,20 @@ def imported_roots(nodes):
 
 
 @pytest.mark.parametrize(
-    "module", ["wan", "wan.cli", "wan.request", "wan.tasks", "wan.memory", "wan.weights.locate", "cache", "generate"]
+    "module",
+    [
+        "wan",
+        "wan.cli",
+        "wan.convert",
+        "wan.compat",
+        "wan.compat.run_gguf_t2v",
+        "wan.request",
+        "wan.tasks",
+        "wan.memory",
+        "wan.weights.locate",
+        "cache",
+        "generate",
+    ],
 )
 def test_import_is_cheap(module):
     code = f"import sys, {module}; print(*({{'torch', 'numpy', 'transformers', 'cv2'}} & set(sys.modules)))"

@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps, images)
         self.ffn = nn.ModuleDict({"0": nn.Linear(dim, ffn_dim), "2": nn.Linear(ffn_dim, dim)})
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(_random_modulation(6, dim))
 
     def forward(
         self, x_BLC: Tensor, temb_R6C: Tensor, segments: Segments, text, image, rope_LD, attention, parallel: Parallel
@@ -106,7 +106,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = nn.Linear(dim, out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(_random_modulation(2, dim))
 
     def forward(self, x_BLC: Tensor, time_RC: Tensor, segments: Segments) -> Tensor:
         shift, scale = (time_RC[:, None] + self.modulation.float()).unbind(1)
@@ -247,3 +247,8 @@ class WanModel(nn.Module):
 
 def _mlp(in_dim: int, dim: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": nn.Linear(in_dim, dim), "2": nn.Linear(dim, dim)})
+
+
+def _random_modulation(rows: int, dim: int) -> Tensor:
+    """Normal; by trunc_normal_, which on the meta device does not import the compiler, a second's work."""
+    return nn.init.trunc_normal_(torch.empty(1, rows, dim), std=dim**-0.5)

@@ -84,10 +84,12 @@ def load_text_encoder(
     text_len: int = 512,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    stream: bool = False,
 ) -> TextEncoder:
-    """UMT5 from an official `.pth` or a transformers checkpoint of any size; shapes come from the file.
+    """UMT5 from an official `.pth`, a transformers checkpoint or a GGUF file of any size; shapes come from the file.
 
-    dtype None keeps the file's. Raises SwanError if `source` is no T5 encoder or the folder has no tokenizer.
+    dtype None keeps the type of the file; stream: as in `load_weights`. Raises SwanError if `source` is no T5 encoder
+    or the folder has no tokenizer.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -116,7 +118,7 @@ def load_text_encoder(
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
-    load_weights(model, source, "t5", device=device, dtype=dtype)
+    load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream)
     return TextEncoder(model, tokenizer, text_len)
 
 

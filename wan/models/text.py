@@ -79,7 +79,7 @@ def _read_spiece(path: Path):
     from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
-    pieces, unk_id, charsmap = _parse_spiece(path.read_bytes())
+    pieces, unk_id, charsmap = parse_spiece(path.read_bytes())
     config = _tokenizer_config(path.parent)
     extra = [f"<extra_id_{index}>" for index in reversed(range(config.get("extra_ids", 0)))]
     vocab = [(piece, score) for piece, score, _ in pieces] + [(piece, 0.0) for piece in extra]
@@ -111,7 +111,7 @@ def _tokenizer_config(folder: Path) -> dict:
 _UNIGRAM, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
-def _parse_spiece(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]:
+def parse_spiece(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]:
     """(piece, score, type) in order of id, the id of <unk>, and the table of the character normaliser."""
     pieces, unk_id, charsmap = [], 0, b""
     for field, value in _fields(data):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from wan.errors import SwanError
+from wan.quant.blocks import UNPACK
+from wan.quant.linear import QuantEmbedding, QuantLinear
+from wan.quant.packed import PackedTensor
 from wan.weights.infer import looks_like, tensor_info
 from wan.weights.names import Rows, official_names
 from wan.weights.source import Source
@@ -20,13 +24,16 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    stream: bool = False,
 ) -> nn.Module:
     """Replace every parameter and persistent buffer of `model` by the tensor of its name in `source`.
 
     component: "dit", "vae", "t5" or "clip", see `official_names`. Parameters become `dtype` (None: as in the file),
     except where the model has a method `keep_fp32(name) -> bool` that says True. Buffers keep their own dtype, and
-    buffers that are not in files must hold their values already (build them with device="cpu"). At most one tensor
-    is in memory beside the model. All checks come before the first read. Returns `model`, frozen.
+    buffers that are not in files must hold their values already (build them with device="cpu"). Quantised tensors are
+    dequantised; with `stream`, those of linear layers and embeddings stay packed and the layers become QuantLinear and
+    QuantEmbedding. At most one tensor is in memory beside the model. All checks come before the first read.
+    Returns `model`, frozen.
 
     Raises SwanError, one line, naming the tensors that are missing, unexpected or mis-shaped.
     """
@@ -41,11 +48,22 @@ def load_weights(
         target = old.dtype
         if is_parameter and old.is_floating_point():
             target = torch.float32 if keep_fp32(name) else dtype
-        tensor = _read(source, names[name]).reshape(old.shape).to(device=device, dtype=target)
+        packed = None
+        if isinstance(names[name], str):
+            # On a CPU, weights that stay packed can stay in the file.
+            packed = source.packed(names[name], mapped=stream and torch.device(device).type == "cpu")
+        if packed is not None:
+            packed = replace(packed, shape=tuple(old.shape), blocks=packed.blocks.to(device))
+        layer = _packed_layer(model, name, packed, dtype) if stream and packed and not keep_fp32(name) else None
+        if layer is not None:
+            for path in {alias.rpartition(".")[0] for alias in aliases}:
+                _set(model, path, layer)
+            continue
+        tensor = packed.dequantize(target or torch.float32) if packed is not None else _read(source, names[name])
+        tensor = tensor.reshape(old.shape).to(device=device, dtype=target)
         value = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         for alias in aliases:
-            path, _, leaf = alias.rpartition(".")
-            setattr(model.get_submodule(path), leaf, value)
+            _set(model, alias, value)
     _place_other_buffers(model, device)
     return model
 
@@ -66,6 +84,24 @@ def _slots(model: nn.Module) -> list[list[str]]:
 def _get(model: nn.Module, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(path), leaf)
+
+
+def _set(model: nn.Module, name: str, value: nn.Module | torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
+
+
+def _packed_layer(model: nn.Module, name: str, weight: PackedTensor, dtype: torch.dtype | None) -> nn.Module | None:
+    """The layer that computes with packed weights in place of the one that holds parameter `name`, if there is one."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if leaf != "weight" or weight.type.name not in UNPACK:  # other types are slow to dequantise
+        return None
+    if isinstance(layer, nn.Linear):
+        return QuantLinear(weight, layer.bias)
+    if isinstance(layer, nn.Embedding):
+        return QuantEmbedding(weight, dtype or torch.float32)
+    return None
 
 
 def _read(source: Source, name: str | Rows) -> torch.Tensor:

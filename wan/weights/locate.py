@@ -104,33 +104,29 @@ def _resolve(ckpt_dir: str | PathLike | None, spec: Mapping[str, Any], wanted: I
     hub_id = _HUB_ID.fullmatch(str(ckpt_dir))
     if hub_id is None:
         raise UsageError(f"no such checkpoint folder: {folder} (a hub id would be org/name)")
-    return _download(hub_id["repo"], hub_id["revision"], spec)
+    return _download(hub_id["repo"], hub_id["revision"], spec, list(wanted))
 
 
-def _download(repo: str, revision: str | None, spec: Mapping[str, Any]) -> Path:
+def _download(repo: str, revision: str | None, spec: Mapping[str, Any], wanted: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise SwanError(f"no folder {repo} here, and huggingface_hub is not installed to download it") from None
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_patterns(spec)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_patterns(spec, wanted)))
     except Exception as error:  # network, authentication, unknown repository, offline: all end the run the same way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = f"{repo}@{revision}" if revision else repo
         raise SwanError(f"no folder {repo} here, and it cannot be had from the hub as {where}: {reason}") from error
 
 
-def _patterns(spec: Mapping[str, Any]) -> list[str]:
-    """What to download: the files of this task in either layout. A repository has one of the two."""
-    files = spec["files"]
-    patterns = ["config.json", "model_index.json", f"{files['tokenizer']}/*"]
-    patterns += [files[part] for part in ("t5", "vae", "clip") if files.get(part)]
-    experts = spec.get("experts")
-    patterns += [f"{folder}/*" for folder in experts.values()] if experts else ["diffusion_pytorch_model*"]
-    folders = {_DIFFUSERS[part] for part in (*(experts or {"model": ""}), "vae", "t5", "tokenizer")}
-    if files.get("clip"):
-        folders.add(_DIFFUSERS["clip"])
-    return patterns + [f"{folder}/*" for folder in sorted(folders)]
+def _patterns(spec: Mapping[str, Any], wanted: list[str]) -> list[str]:
+    """What to download: the files of the `wanted` parts in either layout. A repository has one of the two."""
+    official = {**spec["files"], **(spec.get("experts") or {}), "model": "diffusion_pytorch_model*"}
+    folders = {"tokenizer", *(spec.get("experts") or ())}
+    patterns = ["config.json", "model_index.json"]
+    patterns += [f"{official[part]}/*" if part in folders else official[part] for part in wanted]
+    return patterns + [f"{_DIFFUSERS[part]}/*" for part in wanted]
 
 
 def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:

@@ -220,6 +220,8 @@ _NATIVE = {
     "clip": Dialect("transformers", "", {}),
 }
 
+_T5_TO_GGUF = Dialect("transformers", "", {str(ours): path for path, ours in _T5_GGUF.items()})
+
 # A single file for ComfyUI may hold every component, each under its prefix.
 _PREFIXES = {
     "dit": ("model.diffusion_model.", "diffusion_model."),
@@ -258,6 +260,14 @@ def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]
         embedding = result.pop("encoder.embed_tokens.weight")
         result.setdefault("shared.weight", embedding)
     return result
+
+
+def gguf_t5_name(our_name: str) -> str:
+    """What a GGUF file calls a tensor of the T5 encoder: `token_embd.weight` for `shared.weight`.
+
+    A name that no rule knows stays as it is.
+    """
+    return _T5_TO_GGUF.translate(our_name, {})[0]
 
 
 def dialect(keys: Iterable[str], component: str) -> str:

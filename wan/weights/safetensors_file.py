@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
-from wan.weights.source import MergedSource, Source, TensorInfo
+from wan.weights.source import MergedSource, Source, TensorInfo, truncated
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
@@ -94,7 +94,7 @@ def _read_header(path: Path) -> tuple[dict, int]:
             raise SwanError(f"{path}: not a safetensors file (header length {header_bytes:,} of {size_bytes:,} bytes)")
         data_start = 8 + header_bytes
         if data_start > size_bytes:
-            raise _truncated(path, data_start, size_bytes, "at least ")
+            raise truncated(path, data_start, size_bytes, "at least ")
         text = file.read(header_bytes)
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -131,7 +131,7 @@ def _check_entries(path: Path, header: dict, data_start: int) -> tuple[dict[str,
         data_end = end
     size_bytes = path.stat().st_size
     if data_start + data_end > size_bytes:
-        raise _truncated(path, data_start + data_end, size_bytes)
+        raise truncated(path, data_start + data_end, size_bytes)
     if data_start + data_end < size_bytes:
         raise SwanError(f"{path}: {size_bytes - data_start - data_end:,} bytes follow the last tensor")
     return infos, offsets
@@ -143,10 +143,6 @@ def _without_duplicates(pairs: list[tuple]) -> dict:
         names = [name for name, _ in pairs]
         raise ValueError(f"duplicate name {next(name for name in names if names.count(name) > 1)}")
     return result
-
-
-def _truncated(path: Path, expected: int, actual: int, qualifier: str = "") -> SwanError:
-    return SwanError(f"{path}: truncated, expected {qualifier}{expected:,} bytes, has {actual:,}; download it again")
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -16,6 +16,8 @@ from wan.errors import SwanError
 if TYPE_CHECKING:
     import torch
 
+    from wan.quant.packed import PackedTensor
+
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -47,6 +49,14 @@ class Source:
         """Read one tensor to the CPU. It owns its memory: the file may change or vanish afterwards."""
         raise NotImplementedError
 
+    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
+        """The stored blocks of a quantised tensor, else None. mapped: they may stay in the file, which must last."""
+        return None
+
+    def is_quantized(self) -> bool:
+        """Whether some of the tensors are stored in blocks."""
+        return False
+
     def describe(self) -> str:
         """The file, or `folder (n files)`, for messages."""
         if len(self.paths) == 1:
@@ -70,6 +80,12 @@ class MergedSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         return self._owner[name].read(name)
+
+    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
+        return self._owner[name].packed(name, mapped)
+
+    def is_quantized(self) -> bool:
+        return any(part.is_quantized() for part in set(self._owner.values()))
 
 
 def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Source:
@@ -101,6 +117,11 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def truncated(path: Path, expected: int, actual: int, qualifier: str = "") -> SwanError:
+    """The error for a file that ends too early."""
+    return SwanError(f"{path}: truncated, expected {qualifier}{expected:,} bytes, has {actual:,}; download it again")
+
+
 def _open_path(path: Path) -> Source:
     if path.is_dir():
         files = weight_files(path)
@@ -120,18 +141,12 @@ def _open_path(path: Path) -> Source:
 
         return PthSource(path)
     if kind == "gguf":
-        return _open_gguf(path)
+        from wan.weights.gguf import GGUFSource
+
+        return GGUFSource(path)
     from wan.weights.safetensors_file import SafetensorsSource
 
     return SafetensorsSource(path)
-
-
-def _open_gguf(path: Path) -> Source:
-    try:
-        from wan.weights.gguf_file import GGUFSource
-    except ModuleNotFoundError:
-        raise SwanError(f"{path}: GGUF files cannot be read by this version") from None
-    return GGUFSource(path)
 
 
 def _sniff(path: Path) -> str:

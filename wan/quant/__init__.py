@@ -1,0 +1,1 @@
+"""Quantised weights: block formats, what is stored of a tensor, and the layers that compute with it."""

@@ -1,0 +1,183 @@
+/* Blocks of ggml -> weights, in one pass over memory. Compiled at run time by wan/quant/native.py; blocks.py says the
+ * same in torch and is what this file is checked against.
+ *
+ * Every weight is computed as scale * q + offset in fp32, each step rounded (no contraction), so that the result is bit
+ * for bit that of the `gguf` package. Layout of the blocks: ggml-common.h of ggml. The inner loops
+ * have constant lengths and one output, of which compilers make vector code.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH(count) for (int j = 0; j < count; j++)
+
+typedef const uint8_t *restrict bytes;
+typedef float *restrict weights;
+enum { FP32 = 0, BF16 = 1 };
+
+INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out) { /* to nearest even; finite */
+    EACH(count) {
+        uint32_t bits;
+        memcpy(&bits, w + j, 4);
+        out[j] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+}
+
+INLINE float half(bytes b) { /* finite fp16; 2^112 moves the exponent, which is exact for subnormals too */
+    uint32_t h = b[0] | (uint32_t)b[1] << 8, bits = (h & 0x7fff) << 13;
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude *= 0x1p112f;
+    return h & 0x8000 ? -magnitude : magnitude;
+}
+
+/* Blocks of 32. In a byte, the low four bits belong to weight j, the high four to weight j + 16. */
+
+INLINE void q4_0(bytes b, weights w) {
+    float d = half(b);
+    EACH(16) w[j] = d * (float)((b[2 + j] & 15) - 8);
+    EACH(16) w[j + 16] = d * (float)((b[2 + j] >> 4) - 8);
+}
+
+INLINE void q4_1(bytes b, weights w) {
+    float d = half(b), m = half(b + 2);
+    EACH(16) w[j] = d * (float)(b[4 + j] & 15) + m;
+    EACH(16) w[j + 16] = d * (float)(b[4 + j] >> 4) + m;
+}
+
+INLINE uint32_t word(bytes b) {
+    uint32_t value;
+    memcpy(&value, b, 4);
+    return value;
+}
+
+INLINE void q5_0(bytes b, weights w) { /* bit j of a word is the fifth bit of weight j */
+    float d = half(b);
+    uint32_t high = word(b + 2);
+    EACH(16) w[j] = d * (float)(((b[6 + j] & 15) | (int)(high >> j & 1) << 4) - 16);
+    EACH(16) w[j + 16] = d * (float)(((b[6 + j] >> 4) | (int)(high >> 16 >> j & 1) << 4) - 16);
+}
+
+INLINE void q5_1(bytes b, weights w) {
+    float d = half(b), m = half(b + 2);
+    uint32_t high = word(b + 4);
+    EACH(16) w[j] = d * (float)((b[8 + j] & 15) | (int)(high >> j & 1) << 4) + m;
+    EACH(16) w[j + 16] = d * (float)((b[8 + j] >> 4) | (int)(high >> 16 >> j & 1) << 4) + m;
+}
+
+INLINE void q8_0(bytes b, weights w) {
+    float d = half(b);
+    EACH(32) w[j] = d * (float)(int8_t)b[2 + j];
+}
+
+static const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+INLINE void iq4(bytes b, weights w, float d) { /* codes are places in a table */
+    EACH(16) w[j] = d * (float)IQ4_VALUES[b[j] & 15];
+    EACH(16) w[j + 16] = d * (float)IQ4_VALUES[b[j] >> 4];
+}
+
+INLINE void iq4_nl(bytes b, weights w) { iq4(b + 2, w, half(b)); }
+
+/* Blocks of 256, in groups of 16 or 32 weights with a scale each. */
+
+INLINE void q2_k(bytes b, weights w) {
+    float d = half(b + 80), dmin = half(b + 82);
+    for (int k = 0; k < 16; k++) {
+        bytes q = b + 16 + k / 8 * 32 + k % 2 * 16;
+        float scale = d * (float)(b[k] & 15), offset = dmin * (float)(b[k] >> 4);
+        EACH(16) w[16 * k + j] = scale * (float)(q[j] >> (k / 2 % 4 * 2) & 3) - offset;
+    }
+}
+
+INLINE void q3_k(bytes b, weights w) {
+    float d = half(b + 108);
+    bytes s = b + 96;
+    for (int k = 0; k < 16; k++) {
+        int low = (k < 8 ? s[k] : s[k - 8] >> 4) & 15, high = s[8 + k % 4] >> (2 * (k / 4)) & 3;
+        bytes q = b + 32 + k / 8 * 32 + k % 2 * 16, top = b + k % 2 * 16;
+        float scale = d * (float)((low | high << 4) - 32);
+        EACH(16) w[16 * k + j] = scale * (float)(((q[j] >> (k / 2 % 4 * 2) & 3) | (top[j] >> (k / 2) & 1) << 2) - 4);
+    }
+}
+
+/* Scale and minimum of six bits of group k, of Q4_K and Q5_K. */
+INLINE void six_bits(bytes s, int k, int *scale, int *minimum) {
+    *scale = k < 4 ? s[k] & 63 : (s[k + 4] & 15) | s[k - 4] >> 6 << 4;
+    *minimum = k < 4 ? s[k + 4] & 63 : s[k + 4] >> 4 | s[k] >> 6 << 4;
+}
+
+INLINE void q4_k(bytes b, weights w) {
+    float d = half(b), dmin = half(b + 2);
+    for (int k = 0; k < 8; k++) {
+        int s, m;
+        six_bits(b + 4, k, &s, &m);
+        bytes q = b + 16 + k / 2 * 32;
+        float scale = d * (float)s, offset = dmin * (float)m;
+        EACH(32) w[32 * k + j] = scale * (float)(q[j] >> (k % 2 * 4) & 15) - offset;
+    }
+}
+
+INLINE void q5_k(bytes b, weights w) {
+    float d = half(b), dmin = half(b + 2);
+    for (int k = 0; k < 8; k++) {
+        int s, m;
+        six_bits(b + 4, k, &s, &m);
+        bytes q = b + 48 + k / 2 * 32, top = b + 16;
+        float scale = d * (float)s, offset = dmin * (float)m;
+        EACH(32) w[32 * k + j] = scale * (float)((q[j] >> (k % 2 * 4) & 15) | (top[j] >> k & 1) << 4) - offset;
+    }
+}
+
+INLINE void q6_k(bytes b, weights w) {
+    float d = half(b + 208);
+    for (int k = 0; k < 16; k++) {
+        bytes low = b + k / 8 * 64 + k / 2 % 2 * 32 + k % 2 * 16, high = b + 128 + k / 8 * 32 + k % 2 * 16;
+        float scale = d * (float)(int8_t)b[192 + k];
+        EACH(16) {
+            int code = (low[j] >> (k / 4 % 2 * 4) & 15) | (high[j] >> (k / 2 % 4 * 2) & 3) << 4;
+            w[16 * k + j] = scale * (float)(code - 32);
+        }
+    }
+}
+
+INLINE void iq4_xs(bytes b, weights w) {
+    float d = half(b);
+    for (int k = 0; k < 8; k++) {
+        int low = b[4 + k / 2] >> (k % 2 * 4) & 15, high = b[2 + k / 4] >> (k % 4 * 2) & 3;
+        iq4(b + 8 + 16 * k, w + 32 * k, d * (float)((low | high << 4) - 32));
+    }
+}
+
+/* Parts of 8 Ki weights at least go to a thread. */
+#define CASE(decode, id, block_weights, block_bytes)                                                                   \
+    case id:                                                                                                           \
+        _Pragma("omp parallel for schedule(dynamic, 256)") for (int64_t i = 0; i < blocks; i++) {    \
+            if (format == FP32) {                                                                                      \
+                decode(in + i * block_bytes, (float *)out + i * block_weights);                                        \
+            } else {                                                                                                   \
+                float w[block_weights];                                                                                \
+                decode(in + i * block_bytes, w);                                                                       \
+                round_all(w, block_weights, (uint16_t *)out + i * block_weights);                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        return 1;
+
+/* `type`: ggml's number. `format` of `out`: FP32 or BF16. Returns 0 for a type that is not here. */
+int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
+    switch (type) {
+        CASE(q4_0, 2, 32, 18)
+        CASE(q4_1, 3, 32, 20)
+        CASE(q5_0, 6, 32, 22)
+        CASE(q5_1, 7, 32, 24)
+        CASE(q8_0, 8, 32, 34)
+        CASE(q2_k, 10, 256, 84)
+        CASE(q3_k, 11, 256, 110)
+        CASE(q4_k, 12, 256, 144)
+        CASE(q5_k, 13, 256, 176)
+        CASE(q6_k, 14, 256, 210)
+        CASE(iq4_nl, 20, 32, 18)
+        CASE(iq4_xs, 23, 256, 136)
+    }
+    return 0;
+}

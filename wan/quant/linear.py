@@ -1,0 +1,61 @@
+"""Layers that keep their weights packed and dequantise them at each use, one layer at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.quant.packed import PackedTensor
+
+
+class _Packed(nn.Module):
+    """Holds a packed matrix in a buffer, so that it moves with `.to(device)` and `.to(dtype)` leaves it as it is."""
+
+    blocks: Tensor
+
+    def __init__(self, weight: PackedTensor):
+        super().__init__()
+        self.type, self.shape, self.guard = weight.type, weight.shape, weight.guard
+        self.register_buffer("blocks", weight.blocks)
+
+    @property
+    def weight(self) -> PackedTensor:
+        return PackedTensor(self.type, self.shape, self.blocks, self.guard)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, {self.type.name}"
+
+
+class QuantLinear(_Packed):
+    """`nn.Linear` over packed blocks: the product with the weights dequantised to the type of the input.
+
+    It is bit for bit `F.linear` with the dequantised weights.
+    """
+
+    def __init__(self, weight: PackedTensor, bias: nn.Parameter | None = None):
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features] -> [..., out_features]`, in the type of `x`."""
+        return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
+
+
+class QuantEmbedding(_Packed):
+    """`nn.Embedding` over packed rows: only the rows that are looked up are dequantised."""
+
+    like: Tensor  # empty; its type is that of the output
+
+    def __init__(self, weight: PackedTensor, dtype: torch.dtype):
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integers of any shape -> `[..., embedding_dim]`."""
+        if self.guard:
+            self.guard(self.blocks)
+        rows = PackedTensor(self.type, (*ids.shape, self.embedding_dim), self.blocks[ids.flatten()])
+        return rows.dequantize(self.like.dtype)

@@ -1,0 +1,36 @@
+"""What is stored of a quantised tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan.quant.dequantize import dequantize
+from wan.quant.ggml import GGMLType
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """Rows of ggml blocks.
+
+    blocks: uint8 [rows, bytes a row], contiguous; shape: of the tensor they stand for. guard: called with the blocks
+    before they are used, raises where they lie in a mapped file that was cut.
+    """
+
+    type: GGMLType
+    shape: tuple[int, ...]
+    blocks: Tensor
+    guard: Callable[[Tensor], None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights, computed in fp32 and rounded once to `dtype`; on the device of the blocks."""
+        if self.guard:
+            self.guard(self.blocks)
+        return dequantize(self.blocks, self.type, dtype).view(self.shape)

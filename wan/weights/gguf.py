@@ -1,0 +1,231 @@
+"""GGUF files: typed tensors and tensors of quantised blocks.
+
+The header is read and checked when the file is opened, see `gguf_header`. Tensors are read one at a time with plain
+reads into memory of their own; blocks that a model on the CPU keeps packed stay in the file, which is mapped. A file
+that is cut meanwhile ends in an error: its size is looked at before every use, as reading past its end would be SIGBUS.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from wan.errors import SwanError
+from wan.quant.ggml import GGMLType, has_bad_scales
+from wan.quant.packed import PackedTensor
+from wan.weights.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
+from wan.weights.source import Source, TensorInfo
+
+_ARCHITECTURES = ("wan", "t5encoder", "t5", "pig", "cow")  # the last two: by producers that write no other name
+_WAN_NAMES = ("blocks.0.self_attn.norm_q.weight", "head.modulation")
+_T5_NAME = "enc.blk.0.attn_q.weight"
+_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+_TRUE_SHAPE = "comfy.gguf.orig_shape."  # key: this, then the tensor's name
+_INTEGERS = (4, 5, 10, 11)  # value types that may hold a true shape
+_MAX_TRUE_DIMS = 8
+# Types of values that are looked at; a file with others is damaged or no model.
+_VALUE_TYPES = {
+    "general.architecture": str,
+    "general.file_type": int,
+    "general.quantization_version": int,
+    "split.count": int,
+}
+_PIECE_BYTES = 8 << 20
+_LARGE_BYTES = 8 << 20
+_READERS = min(4, os.cpu_count() or 1)
+
+
+class GGUFSource(Source):
+    """One `.gguf` file.
+
+    metadata: the keys and values of the header. Of an array it has the place, `array` reads it.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with self._open() as file:
+            self._state = _state(file)
+            header = read_header(path, file, self._state[0])
+            self.metadata: Mapping[str, Value] = header.metadata
+            self._entries = {entry.name: entry for entry in header.tensors}
+            self._check_model()
+            infos = {name: TensorInfo(self._shape(entry), _dtype(entry.type)) for name, entry in self._entries.items()}
+        self._mapping: _Mapping | None = None
+        super().__init__([path], infos)
+
+    def array(self, key: str) -> list:
+        """The elements of the array `key` of the metadata."""
+        array = self.metadata.get(key)
+        if not isinstance(array, GGUFArray):
+            raise SwanError(f"{self._path}: has no array {key}")
+        with self._open() as file:
+            self._check_unchanged(file)
+            return read_elements(self._path, file, key, array)
+
+    def type(self, name: str) -> GGMLType:
+        """How `name` is stored."""
+        return self._entries[name].type
+
+    def read(self, name: str) -> torch.Tensor:
+        packed = self.packed(name)
+        if packed is not None:
+            return packed.dequantize()
+        info = self.info(name)
+        tensor = _allocate(self._entries[name].size_bytes)
+        self._in_pieces(self._fill, tensor, self._entries[name])
+        return tensor.view(info.dtype).view(info.shape)
+
+    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
+        entry, guard = self._entries[name], None
+        if entry.type.torch_dtype is not None:
+            return None
+        if mapped:
+            self._mapping = self._mapping or _Mapping(self._path)
+            blocks, guard = self._mapping.view(entry), self._mapping.check
+            self._in_pieces(self._check_scales, blocks, entry)
+        else:
+            blocks = _allocate(entry.size_bytes)
+            self._in_pieces(self._fill, blocks, entry)
+        shape, row_bytes = self.info(name).shape, entry.type.row_bytes(entry.ne[0])
+        return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
+
+    def is_quantized(self) -> bool:
+        return any(entry.type.torch_dtype is None for entry in self._entries.values())
+
+    def _in_pieces(self, work: Callable, data: torch.Tensor, entry: TensorEntry) -> None:
+        """`work(piece, entry, first byte)` on pieces of whole blocks of `data`, by several threads if it is large."""
+        step = _PIECE_BYTES // entry.type.block_bytes * entry.type.block_bytes
+        pieces = [(data[start : start + step], entry, start) for start in range(0, len(data), step)]
+        if len(pieces) == 1 or _READERS == 1:
+            for piece in pieces:
+                work(*piece)
+            return
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="gguf") as pool:
+            for _ in pool.map(lambda piece: work(*piece), pieces):
+                pass
+
+    def _fill(self, data: torch.Tensor, entry: TensorEntry, start: int) -> None:
+        """Read from byte `start` of the tensor; the scales are checked while the cache holds them."""
+        view, filled = memoryview(data.numpy()), 0
+        with self._open() as file:
+            self._check_unchanged(file)
+            file.seek(entry.offset + start)
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    name = entry.name
+                    raise SwanError(f"{self._path}: the file ended inside tensor {name}; it changed while being read")
+                filled += count
+            self._check_unchanged(file)
+        self._check_scales(data, entry)
+
+    def _check_scales(self, data: torch.Tensor, entry: TensorEntry, start: int = 0) -> None:
+        if has_bad_scales(data, entry.type):
+            problem = f"tensor {entry.name} has blocks with infinite or NaN scales"
+            raise SwanError(f"{self._path}: {problem}: the file is damaged")
+
+    def _open(self) -> BinaryIO:
+        try:
+            return self._path.open("rb")
+        except OSError as error:
+            raise SwanError(f"{self._path}: cannot be read ({error.strerror})") from None
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        """The offsets of the header hold only for the file that it was read from."""
+        if _state(file) != self._state:
+            raise SwanError(f"{self._path}: the file changed after it was opened")
+
+    def _check_model(self) -> None:
+        """Refuse one part of several, and models of other kinds."""
+        for key, kind in _VALUE_TYPES.items():
+            value = self.metadata.get(key)
+            if value is not None and type(value) is not kind:
+                raise SwanError(f"{self._path}: {key} is no {'string' if kind is str else 'integer'}")
+        parts = self.metadata.get("split.count", 1)
+        if parts > 1:
+            merge = "merge them into one file with llama-gguf-split --merge"
+            raise SwanError(f"{self._path}: one of {parts} parts of a model; {merge}")
+        architecture = self.metadata.get("general.architecture", "wan")
+        names = self._entries.keys()
+        is_wan = any(all(prefix + name in names for name in _WAN_NAMES) for prefix in _PREFIXES)
+        if architecture not in _ARCHITECTURES and not is_wan and _T5_NAME not in names:
+            told = f"general.architecture is {architecture[:40]!r}"
+            raise SwanError(f"{self._path}: {told}, neither a Wan transformer nor its text encoder")
+
+    def _shape(self, entry: TensorEntry) -> tuple[int, ...]:
+        """In torch's order: the stored one, or the one that was folded to be stored."""
+        stored = entry.ne[::-1]
+        key = _TRUE_SHAPE + entry.name
+        array = self.metadata.get(key)
+        if array is None:
+            return stored
+        if not isinstance(array, GGUFArray) or array.type not in _INTEGERS or not 0 < array.count <= _MAX_TRUE_DIMS:
+            raise SwanError(f"{self._path}: {key} is no shape: the header is damaged")
+        shape = tuple(self.array(key))
+        if min(shape) <= 0 or math.prod(shape) != math.prod(stored):
+            raise SwanError(f"{self._path}: {key} is {list(shape)}, but the tensor has the shape {list(stored)}")
+        return shape
+
+
+class _Mapping:
+    """The file in memory, page by page as it is used: private, so that nobody can write to the file through it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._file = path.open("rb")
+            self._size_bytes = os.fstat(self._file.fileno()).st_size
+            self._memory = mmap.mmap(self._file.fileno(), self._size_bytes, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise SwanError(f"{path}: cannot be mapped ({error})") from None
+        self._start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    def __deepcopy__(self, memo: dict) -> _Mapping:
+        return self  # copies of a model hold blocks of their own
+
+    def view(self, entry: TensorEntry) -> torch.Tensor:
+        """The bytes of a tensor, where they are."""
+        if entry.offset + entry.size_bytes > self._size_bytes:
+            raise SwanError(f"{self._path}: the file changed after it was opened")
+        data = torch.frombuffer(self._memory, dtype=torch.uint8, count=entry.size_bytes, offset=entry.offset)
+        self.check(data)
+        return data
+
+    def check(self, data: torch.Tensor) -> None:
+        """SwanError if `data` is still in the mapping, and the file behind it is not whole any more."""
+        if data.device.type != "cpu" or not 0 <= data.data_ptr() - self._start < self._size_bytes:
+            return
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        if size_bytes < self._size_bytes:
+            told = f"cut from {self._size_bytes:,} to {size_bytes:,} bytes"
+            raise SwanError(f"{self._path}: the file was {told} while its weights were in use")
+
+
+def _dtype(ggml_type: GGMLType) -> torch.dtype:
+    """Of what `read` returns."""
+    return ggml_type.torch_dtype or torch.float32
+
+
+def _allocate(size_bytes: int) -> torch.Tensor:
+    """Bytes not yet written. With large pages, where the system has them: fresh small ones cost more than the read."""
+    if size_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        pass
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of the last change."""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
