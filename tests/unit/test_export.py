@@ -431,3 +431,13 @@ def test_sharded_input(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
     assert export_gguf(open_source(tmp_path), tmp_path / "out.gguf", "Q8_0")["tensors"] == len(tensors)
     assert set(open_source(tmp_path / "out.gguf").keys()) == set(tensors)
+
+
+def test_the_number_of_heads_goes_along_where_it_is_told(tmp_path):
+    from wan.tasks import embedded_checkpoint, load_task
+    from wan.weights.infer import infer_dit_config
+
+    spec = load_task("t2v-tiny")
+    source = open_source(next(embedded_checkpoint(spec).glob("diffusion_pytorch_model*.safetensors")))
+    export_gguf(source, tmp_path / "a.gguf", "Q8_0")
+    assert infer_dit_config(open_source(tmp_path / "a.gguf"))["num_heads"] == spec.dit.num_heads

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import nn
@@ -129,8 +132,12 @@ def _check(model: nn.Module, slots: list[list[str]], names: dict[str, str | Rows
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Equal up to axes of size 1, which some exporters drop."""
-    return [size for size in shape if size != 1] == [size for size in wanted if size != 1]
+    """Equal up to axes of size 1, which some exporters drop, and to axes of a convolution, which some fold."""
+    stored, slot = ([size for size in sizes if size != 1] for sizes in (shape, wanted))
+    if stored == slot or len(wanted) < 4:
+        return stored == slot
+    # Folded: where an axis of the file ends, one of the slot ends as well.
+    return math.prod(stored) == math.prod(slot) and set(accumulate(stored, mul)) <= set(accumulate(slot, mul))
 
 
 def _report(problem: str, names: list[str], limit: int = 3) -> str:

@@ -30,7 +30,7 @@ from wan.quant.ggml import BY_NAME, GGMLType
 from wan.quant.quantize import quantize
 from wan.weights.gguf import GGUFSource
 from wan.weights.gguf_header import ARRAY, BOOL, SCALARS, STRING, GGUFArray
-from wan.weights.infer import count, infer_dit_config, looks_like
+from wan.weights.infer import HEADS_KEY, count, infer_dit_config, looks_like, told_heads
 from wan.weights.names import gguf_t5_name, official_names
 from wan.weights.recipes import RECIPES, T5, WAN, Layout, Recipe, tensor_type
 from wan.weights.source import Source
@@ -142,6 +142,8 @@ def make_metadata(source: Source, recipe: Recipe) -> dict[str, Value]:
     metadata: dict[str, Value] = {"general.architecture": _layout(component).architecture}
     if component == "t5":
         metadata |= _t5_metadata(source)
+    elif heads := told_heads(source, infer_dit_config(source)["dim"]):
+        metadata[HEADS_KEY] = heads
     metadata |= {"general.quantization_version": _QUANTIZATION_VERSION, "general.file_type": recipe.file_type}
     if component == "t5" and isinstance(source, GGUFSource):
         metadata |= _tokenizer_of(source)

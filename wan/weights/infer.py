@@ -14,6 +14,7 @@ from wan.weights.source import Source, TensorInfo
 
 CLIP_DIM = 1280
 HEAD_DIM = 128  # of every released Wan transformer
+HEADS_KEY = "wan.attention.head_count"  # in GGUF files that we write
 
 # (model_type, clip, dim) -> release. The layer counts follow from the dim.
 _RELEASES = {
@@ -35,12 +36,13 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
 
     Keys, as `WanModel` takes them: model_type, patch_size, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim,
     num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2). The number of
-    heads is not visible in shapes: it comes from a config.json beside the file, else from the head width 128.
+    heads is not visible in shapes: it comes from the file's metadata (our GGUF files have it), a config.json beside it,
+    else from the head width 128.
     Raises SwanError if this is no Wan transformer.
     """
     shapes = our_shapes(source, "dit")
     try:
-        dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
+        dim, in_dim, *patch_size = _patch_embedding(shapes)
         config = {
             "patch_size": patch_size,
             "in_dim": in_dim,
@@ -55,7 +57,7 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
         is_dit = "patch_embedding.weight" in shapes  # and identify would come back here
         raise SwanError(f"{source.describe()}: not a Wan transformer, {lacks}{looks_like(source, is_dit)}") from None
     config["num_layers"] = count(shapes, "blocks.")
-    config["num_heads"] = _heads_from_config(source, dim) or max(dim // HEAD_DIM, 1)
+    config["num_heads"] = told_heads(source, dim) or max(dim // HEAD_DIM, 1)
     config["clip"] = any(name.startswith("img_emb.") for name in shapes)
     config["model_type"] = _model_type(shapes, config)
     return config
@@ -139,6 +141,18 @@ def _describe_dit(source: Source) -> str:
     return f"{name} (in_dim {held['in_dim']}, dim {held['dim']}, {held['num_layers']} layers)"
 
 
+def _patch_embedding(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """(dim, in_dim, frames, rows, columns) of the first layer, also where an exporter folded it to fewer axes."""
+    shape = shapes["patch_embedding.weight"]
+    if not 1 < len(shape) < 5:
+        return shape
+    dim, patch = shapes["blocks.0.self_attn.norm_q.weight"][-1], (1, 2, 2)
+    in_dim, rest = divmod(math.prod(shape), dim * math.prod(patch))
+    if rest:
+        raise ValueError("patch_embedding.weight")
+    return dim, in_dim, *patch
+
+
 def _model_type(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str:
     markers = {
         "vace": "vace_patch_embedding.weight",
@@ -185,8 +199,11 @@ def config_beside(source: Source) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _heads_from_config(source: Source, dim: int) -> int | None:
-    """Heads by the official or the diffusers config, if it is the config of a transformer of this width."""
+def told_heads(source: Source, dim: int) -> int | None:
+    """Heads by the file itself, or by an official or diffusers config of a transformer of this width beside it."""
+    told = getattr(source, "metadata", {}).get(HEADS_KEY)
+    if isinstance(told, int) and told > 0 and dim % told == 0:
+        return told
     config = config_beside(source)
     if config.get("dim") == dim:
         return config.get("num_heads")
