@@ -20,7 +20,7 @@ setup(
         "wan.configs",
     ],
     package_dir={"wan.configs": "configs"},
-    package_data={"wan": ["assets/**/*", "quant/kernels.c"], "wan.configs": ["**/*.yaml"]},
+    package_data={"wan": ["assets/**/*", "quant/kernels.c"], "cache": ["data/*.json"], "wan.configs": ["**/*.yaml"]},
     py_modules=["generate"],
     entry_points={"console_scripts": ["swan-generate=wan.cli:main"]},
     install_requires=[

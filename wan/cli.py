@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from easydict import EasyDict
 
+from cache.options import OPTIONS as CACHE_OPTIONS
 from wan import __version__, media
 from wan.command import Parser, run_command
 from wan.errors import SwanError
@@ -105,6 +106,18 @@ def make_parser() -> argparse.ArgumentParser:
         " resident where the memory is free)",
     )
 
+    add = parser.add_argument_group("cache: skip what changes little from step to step").add_argument
+    for flag, option in CACHE_OPTIONS.items():
+        given = {
+            "flag": {"action": "store_true", "default": None},
+            "bool": {"metavar": "BOOL", "type": _boolean},
+            "whole": {"metavar": "N"},
+            "number": {"metavar": "X"},
+            "name": {"metavar": "NAME"},
+            "file": {"metavar": "FILE"},
+        }[option.kind]
+        add(f"--{flag}", help=option.help, **given)
+
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
     add("--dtype", metavar="NAME", help=f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16")
@@ -178,6 +191,10 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
             if latents is None:
                 raise
             raise SwanError(f"{_describe(error)}; {_keep_latents(latents, request.save_file)}") from error
+    cached = {}
+    if request.cache:
+        cached = {"cache": pipe.cache.telemetry.report()}
+        _report_cache(request, pipe.cache, quiet)
     ended = time.perf_counter()
     seconds = dict(result.seconds) | {"save": ended - saving, "total": ended - started}
     frames, height, width, _ = result.frames.shape
@@ -190,10 +207,24 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
         "steps": request.steps,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         **({"gguf_mode": modes} if (modes := {name: mode for name, mode in pipe.gguf_modes.items() if mode}) else {}),
+        **cached,
         **_peak_memory(),
         "file": request.save_file,
         "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
     }
+
+
+def _report_cache(request: Request, cache: Any, quiet: bool) -> None:
+    """The summary on stderr, and the trace where one is asked for."""
+    if not quiet:
+        for line in cache.telemetry.summary():
+            print(line, file=sys.stderr)
+    if trace := request.cache["cache_trace"]:
+        header = {"task": request.task, "seed": request.seed, "steps": request.steps, "cache": request.cache}
+        try:
+            cache.telemetry.write(trace, header)
+        except OSError as error:
+            raise SwanError(f"--cache_trace: cannot write {trace}: {error.strerror or error}") from error
 
 
 def _describe(error: Exception) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from cache import StepContext
+from cache import NO_CACHE, NoCache, StepContext
 from wan.conditioning.condition import Condition
 from wan.solvers import Solver
 
@@ -29,6 +29,7 @@ def denoise(
     boundary: float | None = None,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
+    cache: NoCache = NO_CACHE,
     run: int = 0,
 ) -> torch.Tensor:
     """The clean latent, fp32, from ``latent``, noise of any shape [..., F, H, W].
@@ -39,28 +40,44 @@ def denoise(
     condition:   y and CLIP tokens are predict's matter; here its latent is restored and its timesteps are used
     on_step:     called after each step with the cond branch's context and the new latent; whatever it raises ends the
                  run, which is how one is cancelled
+    cache:       stands around every prediction, and is told of the run; predict hands it on to the network
     """
     condition = condition or Condition()
     latent = condition.restore(latent.float())
-    for step, timestep in enumerate(solver.timesteps.tolist()):
-        expert = expert_at(timestep, boundary)
-        ctx = StepContext(step, solver.steps, timestep, solver.sigmas[step].item(), expert, "cond", run)
-        times = condition.timesteps(solver.timesteps[step])
-        velocity = guided_velocity(predict, latent, times, ctx, scale_of(expert, guide_scale))
-        latent = condition.restore(solver.step(velocity, latent))
-        if on_step is not None:
-            on_step(ctx, latent)
+    contexts = [
+        StepContext(
+            step, solver.steps, timestep, solver.sigmas[step].item(), expert_at(timestep, boundary), "cond", run
+        )
+        for step, timestep in enumerate(solver.timesteps.tolist())
+    ]
+    with cache.run(contexts):
+        for ctx, timestep in zip(contexts, solver.timesteps, strict=True):
+            times = condition.timesteps(timestep)
+            velocity = guided_velocity(predict, latent, times, ctx, scale_of(ctx.expert, guide_scale), cache)
+            latent = condition.restore(solver.step(velocity, latent))
+            if on_step is not None:
+                on_step(ctx, latent)
     return latent
 
 
 def guided_velocity(
-    predict: Predict, latent: torch.Tensor, times: torch.Tensor, ctx: StepContext, scale: float
+    predict: Predict,
+    latent: torch.Tensor,
+    times: torch.Tensor,
+    ctx: StepContext,
+    scale: float,
+    cache: NoCache = NO_CACHE,
 ) -> torch.Tensor:
     """Classifier-free guidance (arXiv 2207.12598) in fp32: uncond + scale * (cond - uncond)."""
-    cond = predict(latent, times, ctx).float()
+
+    def velocity(branch: str) -> torch.Tensor:
+        here = replace(ctx, branch=branch)
+        return cache.prediction(here, latent, lambda: predict(latent, times, here)).float()
+
+    cond = velocity("cond")
     if scale == 1:
         return cond
-    uncond = predict(latent, times, replace(ctx, branch="uncond")).float()
+    uncond = velocity("uncond")
     return uncond + scale * (cond - uncond)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import StepContext
+from cache import NO_CACHE, NoCache, StepContext
+from cache.options import make_manager
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
@@ -54,7 +55,8 @@ class Result:
 class WanPipeline:
     """A task with its checkpoint. Models are loaded when a stage first needs them.
 
-    `latents` is None until a run has denoised; from then on it holds the result, whatever happens later.
+    `latents` is None until a run has denoised; from then on it holds the result, whatever happens later. `cache` is the
+    cache of the last run, with its telemetry.
     """
 
     def __init__(self, spec: Any, files: CheckpointFiles, request: Request):
@@ -66,6 +68,7 @@ class WanPipeline:
         self.notes: list[str] = []
         self.gguf_modes = self._choose_gguf_modes(request.gguf_mode)
         self.latents: Tensor | None = None
+        self.cache: NoCache = NO_CACHE
         self.experts = Experts(self._load_expert, keep_all=not self.offload)
         self._models: dict[str, Any] = {}
 
@@ -94,7 +97,7 @@ class WanPipeline:
             return self._run(request, progress)
 
     def _run(self, request: Request, progress: Progress | None) -> Result:
-        self.latents = None
+        self.latents, self.cache = None, NO_CACHE
         seconds: dict[str, float] = {}
         report = progress or (lambda stage, done, total: None)
         with _timed("encode", seconds, report):
@@ -153,9 +156,14 @@ class WanPipeline:
             denoising_step_list=request.denoising_step_list,
         )
 
+        cached = {}
+        if request.cache:
+            self.cache = make_manager(request.cache, request.cache_coefficients)
+            cached = {"cache": self.cache}
+
         def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
-            model = self.experts[ctx.expert]
-            return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea)
+            model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
+            return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
         latents = denoise(
             predict,
@@ -164,6 +172,7 @@ class WanPipeline:
             guide_scale=request.guide_scale,
             boundary=self.spec.get("boundary"),
             condition=condition,
+            cache=self.cache,
             on_step=lambda ctx, latent: report("denoise", ctx.step + 1, ctx.steps),
         )
         if self.offload:

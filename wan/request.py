@@ -20,6 +20,8 @@ from typing import Any
 
 from easydict import EasyDict
 
+from cache.options import OPTIONS as CACHE_OPTIONS
+from cache.options import check_coefficients, check_options
 from wan import __version__
 from wan.conditioning.sizes import i2v_size, latent_frames, ti2v_size
 from wan.errors import SwanError, UsageError
@@ -33,9 +35,11 @@ VAE_DTYPE_NAMES = ("fp32", "bf16")
 FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
 GGUF_MODES = ("auto", "resident", "stream")
-PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "image", "first_frame", "last_frame", "save_file")
+CACHE_FILES = ("cache_coefficients", "cache_trace")
+PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, *CACHE_FILES, "image", "first_frame", "last_frame", "save_file")
 MAX_PROMPT_CHARS = 10_000  # the prompt travels in the mp4; models read 512 tokens at most
 MAX_SEED = 2**63 - 1
+AREA_BELOW_720P = 832 * 624  # px
 
 # Options a Request is built from. cli.py has a flag for each; replay and Python callers give the same names.
 OPTIONS = (
@@ -44,6 +48,7 @@ OPTIONS = (
     *("image", "first_frame", "last_frame", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale"),
     *("denoising_step_list", "save_file", "offload_model", "t5_cpu", "convert_model_dtype", "device", "dtype"),
     *("attention", "vae_dtype", "vae_tile_px"),
+    *CACHE_OPTIONS,
 )
 
 # Fields of Request that are not called like their option.
@@ -51,6 +56,7 @@ FIELD_OF = {
     "sample_solver": "solver",
     "sample_steps": "steps",
     "sample_shift": "shift",
+    "image": "image_option",
     "last_frame": "last_image",
     "ckpt_dir": "ckpt_option",
 }
@@ -64,11 +70,13 @@ class Request:
     size:           what was asked for, "W*H"; with an image only its area counts
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
     image:          the (first) image, absolute path, or None; last_image: the last frame of flf2v
+    image_option:   the image that the user gave (None: none, or the one that comes with an embedded task)
     ckpt_dir:       folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
     dtype:          compute type of DiT and encoders: bf16, fp16 or fp32; vae_dtype: bf16 or fp32
     files:          single files given in place of the checkpoint's own, by component (see FILE_FLAGS)
     gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
     save_file:      absolute path of the mp4 or PNG
+    cache:          options of the cache by their flags, {} for none; cache_coefficients: what its policy needs
     warnings:       lines to show before the run
     """
 
@@ -87,6 +95,7 @@ class Request:
     solver: str
     denoising_step_list: tuple[float, ...] | None
     image: str | None
+    image_option: str | None
     last_image: str | None
     ckpt_dir: str
     ckpt_option: str | None
@@ -100,14 +109,17 @@ class Request:
     t5_cpu: bool
     vae_dtype: str
     vae_tile_px: int
+    cache: dict[str, Any] = field(default_factory=dict)
+    cache_coefficients: dict[str, Any] = field(default_factory=dict)
     image_sha256: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """What is stored in the video: options that make it again, under their flags' names, and the images' hashes."""
-        values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in OPTIONS} | self.files
+        plain = [name for name in OPTIONS if name not in CACHE_OPTIONS]
+        values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in plain} | self.files | self.cache
         low, high = self.guide_scale
-        values |= {"sample_guide_scale": low if low == high else [low, high], "save_file": None}
+        values |= {"sample_guide_scale": low if low == high else [low, high], "save_file": None, "cache_trace": None}
         stored = {name: value for name, value in values.items() if value is not None}
         return {"swan": __version__, **stored, "image_sha256": self.image_sha256}
 
@@ -148,9 +160,12 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
     spec = load_task(get["task"] or DEFAULT_TASK)
     warnings: list[str] = []
     images = _images(spec, get)
+    given_images = images if get["image"] or get["first_frame"] else []
     size, width, height = _size(spec, get["size"], images, warnings)
     step_list = _step_list(get["denoising_step_list"], get["sample_steps"])
+    steps = len(step_list) if step_list else _whole(get["sample_steps"], spec.sampling.steps, "sample_steps", 1, 1000)
     frame_num = _frame_num(spec, get["frame_num"])
+    cache, coefficients = _cache(spec, get, steps, width * height, bool(images), warnings)
     prompt = _prompt(spec, get["prompt"])
     seed = _seed(get["seed"])
     return Request(
@@ -163,14 +178,13 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
         height=height,
         frame_num=frame_num,
         fps=_whole(get["fps"], spec.sampling.fps, "fps", 1, 240),
-        steps=len(step_list)
-        if step_list
-        else _whole(get["sample_steps"], spec.sampling.steps, "sample_steps", 1, 1000),
+        steps=steps,
         shift=_shift(spec, get["sample_shift"], size),
         guide_scale=_guide_scale(spec, get["sample_guide_scale"]),
         solver=_choice(get["sample_solver"], spec.sampling.solver, "sample_solver", SOLVER_NAMES),
         denoising_step_list=step_list,
         image=images[0][0] if images else None,
+        image_option=given_images[0][0] if given_images else None,
         last_image=images[1][0] if len(images) > 1 else None,
         ckpt_dir=_ckpt_dir(spec, get["ckpt_dir"]),
         ckpt_option=_absolute(get["ckpt_dir"]),
@@ -184,7 +198,9 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
         t5_cpu=bool(get["t5_cpu"]),
         vae_dtype=_choice(get["vae_dtype"], "fp32", "vae_dtype", VAE_DTYPE_NAMES),
         vae_tile_px=_tile(get["vae_tile_px"], spec.vae_stride[1]),
-        image_sha256={flag: _sha256(path) for flag, (path, _, _) in zip(("image", "last_frame"), images)},
+        cache=cache,
+        cache_coefficients=coefficients,
+        image_sha256={flag: _sha256(path) for flag, (path, _, _) in zip(("image", "last_frame"), given_images)},
         warnings=tuple(warnings),
     )
 
@@ -331,6 +347,27 @@ def _tile(value: Any, stride: int) -> int:
     return tile
 
 
+def _cache(
+    spec: EasyDict, get: Mapping[str, Any], steps: int, area: int, from_image: bool, warnings: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the cache, and the coefficients that it needs."""
+    key = "coefficients_image" if from_image and "coefficients_image" in spec else "coefficients"
+    if area > AREA_BELOW_720P and "coefficients_720p" in spec:
+        key = "coefficients_720p"
+    try:
+        options, notes = check_options({name: get[name] for name in CACHE_OPTIONS}, steps)
+        found = check_coefficients(options, spec.get(key), tuple(spec.get("experts", ["model"]))) if options else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if options:
+        device = _device(options["cache_device"])
+        options |= {"cache_device": device} | {name: _absolute(options[name]) for name in CACHE_FILES}
+        if (trace := options["cache_trace"]) and not Path(trace).absolute().parent.is_dir():
+            raise UsageError(f"--cache_trace: no folder {Path(trace).absolute().parent}")
+    warnings += notes
+    return options, found
+
+
 # Pictures and sizes
 
 
@@ -341,6 +378,8 @@ def _images(spec: EasyDict, get: Mapping[str, Any]) -> list[tuple[str, int, int]
     first, last = get["image"] or get["first_frame"], get["last_frame"]
     if spec.kind == "t2v" and (first or last):
         raise UsageError(f"{spec.name} makes video from text alone; for an image use an i2v, flf2v or ti2v task")
+    if not first and "image" in spec:
+        first = str(embedded_checkpoint(spec) / spec.image)
     if spec.kind == "i2v" and not first:
         raise UsageError(f"{spec.name} needs --image FILE")
     if spec.kind == "flf2v" and not (first and last):

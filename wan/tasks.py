@@ -22,10 +22,15 @@ SCHEMA: dict[str, Any] = {
     "hub?": list,
     "checkpoint?": str,
     "prompt?": str,
+    "image?": str,
     "dtype?": str,
     "negative_prompt": str,
     "vae_stride": list,
     "boundary?": float,
+    # Names of cache coefficients (cache/data): in general, for runs from an image, and for those of 720p.
+    "coefficients?": str,
+    "coefficients_image?": str,
+    "coefficients_720p?": str,
     "dit": {
         "model_type": str,
         "patch_size": list,
@@ -142,6 +147,8 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
         "vae_stride must be three numbers": len(data["vae_stride"]) != 3,
         "dit.patch_size must be three numbers": len(data["dit"]["patch_size"]) != 3,
         "vae.version must be '2.1' or '2.2'": data["vae"]["version"] not in ("2.1", "2.2"),
+        "image is for i2v tasks with a checkpoint": "image" in data
+        and (data["kind"] != "i2v" or "checkpoint" not in data),
         "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
         "experts and boundary go together": two_experts != ("boundary" in data),
         "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,

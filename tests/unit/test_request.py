@@ -115,7 +115,7 @@ BAD = [
     ({"ckpt_dir": "red.png"}, "single file"),
     ({"high": "red.png"}, "no meaning for t2v-tiny"),
     ({"vae": "gone.pth"}, "no file gone.pth"),
-    ({"teacache": True}, "unknown option: teacache"),
+    ({"teacache_speed": 1}, "unknown option: teacache_speed"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache import NO_CACHE, NoCache, StepContext
 from distributed import Parallel
 from wan.models.attention import get_attention
 from wan.models.fused import gated_add, gelu_tanh, modulated_norm, norm_rope
@@ -161,7 +162,17 @@ class WanModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def forward(self, x, t: Tensor, context, *, y=None, clip_fea: Tensor | None = None):
+    def forward(
+        self,
+        x,
+        t: Tensor,
+        context,
+        *,
+        y=None,
+        clip_fea: Tensor | None = None,
+        cache: NoCache = NO_CACHE,
+        ctx: StepContext | None = None,
+    ):
         """Velocity prediction, fp32, in the form of `x`. Raises ValueError where the arguments do not fit together.
 
         Args:
@@ -170,6 +181,7 @@ class WanModel(nn.Module):
             context: text embeddings `[B, M, text_dim]` or a list of `[M_i, text_dim]`, M <= text_len.
             y: conditioning latents, as `x`, concatenated after it on the channels.
             clip_fea: CLIP features `[n, 257, 1280]`, n = B (i2v) or 2B (flf2v).
+            cache: goes around the block loop; `ctx` says where in a run this prediction stands. Not for lists.
         """
         if len(context) != len(x):
             raise ValueError(f"{len(context)} texts for a batch of {len(x)}")
@@ -179,7 +191,9 @@ class WanModel(nn.Module):
             )
         t = t.expand(len(x), *t.shape[1:])
         if isinstance(x, Tensor):
-            return self._forward(x if y is None else torch.cat([x, y], 1), t, context, clip_fea)
+            return self._forward(x if y is None else torch.cat([x, y], 1), t, context, clip_fea, cache, ctx)
+        if cache is not NO_CACHE:
+            raise ValueError("a cache needs one tensor, not a list")
         images = clip_fea.chunk(len(x)) if clip_fea is not None else [None] * len(x)
         ys = y if y is not None else [None] * len(x)
         outs = []
@@ -188,7 +202,15 @@ class WanModel(nn.Module):
             outs.append(self._forward(latent, t[i : i + 1], [context[i]], image)[0])
         return outs
 
-    def _forward(self, x_BCFHW: Tensor, t: Tensor, context, clip_fea: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        x_BCFHW: Tensor,
+        t: Tensor,
+        context,
+        clip_fea: Tensor | None,
+        cache: NoCache = NO_CACHE,
+        ctx: StepContext | None = None,
+    ) -> Tensor:
         x_BLC, grid = self.embed_patches(x_BCFHW)
         time_RC, temb_R6C, segments = self.embed_time(t, x_BLC.shape[1])
         text_BMC = self.embed_text(context)
@@ -202,7 +224,7 @@ class WanModel(nn.Module):
                 x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention, self.parallel)
             return x_BLC
 
-        x_BLC = run(x_BLC, 0, len(self.blocks))
+        x_BLC = cache.blocks(ctx, x_BLC, run, len(self.blocks), self.embed_step)
         x_BLC = self.parallel.gather(self.head(x_BLC, time_RC, segments), dim=1)
         return self.unpatchify(x_BLC, grid)
 
@@ -237,6 +259,11 @@ class WanModel(nn.Module):
         time_RC = self.time_embedding["2"](F.silu(self.time_embedding["0"](wave)))
         temb = self.time_projection["1"](F.silu(time_RC))
         return time_RC, temb.unflatten(1, (6, -1)), segments
+
+    def embed_step(self, timestep: float) -> dict[str, Tensor]:
+        """What the network makes of a timestep alone: "embedding" [1, C] and "projection" [1, 6, C], fp32."""
+        time_RC, temb_R6C, _ = self.embed_time(torch.tensor([timestep]), 1)
+        return {"embedding": time_RC, "projection": temb_R6C}
 
     def unpatchify(self, x_BLC: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens to latents `[B, C_out, F, H, W]`, fp32."""

@@ -1,0 +1,47 @@
+"""How a skipped result is formed from residuals of computed steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREDICTORS = ("zero", "first")
+
+
+class Residuals:
+    """The residuals of one expert and branch, and their extrapolation in sigma.
+
+    order "zero": the last one. "first": on the line through the last two, in physical time (arXiv 2503.06923, whose
+    order 1 in Newton form is exact for uneven steps). device: where they are kept; None: where they were made.
+    """
+
+    def __init__(self, order: str = "zero", device: torch.device | str | None = None):
+        self.order, self.device = order, device
+        self._kept: list[tuple[float, Tensor]] = []  # (sigma, residual), the newest last
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def last(self) -> Tensor | None:
+        return self._kept[-1][1] if self._kept else None
+
+    def add(self, sigma: float, residual: Tensor) -> None:
+        keep = 1 if self.order == "zero" else 2
+        self._kept = [*self._kept, (sigma, residual.to(self.device) if self.device else residual)][-keep:]
+
+    def predict(self, sigma: float, like: Tensor) -> Tensor:
+        """The residual at `sigma`, on the device of `like`."""
+        newest, last = self._kept[-1]
+        last = last.to(like.device)
+        if len(self._kept) < 2 or self._kept[0][0] == newest:
+            return last
+        older, first = self._kept[0]
+        return torch.lerp(first.to(like.device), last, (sigma - older) / (newest - older))
+
+    def to(self, device: torch.device | str) -> None:
+        if self.device is None:
+            self._kept = [(sigma, residual.to(device)) for sigma, residual in self._kept]
+
+    def clear(self) -> None:
+        self._kept.clear()
