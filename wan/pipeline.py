@@ -30,6 +30,7 @@ from wan.models.attention import get_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
+from wan.quant.scratch import free_scratch
 from wan.request import Request
 from wan.solvers import make_solver
 from wan.weights.assign import check_weights, load_weights
@@ -272,5 +273,6 @@ def _timed(stage: str, seconds: dict[str, float], report: Progress, total: int =
 
 
 def _empty_cache() -> None:
+    free_scratch()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -93,7 +93,7 @@ def test_block_sizes_are_those_of_the_gguf_package():
 
 @pytest.mark.parametrize("large_bytes", [1, 1 << 40])
 def test_memory_of_both_kinds(tmp_path, monkeypatch, large_bytes):
-    monkeypatch.setattr("wan.weights.gguf._LARGE_BYTES", large_bytes)
+    monkeypatch.setattr("wan.quant.scratch._LARGE_BYTES", large_bytes)
     value = np.arange(1_000_000, dtype=np.float32)
     source = open_source(write_gguf(tmp_path / "x.gguf", {"a": value}))
     assert np.array_equal(source.read("a").numpy(), value)

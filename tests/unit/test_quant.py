@@ -169,3 +169,18 @@ def test_embedding_dequantises_the_rows_it_looks_up():
 def test_random_blocks_are_finite():
     for name in UNPACK:
         assert np.isfinite(by_gguf(random_blocks(BY_NAME[name], 500), name).numpy()).all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_linear_in_and_out_of_inference_mode(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    layer, x = QuantLinear(packed("Q8_0", 96, 512)), torch.randn(3, 512)
+    with torch.inference_mode():
+        expected = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    x.requires_grad_()
+    other = QuantLinear(packed("Q8_0", 96, 512, seed=1))
+    (layer(x).sum() + other(x).sum()).backward()  # each keeps weights of its own for this
+    assert torch.allclose(x.grad[0], layer.weight.dequantize().sum(0) + other.weight.dequantize().sum(0), rtol=1e-3)

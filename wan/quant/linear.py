@@ -40,7 +40,8 @@ class QuantLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features] -> [..., out_features]`, in the type of `x`."""
-        return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
+        weight = self.weight.dequantize(x.dtype, reuse=not torch.is_grad_enabled())  # autograd would keep it
+        return F.linear(x, weight, self.bias)
 
 
 class QuantEmbedding(_Packed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from wan.quant.dequantize import dequantize
 from wan.quant.ggml import GGMLType
+from wan.quant.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,14 @@ class PackedTensor:
     def device(self) -> torch.device:
         return self.blocks.device
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights, computed in fp32 and rounded once to `dtype`; on the device of the blocks."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, reuse: bool = False) -> Tensor:
+        """The weights, computed in fp32 and rounded once to `dtype`; on the device of the blocks.
+
+        reuse: on a CPU, in memory that the next such call overwrites.
+        """
         if self.guard:
             self.guard(self.blocks)
-        return dequantize(self.blocks, self.type, dtype).view(self.shape)
+        out = None
+        if reuse and self.device.type == "cpu":
+            out = scratch(len(self.blocks), math.prod(self.shape) // len(self.blocks), dtype)
+        return dequantize(self.blocks, self.type, dtype, out).view(self.shape)

@@ -20,6 +20,7 @@ import torch
 from wan.errors import SwanError
 from wan.quant.ggml import GGMLType, has_bad_scales
 from wan.quant.packed import PackedTensor
+from wan.quant.scratch import empty_bytes
 from wan.weights.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
 from wan.weights.source import Source, TensorInfo
 
@@ -38,7 +39,6 @@ _VALUE_TYPES = {
     "split.count": int,
 }
 _PIECE_BYTES = 8 << 20
-_LARGE_BYTES = 8 << 20
 _READERS = min(4, os.cpu_count() or 1)
 
 
@@ -78,7 +78,7 @@ class GGUFSource(Source):
         if packed is not None:
             return packed.dequantize()
         info = self.info(name)
-        tensor = _allocate(self._entries[name].size_bytes)
+        tensor = empty_bytes(self._entries[name].size_bytes)
         self._in_pieces(self._fill, tensor, self._entries[name])
         return tensor.view(info.dtype).view(info.shape)
 
@@ -91,7 +91,7 @@ class GGUFSource(Source):
             blocks, guard = self._mapping.view(entry), self._mapping.check
             self._in_pieces(self._check_scales, blocks, entry)
         else:
-            blocks = _allocate(entry.size_bytes)
+            blocks = empty_bytes(entry.size_bytes)
             self._in_pieces(self._fill, blocks, entry)
         shape, row_bytes = self.info(name).shape, entry.type.row_bytes(entry.ne[0])
         return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
@@ -211,18 +211,6 @@ class _Mapping:
 def _dtype(ggml_type: GGMLType) -> torch.dtype:
     """Of what `read` returns."""
     return ggml_type.torch_dtype or torch.float32
-
-
-def _allocate(size_bytes: int) -> torch.Tensor:
-    """Bytes not yet written. With large pages, where the system has them: fresh small ones cost more than the read."""
-    if size_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        pass
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:

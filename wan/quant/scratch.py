@@ -1,0 +1,41 @@
+"""Memory for weights that live for one product, and for large reads: in large pages, where the system has them.
+
+A fresh buffer of small pages is zeroed by the system page by page, which costs as much time as dequantising into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+
+import torch
+from torch import Tensor
+
+_LARGE_BYTES = 8 << 20
+_kept = threading.local()
+
+
+def empty_bytes(size_bytes: int) -> Tensor:
+    """uint8 [size_bytes] on the CPU, not yet written."""
+    with torch.inference_mode(False):  # or it could be written in that mode only
+        if size_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(size_bytes, dtype=torch.uint8)
+        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """`dtype` [rows, columns] on the CPU, valid until the next call of this thread."""
+    size_bytes = rows * columns * dtype.itemsize
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or len(buffer) < size_bytes:
+        _kept.buffer = buffer = empty_bytes(size_bytes)
+    return buffer[:size_bytes].view(dtype).view(rows, columns)
+
+
+def free_scratch() -> None:
+    """Give back what `scratch` keeps for this thread: as much as the largest layer that was computed."""
+    _kept.buffer = None
