@@ -175,6 +175,8 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
     """
     started = time.perf_counter()
     device = check_device(request.device)
+    if request.cache:
+        check_device(request.cache["cache_device"], "cache_device")
     from wan.pipeline import WanPipeline
 
     with _Progress(quiet) as progress:

@@ -89,16 +89,18 @@ class WanPipeline:
             check_encoder(open_source(files.clip), "clip", spec)
         return cls(spec, files, request)
 
-    def __call__(self, request: Request, progress: Progress | None = None) -> Result:
+    def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
         """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
+
+        `cache` takes the place of the one that the request asks for.
 
         Autograd is off, as everywhere but in tools/tiny, unless the environment says WAN_INFERENCE_ONLY=0.
         """
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
-            return self._run(request, progress)
+            return self._run(request, progress, cache)
 
-    def _run(self, request: Request, progress: Progress | None) -> Result:
-        self.latents, self.cache = None, NO_CACHE
+    def _run(self, request: Request, progress: Progress | None, cache: NoCache | None) -> Result:
+        self.latents, self.cache = None, cache or NO_CACHE
         seconds: dict[str, float] = {}
         report = progress or (lambda stage, done, total: None)
         with _timed("encode", seconds, report):
@@ -157,10 +159,9 @@ class WanPipeline:
             denoising_step_list=request.denoising_step_list,
         )
 
-        cached = {}
-        if request.cache:
+        if request.cache and self.cache is NO_CACHE:
             self.cache = make_manager(request.cache, request.cache_coefficients)
-            cached = {"cache": self.cache}
+        cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
 
         def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
             model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}

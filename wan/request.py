@@ -21,6 +21,7 @@ from typing import Any
 from easydict import EasyDict
 
 from cache.options import OPTIONS as CACHE_OPTIONS
+from cache.options import POLICIES as CACHES
 from cache.options import check_coefficients, check_options
 from wan import __version__
 from wan.conditioning.sizes import i2v_size, latent_frames, ti2v_size
@@ -135,6 +136,8 @@ def replay_options(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dic
         given.setdefault("image", given.pop("first_frame"))
     for flag in GGUF_FLAGS.keys() & given:
         options.pop(GGUF_FLAGS[flag], None)
+    if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings
+        options = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
     for flag, digest in settings.get("image_sha256", {}).items():
         if flag in given:
             continue
@@ -205,8 +208,8 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
     )
 
 
-def check_device(name: str) -> str:
-    """The torch device for --device NAME ("auto": the first accelerator, else the CPU). Imports torch.
+def check_device(name: str, flag: str = "device") -> str:
+    """The torch device for --`flag` NAME ("auto": the first accelerator, else the CPU). Imports torch.
 
     Raises UsageError when this machine does not have it.
     """
@@ -218,7 +221,7 @@ def check_device(name: str) -> str:
         return "cuda" if count else "mps" if has_mps else "cpu"
     there = ["cpu", *(f"cuda:{index}" for index in range(count)), *(["mps"] if has_mps else [])]
     if name not in there and not (name == "cuda" and count):
-        raise UsageError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
+        raise UsageError(f"--{flag} {name} is not on this machine; there is: {', '.join(there)}")
     return name
 
 
@@ -321,10 +324,10 @@ def _choice(value: Any, default: str, flag: str, allowed: tuple[str, ...]) -> st
     return value
 
 
-def _device(value: Any) -> str:
+def _device(value: Any, flag: str = "device") -> str:
     value = _or(value, "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", str(value)):
-        raise UsageError(f"unknown --device {value!r}; choose one of: auto, cpu, cuda, cuda:N, mps")
+        raise UsageError(f"unknown --{flag} {value!r}; choose one of: auto, cpu, cuda, cuda:N, mps")
     return value
 
 
@@ -360,10 +363,15 @@ def _cache(
     except ValueError as error:
         raise UsageError(str(error)) from error
     if options:
-        device = _device(options["cache_device"])
+        device = _device(options["cache_device"], "cache_device")
         options |= {"cache_device": device} | {name: _absolute(options[name]) for name in CACHE_FILES}
-        if (trace := options["cache_trace"]) and not Path(trace).absolute().parent.is_dir():
-            raise UsageError(f"--cache_trace: no folder {Path(trace).absolute().parent}")
+        if trace := options["cache_trace"]:
+            if os.path.isdir(trace):
+                raise UsageError(f"--cache_trace: {trace} is a folder")
+            if not Path(trace).absolute().parent.is_dir():
+                raise UsageError(f"--cache_trace: no folder {Path(trace).absolute().parent}")
+            if get["save_file"] and Path(trace).absolute() == Path(get["save_file"]).absolute():
+                raise UsageError(f"--cache_trace and --save_file both name {trace}")
     warnings += notes
     return options, found
 

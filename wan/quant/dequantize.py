@@ -24,6 +24,9 @@ _SLICE_WEIGHTS = 1 << 17  # 512 KiB in fp32
 def dequantize(blocks: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """uint8 [rows, bytes a row] -> `dtype` [rows, weights a row] on the same device; into `out`, where given."""
     rows, row_bytes = blocks.shape
+    if blocks.device.type == "cuda" and type.name in UNPACK:
+        weights = _compiled(type.name, dtype, blocks.device)(blocks.reshape(-1, type.block_bytes)).view(rows, -1)
+        return weights if out is None else out.copy_(weights)
     if out is None:
         shape = (rows, row_bytes // type.block_bytes * type.block_weights)
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
@@ -32,8 +35,6 @@ def dequantize(blocks: Tensor, type: GGMLType, dtype: torch.dtype = torch.float3
     flat, weights = blocks.reshape(-1, type.block_bytes), out.view(-1, type.block_weights)
     if type.name not in UNPACK:
         weights.copy_(_by_gguf(flat, type))
-    elif blocks.device.type == "cuda":
-        weights.copy_(_compiled(type.name, out.dtype, blocks.device)(flat))
     else:
         step = max(1, _SLICE_WEIGHTS // type.block_weights)
         for start in range(0, len(flat), step):

@@ -7,6 +7,9 @@
  */
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(count) for (int j = 0; j < count; j++)
@@ -16,11 +19,16 @@ typedef float *restrict weights;
 enum { FP32 = 0, BF16 = 1 };
 
 INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out) { /* to nearest even; finite */
+#ifdef __AVX512BF16__ /* would flush subnormal numbers to zero, which no product with an fp16 scale is */
+    for (int j = 0; j < count; j += 8)
+        _mm_storeu_si128((__m128i *)(out + j), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(w + j)));
+#else
     EACH(count) {
         uint32_t bits;
         memcpy(&bits, w + j, 4);
         out[j] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
+#endif
 }
 
 INLINE float half(bytes b) { /* finite fp16; 2^112 moves the exponent, which is exact for subnormals too */
@@ -149,10 +157,9 @@ INLINE void iq4_xs(bytes b, weights w) {
     }
 }
 
-/* Parts of 8 Ki weights at least go to a thread. */
 #define CASE(decode, id, block_weights, block_bytes)                                                                   \
     case id:                                                                                                           \
-        _Pragma("omp parallel for schedule(dynamic, 256)") for (int64_t i = 0; i < blocks; i++) {    \
+        _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < blocks; i++) {    \
             if (format == FP32) {                                                                                      \
                 decode(in + i * block_bytes, (float *)out + i * block_weights);                                        \
             } else {                                                                                                   \

@@ -25,7 +25,9 @@ from wan.quant.ggml import BY_NAME, GGMLType, random_blocks
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC")
+_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fPIC"]
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS.append("-mprefer-vector-width=512")
 _COMPILE_SECONDS = 120
 
 
