@@ -1,5 +1,8 @@
 """Block formats: bit for bit as the gguf package, by every way of computing them, and the layers over them."""
 
+import ctypes
+import shutil
+
 import gguf
 import numpy as np
 import pytest
@@ -184,3 +187,12 @@ def test_linear_in_and_out_of_inference_mode(kernels, monkeypatch):
     other = QuantLinear(packed("Q8_0", 96, 512, seed=1))
     (layer(x).sum() + other(x).sum()).backward()  # each keeps weights of its own for this
     assert torch.allclose(x.grad[0], layer.weight.dequantize().sum(0) + other.weight.dequantize().sum(0), rtol=1e-3)
+
+
+def test_kernels_use_the_threads_of_torch():
+    """A failure to compile them with OpenMP would fall back to one thread and go unseen."""
+    compiler = shutil.which("cc")
+    if compiler is None or native._openmp_runtime() is None:
+        pytest.skip("no C compiler, or no OpenMP in torch")
+    ctypes.CDLL(native._openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(native._compiled(compiler, openmp=True)))
