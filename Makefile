@@ -20,6 +20,8 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.tiny_world
 	$(VENV)/bin/python -m benchmarks.peers dit
 	$(VENV)/bin/python -m benchmarks.peers vae
+	$(VENV)/bin/python -m benchmarks.tiny_world --gguf-types Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q3_K_M,Q2_K
+	$(VENV)/bin/python -m benchmarks.peers gguf
 
 lint: setup
 	$(VENV)/bin/ruff check .

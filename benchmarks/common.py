@@ -80,7 +80,7 @@ def _peak():
     """Yields a function that lists sizes seen, the peak among them."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's own high-water mark starts anew
-        yield lambda: [_high_water_bytes()]
+        yield lambda: [high_water_bytes()]
         return
     except PermissionError:
         pass
@@ -103,7 +103,8 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
-def _high_water_bytes() -> int:
+def high_water_bytes() -> int:
+    """The most memory this process ever had resident. Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

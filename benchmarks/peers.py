@@ -1,6 +1,7 @@
 """Time and memory of this code beside diffusers', on the same random weights, type, threads and inputs.
 
     python -m benchmarks.peers dit|vae [--runs N] [--dtypes bf16 fp32] [--out FILE]
+    python -m benchmarks.peers gguf ...    # quantised weights, see peers_gguf.py
 
 Both load the same folder, written by diffusers, each with its own loader. Times are taken in one process, in turns.
 Peak memory is taken in a process of its own for each side, as the rise of the resident set over one call after the
@@ -206,9 +207,14 @@ def compare(case: Case, runs: int = 3, memory: bool = True) -> dict[str, Any]:
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gguf"]:
+        from benchmarks import peers_gguf
+
+        return peers_gguf.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=CASES)
+    parser.add_argument("what", choices=[*CASES, "gguf"], help="gguf takes options of its own: gguf --help")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default 3)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: bf16 fp32 for dit, bf16 for vae")
     parser.add_argument("--out", help="also write the JSON there, e.g. benchmarks/results/cpu/peers_dit.json")
@@ -222,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{part} {'x'.join(map(str, size))} {dtype} ...", file=sys.stderr)
             results.append(compare(Case(part, config, size, dtype), options.runs))
     report({"machine": machine() | {"diffusers": diffusers.__version__}, "cases": results}, options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

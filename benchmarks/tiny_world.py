@@ -3,16 +3,18 @@
 Half of the prompts are of colour-shape-direction combinations that were kept out of training. Prompts and seeds are
 fixed, everything else is the task's default. Prints JSON: the rates at which colour, shape, direction and background
 are right, and the seconds a clip takes (the first one loads the models).
+
+With `--gguf-types` it compares quantised copies of the model with it, see tiny_world_gguf.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from PIL import Image, ImageDraw
 from benchmarks.common import machine
 from benchmarks.judge import Verdict, judge
 from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out
+from wan.command import Parser, run_command
 from wan.pipeline import WanPipeline
 from wan.request import Request, build_request, check_device
 from wan.tasks import load_task
@@ -33,12 +36,17 @@ WORDS = ("color", "shape", "direction")
 
 
 class Outcome(NamedTuple):
-    """One clip made: what was asked, what the judge saw, how long it took, and its first, middle and last frame."""
+    """One clip made: what was asked, what the judge saw, how long it took, and its frames."""
 
     clip: Clip
     verdict: Verdict
     seconds: float
-    stills: np.ndarray
+    frames: np.ndarray
+
+    @property
+    def stills(self) -> np.ndarray:
+        """First, middle and last frame."""
+        return self.frames[[0, len(self.frames) // 2, -1]]
 
     def right(self, word: str) -> bool:
         return getattr(self.verdict, word) == getattr(self.clip, word)
@@ -61,24 +69,26 @@ def cases() -> list[tuple[Clip, int]]:
     return [(clip, seed) for seed, clip in enumerate(clip for pair in zip(*halves) for clip in pair)]
 
 
-def make_request(prompt: str, seed: int, steps: int | None, ckpt_dir: str | None) -> Request:
-    """A request with the task's defaults; no file is written."""
-    options = {"task": TASK, "prompt": prompt, "seed": seed, "sample_steps": steps, "ckpt_dir": ckpt_dir}
+def make_request(prompt: str, seed: int, steps: int | None, ckpt_dir: str | None, **options) -> Request:
+    """A request with the task's defaults and `options`; no file is written."""
+    options |= {"task": TASK, "prompt": prompt, "seed": seed, "sample_steps": steps, "ckpt_dir": ckpt_dir}
     nowhere = str(Path(tempfile.gettempdir()) / "unused.mp4")
     return build_request(options | {"offload_model": False, "device": check_device("auto"), "save_file": nowhere})
 
 
 @torch.inference_mode()
-def run(count: int, steps: int | None, ckpt_dir: str | None) -> tuple[list[Outcome], Request]:
+def run(
+    count: int, steps: int | None, ckpt_dir: str | None, pipe: WanPipeline | None = None
+) -> tuple[list[Outcome], Request]:
     """Make and judge the first `count` clips with one pipeline. Returns them and the last request."""
-    outcomes, pipe = [], None
+    outcomes = []
     for clip, seed in cases()[:count]:
         request = make_request(clip.prompt, seed, steps, ckpt_dir)
         pipe = pipe or WanPipeline.from_request(request, load_task(TASK))
         started = time.perf_counter()
         frames = pipe(request).frames
         seconds = time.perf_counter() - started
-        outcome = Outcome(clip, judge(frames), seconds, frames[[0, len(frames) // 2, -1]])
+        outcome = Outcome(clip, judge(frames), seconds, frames)
         outcomes.append(outcome)
         missed = "".join(f", {word} {getattr(outcome.verdict, word)}" for word in WORDS if not outcome.right(word))
         print(f"{len(outcomes)}/{count} {seconds:.1f} s {clip.prompt}{missed}", file=sys.stderr)
@@ -98,8 +108,8 @@ def report(outcomes: list[Outcome], request: Request) -> dict:
         "steps": request.steps,
         "solver": request.solver,
         "guide_scale": request.guide_scale[0],
-        **_rates(outcomes),
-        **{name: {"clips": len(half), **_rates(half)} for name, half in halves.items()},
+        **rates(outcomes),
+        **{name: {"clips": len(half), **rates(half)} for name, half in halves.items()},
         "seconds_per_clip": {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)},
         "device": request.device,
         "dtype": request.dtype,
@@ -107,7 +117,8 @@ def report(outcomes: list[Outcome], request: Request) -> dict:
     }
 
 
-def _rates(outcomes: list[Outcome]) -> dict[str, float]:
+def rates(outcomes: list[Outcome]) -> dict[str, float]:
+    """How often each word is right, from 0 to 1."""
     if not outcomes:
         return {}
     hits = {word: [one.right(word) for one in outcomes] for word in (*WORDS, "background")}
@@ -132,15 +143,24 @@ def draw(outcomes: list[Outcome], columns: int = 4, text_px: int = 14, gap_px: i
     return sheet
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m benchmarks.tiny_world", description=__doc__.splitlines()[0], allow_abbrev=False)
     every = 2 * CASES_PER_HALF
     parser.add_argument("--clips", type=int, default=every, choices=range(1, every + 1), metavar="N", help="first N")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the task's")
     parser.add_argument("--ckpt_dir", metavar="DIR", help="other weights of the same shape; default: the embedded ones")
     parser.add_argument("--out", metavar="FILE", help="write the JSON here as well")
     parser.add_argument("--picture", metavar="FILE", help="write a contact sheet (PNG)")
-    args = parser.parse_args()
+    parser.add_argument("--gguf-types", metavar="TYPE,...", help="compare the model in these GGUF types with itself")
+    args = parser.parse_args(argv)
+    if args.gguf_types is not None:
+        from benchmarks import tiny_world_gguf
+
+        return tiny_world_gguf.main(args)
     outcomes, request = run(args.clips, args.steps, args.ckpt_dir)
     text = json.dumps(report(outcomes, request), indent=1)
     print(text)
