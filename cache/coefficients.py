@@ -28,8 +28,8 @@ def load_coefficients(model: str | None, path: str | os.PathLike | None = None) 
     if path is not None:
         models = read_coefficients(path)
         if model in models or len(models) == 1:
-            return models.get(model) or next(iter(models.values()))
-        raise ValueError(f"{path}: holds coefficients of {', '.join(models)}, not of {model}")
+            return models[model] if model in models else next(iter(models.values()))
+        raise ValueError(f"{path}: holds coefficients of {', '.join(models) or 'no model'}, not of {model}")
     for file in sorted(_SHIPPED.glob("*.json")):
         if model in (models := read_coefficients(file)):
             return models[model]
@@ -48,10 +48,10 @@ def read_coefficients(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         try:
             for signal in entry.get("teacache", {}).values():
                 _check(signal["polynomial"], 1)
-                _check(signal.get("range", {}), 2)
+                _check(signal.get("range", {}), 2, 2)
             if "magcache" in entry:
                 _check(entry["magcache"]["ratios"], 1)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the coefficients of {name} are damaged ({error})") from None
     return data["models"]
 
@@ -64,7 +64,8 @@ def write_coefficients(path: str | os.PathLike, models: dict[str, dict[str, Any]
     os.replace(temporary, path)
 
 
-def _check(by_expert: dict[str, list[float]], least: int) -> None:
+def _check(by_expert: dict[str, list[float]], least: int, most: float = math.inf) -> None:
     for expert, numbers in by_expert.items():
-        if len(numbers) < least or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise ValueError(f"{expert}: not a list of numbers")
+        fits = isinstance(numbers, list) and least <= len(numbers) <= most
+        if not fits or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"{expert}: not the list of numbers that it should be")

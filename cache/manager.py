@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class CacheManager(NoCache):
 
     policy: decides. predictor, device: see `Residuals`. reduce: sums (numerator, denominator) over ranks; without it
     this process is alone. own_uncond: the uncond branch measures its own change, for the record; it obeys the cond
-    branch in any case, unless a failsafe makes it compute. clean_up: called when a run ends.
+    branch in any case, unless a failsafe makes it compute.
     """
 
     def __init__(
@@ -91,14 +92,15 @@ class CacheManager(NoCache):
             self._steps.setdefault(step.expert, []).append(step)
         try:
             yield
-        finally:
             self._read_clocks()
+        finally:
             self.reset()
 
     def reset(self) -> None:
         """Forget everything but the telemetry."""
         self._steps.clear()
         self._branches.clear()
+        self._events.clear()
         self._begun = self._cond = None
 
     def to(self, device: torch.device | str, expert: str | None = None) -> None:
@@ -106,9 +108,8 @@ class CacheManager(NoCache):
         for (name, _), branch in self._branches.items():
             if expert in (None, name) and branch.signature:
                 branch.residuals.to(device)
-                for key, value in vars(branch.memory).items():
-                    if isinstance(value, Tensor):
-                        setattr(branch.memory, key, value.to(device))
+                moved = {key: _moved(value, device) for key, value in vars(branch.memory).items()}
+                branch.memory = SimpleNamespace(**moved)
                 branch.signature = (*branch.signature[:2], torch.empty(0, device=device).device)
 
     def release(self, expert: str) -> None:
@@ -118,18 +119,20 @@ class CacheManager(NoCache):
 
     def kept_bytes(self) -> int:
         """Bytes of the tensors that are kept."""
-        total = 0
+        tensors = []
         for branch in self._branches.values():
-            tensors = [kept for _, kept in branch.residuals._kept]
+            tensors += branch.residuals.tensors
             for value in vars(branch.memory).values():
                 tensors += [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Tensor)]
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return total
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # The two call sites
 
     def blocks(self, ctx: StepContext | None, h: Tensor, run: Run, count: int, embed: Embed | None = None) -> Tensor:
-        """The block loop: `run(h, 0, count)`, or what stands for it. h: hidden states [B, tokens, C], not changed."""
+        """The block loop: `run(h, 0, count)`, or what stands for it. h: hidden states [B, tokens, C].
+
+        Neither this nor `run` changes its input.
+        """
         if ctx is None or self.policy.level != "blocks":
             return run(h, 0, count)
         first = self.policy.probe_blocks
@@ -159,25 +162,39 @@ class CacheManager(NoCache):
             self._begin(ctx.expert, embed)
         branch = self._branches.setdefault((ctx.expert, ctx.branch), _Branch(Residuals(self._predictor, self._device)))
         probe = probe_of()
-        decision = self._measure(ctx, index, branch, before, probe)
+        follows, is_last = self._follows(ctx), index == len(steps) - 1
+        measures = not follows or self._own_uncond
+        decision = self._measure(ctx, index, branch, before, probe, follows, measures)
         if ctx.branch == "cond":
             self._cond = decision
-        self.telemetry.decisions.append(decision)
-        with self._clock(decision, before):
-            if decision.skipped:
-                out = probe + branch.residuals.predict(ctx.sigma, probe)
-            else:
-                out = rest_of(probe)
         if decision.skipped:
+            with self._clock(decision, before):
+                out = probe + branch.residuals.predict(ctx.sigma, probe)
             branch.skips_in_a_row += 1
             self.policy.skipped(branch.memory, index)
-        elif index < len(steps) - 1:  # after the last step nothing is needed any more
-            branch.skips_in_a_row, branch.signature = 0, _signature(before)
-            branch.residuals.add(ctx.sigma, (out - probe).to(out.dtype))
-            self.policy.computed(branch.memory, index, before, probe, out)
-        else:
+        else:  # what will be replaced is let go of before the network needs the memory
+            if is_last:
+                branch.reset()
+            else:
+                branch.residuals.make_room()
+                if measures:
+                    self.policy.computing(branch.memory, index, before, probe)
+            with self._clock(decision, before):
+                out = rest_of(probe)
+            if not is_last:
+                branch.skips_in_a_row, branch.signature = 0, _signature(before)
+                branch.residuals.add(ctx.sigma, (out - probe).to(out.dtype))
+                if measures:
+                    self.policy.computed(branch.memory, index, before, probe, out)
+        self.telemetry.decisions.append(decision)
+        if is_last:  # nothing is needed any more
             branch.reset()
         return out
+
+    def _follows(self, ctx: StepContext) -> bool:
+        """Whether the cond branch of this step has decided."""
+        cond = self._cond
+        return ctx.branch != "cond" and cond is not None and (cond.expert, cond.step) == (ctx.expert, ctx.step)
 
     def _begin(self, expert: str, embed: Embed | None) -> None:
         """The first step of an expert: what another one left is of no use to it."""
@@ -186,52 +203,65 @@ class CacheManager(NoCache):
         self._begun = expert
         self.policy.begin(self._steps[expert], embed)
 
-    def _measure(self, ctx: StepContext, index: int, branch: _Branch, before: Tensor, probe: Tensor) -> Decision:
-        count, life = len(self._steps[ctx.expert]), self.policy.life(len(self._steps[ctx.expert]))
-        phase, cond = life.phase(index, count), self._cond
-        follows = ctx.branch != "cond" and cond is not None and (cond.expert, cond.step) == (ctx.expert, ctx.step)
-        failsafe = self._failsafe(branch, before) if branch.signature else None
-        if failsafe:
+    def _measure(
+        self,
+        ctx: StepContext,
+        index: int,
+        branch: _Branch,
+        before: Tensor,
+        probe: Tensor,
+        follows: bool,
+        measures: bool,
+    ) -> Decision:
+        count, policy = len(self._steps[ctx.expert]), self.policy
+        life = policy.life(count)
+        phase, is_planned = life.phase(index, count), isinstance(policy, PlannedPolicy)
+        if failsafe := self._failsafe(branch, before):
             branch.reset()
-        is_planned = isinstance(self.policy, PlannedPolicy)
-        metric = None
-        if follows and not self._own_uncond:
-            metric = cond.metric
-        else:
-            sums = self.policy.sums(branch.memory, index, before, probe)
-            if self._reduce and not is_planned:  # a rank without a reference makes all of them compute, none waits
-                total = self._reduce(sums or (math.nan, math.nan))
-                sums = sums and total
+        metric = None if measures else self._cond.metric
+        if measures:
+            sums = policy.sums(branch.memory, index, before, probe)
+            total = sums
+            if self._reduce and not is_planned:  # a rank that cannot skip makes all of them compute, none waits
+                total = self._reduce(sums if sums and len(branch.residuals) else (math.nan, math.nan))
             if sums is not None:
-                metric = self.policy.metric(branch.memory, index, sums)
-        if failsafe is None and metric is not None and not is_planned and not math.isfinite(metric):
-            failsafe = "metric not finite"
-            branch.reset()
+                metric = policy.metric(branch.memory, index, total)
+                if not failsafe and not is_planned and not math.isfinite(metric):
+                    ours = all(map(math.isfinite, sums)) and not all(map(math.isfinite, total))
+                    failsafe = "another rank computes" if ours else "metric not finite"
+                    branch.reset()
+        told = self._cond.skipped if follows else policy.plan[index] if is_planned else None
         if failsafe:
             skip, reason = False, failsafe
         elif phase != "main":
             skip, reason = False, phase
-        elif not len(branch.residuals):
-            skip, reason, failsafe = False, "no reference", "no reference"
-        elif follows:
-            skip, reason = cond.skipped, "as cond"
-        elif is_planned:
-            skip = self.policy.plan[index]
-            reason = "plan"
+        elif told is not None:
+            skip, reason = told, "as cond" if follows else "plan"
         elif metric is None:
             skip, reason = False, "nothing measured"
-        elif below(metric, self.policy.threshold) and branch.skips_in_a_row >= life.max_skips:
+        elif below(metric, policy.threshold) and branch.skips_in_a_row >= life.max_skips:
             skip, reason = False, "cap"
         else:
-            skip = below(metric, self.policy.threshold)
+            skip = below(metric, policy.threshold)
             reason = "below" if skip else "above"
+        if skip and not len(branch.residuals):
+            skip, reason, failsafe = False, "no reference", "no reference"
+        if told and phase == "main" and not self._agree(skip) and skip:
+            skip, reason, failsafe = False, "another rank computes", "another rank computes"
+            branch.reset()
         return Decision(
-            *(ctx.run, ctx.step, ctx.timestep, ctx.sigma, ctx.expert, ctx.branch, self.policy.name, phase, metric),
-            *(self.policy.threshold, skip, reason, failsafe is not None),
+            *(ctx.run, ctx.step, ctx.timestep, ctx.sigma, ctx.expert, ctx.branch, policy.name, phase, metric),
+            *(policy.threshold, skip, reason, failsafe is not None),
         )
+
+    def _agree(self, skip: bool) -> bool:
+        """Whether all ranks can do what a plan or the cond branch, the same on all of them, says: to skip."""
+        return not self._reduce or math.isfinite(self._reduce((0.0 if skip else math.nan, 1.0))[0])
 
     def _failsafe(self, branch: _Branch, before: Tensor) -> str | None:
         """Why what is kept cannot be used with these hidden states."""
+        if branch.signature is None:
+            return None
         for what, then, now in zip(("shape", "type", "device"), branch.signature, _signature(before), strict=True):
             if then != now:
                 return f"{what} changed"
@@ -243,9 +273,10 @@ class CacheManager(NoCache):
     def _clock(self, decision: Decision, h: Tensor) -> Iterator[None]:
         if h.device.type == "cuda":  # read at the end of the run, so that nothing waits
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            stream = torch.cuda.current_stream(h.device)
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((decision, start, end))
         else:
             start = time.perf_counter()
@@ -253,11 +284,15 @@ class CacheManager(NoCache):
             decision.seconds = time.perf_counter() - start
 
     def _read_clocks(self) -> None:
-        if self._events:
-            torch.cuda.synchronize()
         for decision, start, end in self._events:
+            end.synchronize()
             decision.seconds = start.elapsed_time(end) / 1000
-        self._events.clear()
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(one, device) for one in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _signature(h: Tensor) -> tuple:

@@ -42,9 +42,14 @@ def check_options(given: Mapping[str, Any], steps: int) -> tuple[dict[str, Any],
 
     Raises ValueError, one line that names the flag and what is allowed.
     """
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
-    on = [name for name in POLICIES if given.get(name)]
+    flags = {name for name, option in OPTIONS.items() if option.kind == "flag"}
+    given = {name: value for name, value in given.items() if value is not None and (value or name not in flags)}
+    on = [name for name in POLICIES if name in given]
     used = {*on, *(flag for name in on for flag in POLICIES[name].flags), *(COMMON if on else ())}
+    for name in on:
+        used -= set(POLICIES[name].idle)
+        if idle := next((flag for flag in given if flag in POLICIES[name].idle), None):
+            raise ValueError(f"--{idle} has no effect with --{name}")
     if idle := next((name for name in given if name not in used), None):
         owners = [name for name, policy in POLICIES.items() if idle in policy.flags] or list(POLICIES)
         raise ValueError(f"--{idle} has no effect without {' or '.join(f'--{name}' for name in owners)}")
@@ -62,6 +67,8 @@ def check_options(given: Mapping[str, Any], steps: int) -> tuple[dict[str, Any],
     if rescale not in RESCALES:
         warnings.append(f"unknown --teacache_policy {rescale!r}; linear is used (known: {', '.join(RESCALES)})")
         options["teacache_policy"] = "linear"
+    if options["cache_coefficients"] and not policy_of(options).needs(options):
+        raise ValueError(f"--cache_coefficients has no effect: {policy_of(options).name}, as it is set, needs none")
     return options, warnings
 
 
@@ -81,7 +88,9 @@ def _value(name: str, given: Any) -> Any:
             raise ValueError(f"--{name} must be {option.allowed}, not {given}")
         return value
     if option.kind in ("flag", "bool"):
-        return bool(given)
+        if not isinstance(given, bool):
+            raise ValueError(f"--{name} must be true or false, not {given!r}")
+        return given
     if option.kind == "name" and option.allowed and given not in option.allowed.split(", "):
         raise ValueError(f"unknown --{name} {given!r}; choose one of: {option.allowed}")
     return str(given)

@@ -50,7 +50,8 @@ def threshold(default: float) -> Option:
 
 @dataclass(frozen=True)
 class Lifecycle:
-    """Computed whatever the metric says: the first `warmup` and the last `last_steps` cond steps of each expert.
+    """Computed whatever the metric says: the first `warmup` (at least one) and the last `last_steps` cond steps of each
+    expert.
 
     max_skips: at most so many skips in a row.
     """
@@ -61,7 +62,7 @@ class Lifecycle:
 
     def phase(self, index: int, count: int) -> str:
         """ "warm-up", "main" or "last" for step `index` of the `count` steps of an expert."""
-        if index < self.warmup:
+        if index < max(1, self.warmup):
             return "warm-up"
         return "last" if index >= count - self.last_steps else "main"
 
@@ -70,12 +71,14 @@ class Policy:
     """Base of all policies.
 
     level: "blocks" (around the block loop) or "prediction" (around a whole prediction, in the sampler).
-    probe_blocks: blocks that run before the decision. name: also of the flag that turns it on; flags: of its settings.
+    probe_blocks: blocks that run before the decision. name: also of the flag that turns it on; flags: of its settings;
+    idle: common flags that it has no use for.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     flags: ClassVar[Mapping[str, Option]] = {}
+    idle: ClassVar[tuple[str, ...]] = ()
     level: ClassVar[str] = "blocks"
     probe_blocks: ClassVar[int] = 0
 
@@ -110,6 +113,9 @@ class Policy:
     def metric(self, memory: SimpleNamespace, index: int, sums: Sums) -> float:
         """What is compared with the threshold, from the sums over all ranks."""
         return ratio(*sums)
+
+    def computing(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor) -> None:
+        """The network is about to run. Tensors that are replaced here do not lie in memory while it runs."""
 
     def computed(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor, after: Tensor) -> None:
         """The network was run; `after` came out."""

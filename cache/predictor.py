@@ -23,12 +23,17 @@ class Residuals:
         return len(self._kept)
 
     @property
-    def last(self) -> Tensor | None:
-        return self._kept[-1][1] if self._kept else None
+    def tensors(self) -> list[Tensor]:
+        """What is kept, the newest last."""
+        return [residual for _, residual in self._kept]
+
+    def make_room(self) -> None:
+        """Free what the next residual will replace, before the network runs that makes it."""
+        self._kept = [] if self.order == "zero" else self._kept[-1:]
 
     def add(self, sigma: float, residual: Tensor) -> None:
-        keep = 1 if self.order == "zero" else 2
-        self._kept = [*self._kept, (sigma, residual.to(self.device) if self.device else residual)][-keep:]
+        self.make_room()
+        self._kept.append((sigma, residual.to(self.device) if self.device else residual))
 
     def predict(self, sigma: float, like: Tensor) -> Tensor:
         """The residual at `sigma`, on the device of `like`."""

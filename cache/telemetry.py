@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,14 +66,14 @@ class Telemetry:
     def write(self, path: str | os.PathLike, header: Mapping[str, Any]) -> None:
         """The trace: JSON lines, the `header` first. It appears whole or not at all."""
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trace-")
+        temporary = path.with_name(f".trace-{secrets.token_hex(8)}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with open(temporary, "x", encoding="utf-8") as file:
                 for row in (dict(header), *(asdict(one) for one in self.decisions)):
                     file.write(json.dumps(_plain(row)) + "\n")
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
 

@@ -56,19 +56,19 @@ class FBCache(Policy):
         life = Lifecycle(options["fb_warmup"], options["fb_last_steps"], options["cache_max_skips"])
         return cls(options["fb_thresh"], life, options["fb_metric"], options["fb_downsample"], options["fb_ema"])
 
-    def _signal(self, before: Tensor, probe: Tensor) -> Tensor:
-        part = slice(None, None, self.downsample)
-        return probe[:, part] - before[:, part] if self.measure == "residual_rel_l1" else probe[:, part]
+    def _signal(self, before: Tensor, probe: Tensor, tokens: slice) -> Tensor:
+        """What is measured, of every `downsample`-th token: those with the numbers `tokens` among these."""
+        tokens = slice(tokens.start * self.downsample, tokens.stop * self.downsample, self.downsample)
+        return probe[:, tokens] - before[:, tokens] if self.measure == "residual_rel_l1" else probe[:, tokens]
 
     def sums(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor) -> Sums | None:
-        reference = getattr(memory, "reference", None)
-        if reference is None:
+        from cache.sums import read, slices, total
+
+        if getattr(memory, "reference", None) is None:
             return None
-        reference = reference.to(probe.device)
-        change = self._signal(before, probe) - reference
-        if self.measure == "hidden_rel_l2":
-            return change.float().square().sum().item(), reference.float().square().sum().item()
-        return change.float().abs().sum().item(), reference.float().abs().sum().item()
+        parts = (self._signal(before, probe, part) - memory.reference[:, part] for part in slices(memory.reference))
+        change = total(parts, squared=self.measure == "hidden_rel_l2")
+        return read(change, memory.size)
 
     def metric(self, memory: SimpleNamespace, index: int, sums: Sums) -> float:
         value = ratio(*sums)
@@ -80,6 +80,11 @@ class FBCache(Policy):
         memory.last = value
         return value
 
-    def computed(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor, after: Tensor) -> None:
-        signal = self._signal(before, probe)
-        memory.reference = signal if self.measure == "residual_rel_l1" else signal.clone()
+    def computing(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor) -> None:
+        from cache.sums import slices, total
+
+        memory.reference = None
+        signal = self._signal(before, probe, slice(0, probe.shape[1]))
+        memory.reference = signal.clone() if self.downsample > 1 else signal  # a view would keep the whole probe
+        parts = (signal[:, part].clone() for part in slices(signal))
+        memory.size = total(parts, squared=self.measure == "hidden_rel_l2")

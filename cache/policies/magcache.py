@@ -21,6 +21,7 @@ class MagCache(PlannedPolicy):
 
     name = "magcache"
     help = "skip by the measured fall of the residual's magnitude"
+    idle = ("cache_max_skips",)  # K
     flags = {
         "mag_thresh": threshold(0.12),
         "mag_K": count(4, "at most N skips in a row", 1),

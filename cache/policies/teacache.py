@@ -64,12 +64,11 @@ class TeaCache(PlannedPolicy):
         return ("teacache", signal, "polynomial") if signal else ()
 
     def distances(self, steps: Sequence[StepContext], embed: Embed | None) -> list[float]:
-        values = [embed(step.timestep)[self.signal].float() for step in steps]
-        changes = [
-            ((now - then).abs().mean() / then.abs().mean()).item()
-            for then, now in zip(values, values[1:], strict=False)
-        ]
-        return [math.inf, *(self.rescale(change, steps[0].expert) for change in changes)]
+        import torch
+
+        values = torch.stack([embed(step.timestep)[self.signal].float().flatten() for step in steps])
+        changes = (values[1:] - values[:-1]).abs().mean(1) / values[:-1].abs().mean(1)
+        return [math.inf, *(self.rescale(change, steps[0].expert) for change in changes.tolist())]
 
     def rescale(self, change: float, expert: str) -> float:
         """p(change); infinite outside of the fitted range and where the polynomial is negative."""
