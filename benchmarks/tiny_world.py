@@ -4,44 +4,52 @@ Half of the prompts are of colour-shape-direction combinations that were kept ou
 fixed, everything else is the task's default. Prints JSON: the rates at which colour, shape, direction and background
 are right, and the seconds a clip takes (the first one loads the models).
 
+With `--task i2v-tiny` each clip begins from a picture, and `first_frame_psnr_db` is how well its first frame keeps it.
+
 With `--gguf-types` it compares quantised copies of the model with it, see tiny_world_gguf.py.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.common import machine
 from benchmarks.judge import Verdict, judge
-from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out
+from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out, picture, sample_starts
 from wan.command import Parser, run_command
+from wan.errors import UsageError
 from wan.pipeline import WanPipeline
 from wan.request import Request, build_request, check_device
 from wan.tasks import load_task
 
 TASK = "t2v-tiny"
+TASKS = (TASK, "i2v-tiny")
 CASES_PER_HALF = 32
 WORDS = ("color", "shape", "direction")
 
 
 class Outcome(NamedTuple):
-    """One clip made: what was asked, what the judge saw, how long it took, and its frames."""
+    """One clip made: what was asked, what the judge saw, how long it took, its frames, and the picture given if any."""
 
     clip: Clip
     verdict: Verdict
     seconds: float
     frames: np.ndarray
+    picture: np.ndarray | None = None
 
     @property
     def stills(self) -> np.ndarray:
@@ -56,8 +64,11 @@ class Outcome(NamedTuple):
         return (self.clip.color, self.clip.shape, self.clip.direction) in held_out()
 
 
-def cases() -> list[tuple[Clip, int]]:
-    """64 clips to ask for and the seed of each; trained and held-out combinations alternate."""
+def cases(task: str = TASK) -> list[tuple[Clip, int]]:
+    """64 clips to ask for and the seed of each; trained and held-out combinations alternate.
+
+    For i2v-tiny the same ones, each from a place of its own from which every direction has room.
+    """
     unseen = held_out()
     halves = []
     for combos in ([one for one in combinations() if one not in unseen], sorted(unseen)):
@@ -66,33 +77,56 @@ def cases() -> list[tuple[Clip, int]]:
         step = next(n for n in range(len(pairs) * 5 // 13, len(pairs)) if np.gcd(n, len(pairs)) == 1)
         chosen = [pairs[index * step % len(pairs)] for index in range(CASES_PER_HALF)]
         halves.append([Clip(*combo, background) for combo, background in chosen])
-    return [(clip, seed) for seed, clip in enumerate(clip for pair in zip(*halves) for clip in pair)]
+    clips = [clip for pair in zip(*halves) for clip in pair]
+    if task != TASK:
+        clips = [
+            sample_starts(random.Random(seed), clip.color, clip.shape, clip.background)[clip.direction]
+            for seed, clip in enumerate(clips)
+        ]
+    return [(clip, seed) for seed, clip in enumerate(clips)]
 
 
 def make_request(prompt: str, seed: int, steps: int | None, ckpt_dir: str | None, **options) -> Request:
     """A request with the task's defaults and `options`; no file is written."""
-    options |= {"task": TASK, "prompt": prompt, "seed": seed, "sample_steps": steps, "ckpt_dir": ckpt_dir}
+    given = {"prompt": prompt, "seed": seed, "sample_steps": steps, "ckpt_dir": ckpt_dir}
+    options = {"task": TASK, **options, **given}
     nowhere = str(Path(tempfile.gettempdir()) / "unused.mp4")
     return build_request(options | {"offload_model": False, "device": check_device("auto"), "save_file": nowhere})
 
 
 @torch.inference_mode()
 def run(
-    count: int, steps: int | None, ckpt_dir: str | None, pipe: WanPipeline | None = None
+    count: int, steps: int | None, ckpt_dir: str | None, pipe: WanPipeline | None = None, task: str = TASK
 ) -> tuple[list[Outcome], Request]:
     """Make and judge the first `count` clips with one pipeline. Returns them and the last request."""
+    spec = load_task(task)
+    width, height = map(int, spec.sampling.size.split("*"))
     outcomes = []
-    for clip, seed in cases()[:count]:
-        request = make_request(clip.prompt, seed, steps, ckpt_dir)
-        pipe = pipe or WanPipeline.from_request(request, load_task(TASK))
-        started = time.perf_counter()
-        frames = pipe(request).frames
-        seconds = time.perf_counter() - started
-        outcome = Outcome(clip, judge(frames), seconds, frames)
+    for clip, seed in cases(task)[:count]:
+        given = picture(clip, width, height) if spec.kind == "i2v" else None
+        with _image_file(given) as image:
+            request = make_request(clip.prompt, seed, steps, ckpt_dir, task=task, image=image)
+            pipe = pipe or WanPipeline.from_request(request, spec)
+            started = time.perf_counter()
+            frames = pipe(request).frames
+            seconds = time.perf_counter() - started
+        outcome = Outcome(clip, judge(frames), seconds, frames, given)
         outcomes.append(outcome)
         missed = "".join(f", {word} {getattr(outcome.verdict, word)}" for word in WORDS if not outcome.right(word))
         print(f"{len(outcomes)}/{count} {seconds:.1f} s {clip.prompt}{missed}", file=sys.stderr)
     return outcomes, request
+
+
+@contextmanager
+def _image_file(picture: np.ndarray | None) -> Iterator[str | None]:
+    """The path of a PNG of the picture, None for none."""
+    if picture is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "first_frame.png")
+        Image.fromarray(picture).save(path)
+        yield str(path)
 
 
 def report(outcomes: list[Outcome], request: Request) -> dict:
@@ -101,7 +135,7 @@ def report(outcomes: list[Outcome], request: Request) -> dict:
     halves["held_out"] = [one for one in outcomes if one.held_out]
     seconds = [one.seconds for one in outcomes]
     return {
-        "task": TASK,
+        "task": request.task,
         "clips": len(outcomes),
         "size": f"{request.width}x{request.height}",
         "frames": request.frame_num,
@@ -118,12 +152,16 @@ def report(outcomes: list[Outcome], request: Request) -> dict:
 
 
 def rates(outcomes: list[Outcome]) -> dict[str, float]:
-    """How often each word is right, from 0 to 1."""
+    """How often each word is right, from 0 to 1; for clips from a picture, how like it their first frames are."""
     if not outcomes:
         return {}
     hits = {word: [one.right(word) for one in outcomes] for word in (*WORDS, "background")}
     hits["color_shape_direction"] = [all(one.right(word) for word in WORDS) for one in outcomes]
-    return {word: round(sum(right) / len(right), 4) for word, right in hits.items()}
+    found = {word: round(sum(right) / len(right), 4) for word, right in hits.items()}
+    if likeness := [cv2.PSNR(one.frames[0], one.picture) for one in outcomes if one.picture is not None]:
+        found["first_frame_psnr_db"] = round(statistics.mean(likeness), 2)
+        found["first_frame_psnr_db_least"] = round(min(likeness), 2)
+    return found
 
 
 def draw(outcomes: list[Outcome], columns: int = 4, text_px: int = 14, gap_px: int = 6) -> Image.Image:
@@ -150,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m benchmarks.tiny_world", description=__doc__.splitlines()[0], allow_abbrev=False)
     every = 2 * CASES_PER_HALF
+    parser.add_argument("--task", default=TASK, choices=TASKS, help=f"default {TASK}")
     parser.add_argument("--clips", type=int, default=every, choices=range(1, every + 1), metavar="N", help="first N")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the task's")
     parser.add_argument("--ckpt_dir", metavar="DIR", help="other weights of the same shape; default: the embedded ones")
@@ -160,8 +199,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.gguf_types is not None:
         from benchmarks import tiny_world_gguf
 
+        if args.task != TASK:
+            raise UsageError(f"--gguf-types is for {TASK}")
         return tiny_world_gguf.main(args)
-    outcomes, request = run(args.clips, args.steps, args.ckpt_dir)
+    outcomes, request = run(args.clips, args.steps, args.ckpt_dir, task=args.task)
     text = json.dumps(report(outcomes, request), indent=1)
     print(text)
     if args.out:

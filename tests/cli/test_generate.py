@@ -3,12 +3,19 @@
 import json
 
 import av
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.judge import judge
 from benchmarks.tiny_world import cases, report, run
+from tools.tiny.world import Clip, from_start, picture
 from wan.cli import main
+from wan.media import read_image
+from wan.tasks import embedded_checkpoint, load_task
+
+I2V = load_task("i2v-tiny")
 
 
 def generate(capsys, *args):
@@ -55,8 +62,55 @@ def test_every_solver(capsys, tmp_path, solver):
     assert judge(frames)[:3] == ("red", "circle", "right")
 
 
-def test_tiny_world_benchmark():
-    outcomes, request = run(4, None, None)
+@pytest.mark.parametrize("direction", ["left", "right", "up", "down"])
+def test_one_picture_moves_where_the_prompt_says(capsys, tmp_path, direction):
+    prompt = f"a red circle moving {direction} on a black background"
+    _, frames = generate(
+        capsys, "--task", "i2v-tiny", "--prompt", prompt, "--seed", "0", "--save_file", str(tmp_path / "a.mp4")
+    )
+    assert judge(frames) == ("red", "circle", direction, "black")
+    assert cv2.PSNR(frames[0], read_image(embedded_checkpoint(I2V) / I2V.image)) > 24
+
+
+@pytest.mark.parametrize("width, height", [(96, 64), (64, 96), (80, 80)])
+def test_a_picture_of_other_size(capsys, tmp_path, width, height):
+    clip = from_start(Clip("blue", "square", "up", "gray", radius=0.17), 0.45, 0.55, travel=0.3)
+    Image.fromarray(picture(clip, width, height)).save(tmp_path / "first.png")
+    flags = ("--image", str(tmp_path / "first.png"), "--size", f"{width}x{height}", "--seed", "0")
+    _, frames = generate(
+        capsys, "--task", "i2v-tiny", "--prompt", clip.prompt, *flags, "--save_file", str(tmp_path / "a.mp4")
+    )
+    assert frames.shape[1:3] == (height, width)
+    assert judge(frames) == (clip.color, clip.shape, clip.direction, clip.background)
+
+
+def test_replay_with_the_picture_given_or_the_task_s_own(capsys, tmp_path):
+    (tmp_path / "first.png").write_bytes((embedded_checkpoint(I2V) / I2V.image).read_bytes())
+    flags = ("--task", "i2v-tiny", "--seed", "5", "--sample_steps", "4")
+    own, _ = generate(capsys, *flags, "--save_file", str(tmp_path / "a.mp4"))
+    given, _ = generate(capsys, *flags, "--image", str(tmp_path / "first.png"), "--save_file", str(tmp_path / "b.mp4"))
+    again = [
+        generate(capsys, "--replay", one["file"], "--save_file", str(tmp_path / "c.mp4"))[0] for one in (own, given)
+    ]
+    assert {one["sha256"] for one in (own, given, *again)} == {own["sha256"]}
+    (tmp_path / "first.png").unlink()
+    assert main(["--quiet", "--replay", given["file"]]) == 2  # what is the user's own is not replaced
+    assert "the image of the stored run is gone" in capsys.readouterr().err
+
+
+def test_both_experts_take_their_steps(capsys, tmp_path):
+    assert main(["--task", "i2v-tiny", "--dry_run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps_by_expert"] == {"high": 9, "low": 11}
+    high, low = (str(embedded_checkpoint(I2V) / I2V.experts[name]) for name in ("high", "low"))
+    flags = ("--task", "i2v-tiny", "--seed", "0", "--save_file", str(tmp_path / "a.mp4"))
+    changed = [(), ("--high", low), ("--low", high)]
+    assert len({generate(capsys, *flags, *files)[0]["sha256"] for files in changed}) == 3
+
+
+@pytest.mark.parametrize("task", ["t2v-tiny", "i2v-tiny"])
+def test_tiny_world_benchmark(task):
+    outcomes, request = run(4, None, None, task=task)
     result = report(outcomes, request)
+    assert result["task"] == task and ("first_frame_psnr_db" in result) == (task == "i2v-tiny")
     assert len(cases()) == 64 and result["clips"] == 4 and result["held_out"]["clips"] == 2
     assert min(result["color"], result["shape"], result["direction"]) >= 0.75

@@ -1,7 +1,8 @@
-"""Trains the embedded model from nothing and writes it: `WAN_INFERENCE_ONLY=0 python -m tools.tiny`.
+"""Trains the embedded models from nothing and writes them: `WAN_INFERENCE_ONLY=0 python -m tools.tiny`.
 
-About an hour on two cores with AMX, by the sum of its stages. Each stage logs JSON lines to the folder `--out`.
-The logs of the committed weights lie in tools/tiny/log. These were made in three runs: images, clips
+An hour and a half on two cores with AMX, by the sum of its stages: vae, dit and export make t2v-tiny; i2v and
+export_i2v make the two experts of i2v-tiny on top of it. Each stage logs JSON lines to the folder `--out`.
+The logs of the committed weights lie in tools/tiny/log. Those of t2v-tiny were made in three runs: images, clips
 (`--image_steps 0`); a DiT with timestep shift 3 (train_dit_first.jsonl, 3,000 steps, directions not learned), and from
 there the present one (`--resume_dit`).
 """
@@ -13,19 +14,26 @@ import os
 import sys
 from pathlib import Path
 
-from tools.tiny import export, train_dit, train_vae
+from tools.tiny import export, train_dit, train_i2v, train_vae
 from wan.tasks import embedded_checkpoint, load_task
+
+STAGES = ("vae", "dit", "export", "i2v", "export_i2v")
 
 
 def main() -> int:
+    to, to_i2v = (embedded_checkpoint(load_task(name)) for name in ("t2v-tiny", "i2v-tiny"))
     parser = argparse.ArgumentParser(prog="python -m tools.tiny", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder for weights in training and logs")
-    parser.add_argument("--to", type=Path, default=embedded_checkpoint(load_task("t2v-tiny")), help="checkpoint folder")
-    parser.add_argument("--stages", nargs="+", choices=("vae", "dit", "export"), default=["vae", "dit", "export"])
+    parser.add_argument("--to", type=Path, default=to, help="checkpoint folder of t2v-tiny")
+    parser.add_argument("--to_i2v", type=Path, default=to_i2v, help="checkpoint folder of i2v-tiny, beside it")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--image_steps", type=int, default=1500, help="0: go on from the images of an earlier run")
     parser.add_argument("--clip_steps", type=int, default=1000)
     parser.add_argument("--dit_steps", type=int, default=7500)
     parser.add_argument("--resume_dit", action="store_true", help="begin with the DiT of an earlier run")
+    parser.add_argument("--i2v_steps", type=int, default=3000, help="of each expert")
+    parser.add_argument("--i2v_experts", nargs="+", choices=train_i2v.EXPERTS, default=train_i2v.EXPERTS)
+    parser.add_argument("--resume_i2v", action="store_true", help="go on with the experts of an interrupted run")
     args = parser.parse_args()
     if os.environ.get("WAN_INFERENCE_ONLY", "1") != "0":
         print("error: training needs WAN_INFERENCE_ONLY=0", file=sys.stderr)
@@ -37,6 +45,10 @@ def main() -> int:
         train_dit.train(args.out, args.dit_steps, resume=args.resume_dit)
     if "export" in args.stages:
         export.export(args.out, args.to)
+    if "i2v" in args.stages:
+        train_i2v.train(args.out, args.to, args.i2v_steps, args.i2v_experts, resume=args.resume_i2v)
+    if "export_i2v" in args.stages:
+        export.export_i2v(args.out, args.to_i2v)
     return 0
 
 

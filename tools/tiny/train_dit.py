@@ -43,7 +43,11 @@ def build(spec) -> nn.ModuleDict:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
-    dit = WanModel(**spec.dit)
+    return nn.ModuleDict({"dit": initialise(WanModel(**spec.dit)), "t5": UMT5EncoderModel(config)})
+
+
+def initialise(dit: WanModel) -> WanModel:
+    """Weights to begin training with, in place."""
     for name, weight in dit.named_parameters():
         if name.startswith("head.head"):
             nn.init.zeros_(weight)
@@ -53,7 +57,7 @@ def build(spec) -> nn.ModuleDict:
             nn.init.xavier_uniform_(weight.data.flatten(1))
         elif name.endswith(".bias"):
             nn.init.zeros_(weight)
-    return nn.ModuleDict({"dit": dit, "t5": UMT5EncoderModel(config)})
+    return dit
 
 
 @torch.no_grad()

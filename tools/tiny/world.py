@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,25 @@ def sample(rng: random.Random, combos: list[tuple[str, str, str]]) -> Clip:
     return Clip(color, shape, direction, rng.choice(list(BACKGROUNDS)), radius, x, y, travel)
 
 
+def from_start(clip: Clip, start_x: float, start_y: float, travel: float) -> Clip:
+    """The same clip with its shape first at (start_x, start_y), on a path no longer than stays wholly in the frame."""
+    dx, dy = DIRECTIONS[clip.direction]
+    ahead = start_x if dx < 0 else 1 - start_x if dx > 0 else start_y if dy < 0 else 1 - start_y
+    travel = min(travel, ahead - clip.radius)
+    return replace(clip, x=start_x + dx * travel / 2, y=start_y + dy * travel / 2, travel=travel)
+
+
+def sample_starts(rng: random.Random, color: str, shape: str, background: str) -> dict[str, Clip]:
+    """By direction, clips with one first frame: the shape is near the middle, so every direction has room, and where it
+    is does not tell where it goes."""
+    radius, travel = rng.uniform(0.15, 0.19), rng.uniform(0.26, 0.34)
+    x, y = (0.5 + rng.uniform(-0.1, 0.1) for _ in range(2))
+    return {
+        direction: from_start(Clip(color, shape, direction, background, radius), x, y, travel)
+        for direction in DIRECTIONS
+    }
+
+
 def render(clip: Clip, width: int, height: int, frames: range | list[int] = range(NUM_FRAMES)) -> Tensor:
     """Frames of the clip as float `[3, T, H, W]` in [-1, 1]."""
     dx, dy = DIRECTIONS[clip.direction]
@@ -82,6 +102,11 @@ def render(clip: Clip, width: int, height: int, frames: range | list[int] = rang
     color = torch.tensor(COLORS[clip.color])[:, None, None, None] / 127.5 - 1
     background = torch.tensor(BACKGROUNDS[clip.background])[:, None, None, None] / 127.5 - 1
     return background + (color - background) * coverage
+
+
+def picture(clip: Clip, width: int, height: int) -> np.ndarray:
+    """The first frame as an image file has it: uint8 [H, W, 3]."""
+    return ((render(clip, width, height, [0])[:, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
