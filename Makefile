@@ -22,6 +22,9 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.peers vae
 	$(VENV)/bin/python -m benchmarks.tiny_world --gguf-types Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q3_K_M,Q2_K
 	$(VENV)/bin/python -m benchmarks.peers gguf
+	$(VENV)/bin/python -m benchmarks.cache_quality --task t2v-tiny
+	$(VENV)/bin/python -m benchmarks.cache_overhead
+	PYTHON=$(VENV)/bin/python bash benchmarks/bench_teacache.sh
 
 lint: setup
 	$(VENV)/bin/ruff check .

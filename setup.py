@@ -46,7 +46,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.35"],
+        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.35", "matplotlib>=3.8"],
+        "plots": ["matplotlib>=3.8"],
         "flash": ["flash-attn>=2.5"],
     },
 )
