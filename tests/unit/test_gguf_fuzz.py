@@ -254,8 +254,8 @@ def check_model(base, source, theirs, whole):
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_damaged_files(base, tmp_path, monkeypatch, batch):
     asked = []
-    allocate = reader._allocate
-    monkeypatch.setattr(reader, "_allocate", lambda size_bytes: asked.append(size_bytes) or allocate(size_bytes))
+    allocate = reader.empty_bytes
+    monkeypatch.setattr(reader, "empty_bytes", lambda size_bytes: asked.append(size_bytes) or allocate(size_bytes))
     path = tmp_path / "x.gguf"
     refused = opened = loaded = 0
     for index in range(max(1, FILES // (2 * BATCHES))):

@@ -67,7 +67,8 @@ def test_peak_bytes_sees_what_is_freed_again(monkeypatch, permitted):
 
         monkeypatch.setattr(common.Path, "write_text", refuse)
     mebibyte = 1 << 20
-    assert 60 * mebibyte < common.peak_bytes(lambda: torch.ones(16 * mebibyte)) < 80 * mebibyte
+    # Of 64: without the kernel's own mark, the last sample may come before the last pages.
+    assert 48 * mebibyte < common.peak_bytes(lambda: torch.ones(16 * mebibyte)) < 80 * mebibyte
 
 
 @pytest.mark.slow
