@@ -7,7 +7,7 @@
  */
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -32,11 +32,16 @@ INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out
 }
 
 INLINE float half(bytes b) { /* finite fp16; 2^112 moves the exponent, which is exact for subnormals too */
-    uint32_t h = b[0] | (uint32_t)b[1] << 8, bits = (h & 0x7fff) << 13;
+    uint32_t h = b[0] | (uint32_t)b[1] << 8;
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
+    uint32_t bits = (h & 0x7fff) << 13;
     float magnitude;
     memcpy(&magnitude, &bits, 4);
     magnitude *= 0x1p112f;
     return h & 0x8000 ? -magnitude : magnitude;
+#endif
 }
 
 /* Blocks of 32. In a byte, the low four bits belong to weight j, the high four to weight j + 16. */
@@ -77,6 +82,16 @@ INLINE void q8_0(bytes b, weights w) {
     float d = half(b);
     EACH(32) w[j] = d * (float)(int8_t)b[2 + j];
 }
+
+#ifdef __AVX512BF16__
+INLINE void q8_0_bf16(bytes b, uint16_t *restrict out) { /* the same without a detour over memory */
+    __m512 d = _mm512_set1_ps(half(b));
+    __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + 2)));
+    __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + 18)));
+    __m512 w0 = _mm512_mul_ps(d, _mm512_cvtepi32_ps(low)), w1 = _mm512_mul_ps(d, _mm512_cvtepi32_ps(high));
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(w1, w0));
+}
+#endif
 
 static const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -172,6 +187,13 @@ INLINE void iq4_xs(bytes b, weights w) {
 
 /* `type`: ggml's number. `format` of `out`: FP32 or BF16. Returns 0 for a type that is not here. */
 int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
+#ifdef __AVX512BF16__
+    if (type == 8 && format == BF16) {
+        _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < blocks; i++)
+            q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32);
+        return 1;
+    }
+#endif
     switch (type) {
         CASE(q4_0, 2, 32, 18)
         CASE(q4_1, 3, 32, 20)
