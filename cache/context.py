@@ -15,6 +15,7 @@ class StepContext:
     expert:   name of the network that runs ("model", or "high" / "low" for a pair)
     branch:   "cond" or "uncond"
     run:      distinguishes runs that share one cache (the clips of a long video)
+    apart:    the two branches of this step are computed at once, by different ranks
     """
 
     step: int
@@ -24,3 +25,4 @@ class StepContext:
     expert: str = "model"
     branch: str = "cond"
     run: int = 0
+    apart: bool = False

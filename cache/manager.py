@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,16 @@ from cache.predictor import Residuals
 from cache.telemetry import Decision, Telemetry
 
 Run = Callable[[Tensor, int, int], Tensor]  # run(h, i, j): blocks i..j-1
-Reduce = Callable[[Sums], Sums]  # sums over the ranks that share a sequence
+
+
+class Ranks(Protocol):
+    """Processes that make one video; `distributed.Parallel` is one."""
+
+    def reduce_scalar(self, values: Sums) -> Sums:
+        """Sums over those that share a sequence, the same on all of them."""
+
+    def exchange(self, values: Sums) -> list[Sums]:
+        """Numbers of this process's branch -> those of cond and of uncond, which is computed by other processes."""
 
 
 class NoCache:
@@ -60,9 +69,9 @@ class _Branch:
 class CacheManager(NoCache):
     """Skips what its policy says is safe to skip.
 
-    policy: decides. predictor, device: see `Residuals`. reduce: sums (numerator, denominator) over ranks; without it
-    this process is alone. own_uncond: the uncond branch measures its own change, for the record; it obeys the cond
-    branch in any case, unless a failsafe makes it compute.
+    policy: decides. predictor, device: see `Residuals`. ranks: None for one process alone. own_uncond: the uncond
+    branch measures its own change, for the record; it obeys the cond branch in any case, unless a failsafe makes it
+    compute.
     """
 
     def __init__(
@@ -71,11 +80,12 @@ class CacheManager(NoCache):
         *,
         predictor: str = "zero",
         device: torch.device | str | None = None,
-        reduce: Reduce | None = None,
+        ranks: Ranks | None = None,
         own_uncond: bool = True,
     ):
         self.policy, self.telemetry = policy, Telemetry()
-        self._predictor, self._device, self._reduce, self._own_uncond = predictor, device, reduce, own_uncond
+        self._predictor, self._device, self._own_uncond = predictor, device, own_uncond
+        self._ranks = ranks
         self._steps: dict[str, list[StepContext]] = {}
         self._branches: dict[tuple[str, str], _Branch] = {}
         self._begun: str | None = None  # the expert whose steps are under way
@@ -163,8 +173,7 @@ class CacheManager(NoCache):
         branch = self._branches.setdefault((ctx.expert, ctx.branch), _Branch(Residuals(self._predictor, self._device)))
         probe = probe_of()
         follows, is_last = self._follows(ctx), index == len(steps) - 1
-        measures = not follows or self._own_uncond
-        decision = self._measure(ctx, index, branch, before, probe, follows, measures)
+        decision = self._judge(ctx, index, branch, before, probe, follows)
         if ctx.branch == "cond":
             self._cond = decision
         if decision.skipped:
@@ -177,14 +186,14 @@ class CacheManager(NoCache):
                 branch.reset()
             else:
                 branch.residuals.make_room()
-                if measures:
+                if self._own_uncond or not follows:
                     self.policy.computing(branch.memory, index, before, probe)
             with self._clock(decision, before):
                 out = rest_of(probe)
             if not is_last:
                 branch.skips_in_a_row, branch.signature = 0, _signature(before)
                 branch.residuals.add(ctx.sigma, (out - probe).to(out.dtype))
-                if measures:
+                if self._own_uncond or not follows:
                     self.policy.computed(branch.memory, index, before, probe, out)
         self.telemetry.decisions.append(decision)
         if is_last:  # nothing is needed any more
@@ -192,9 +201,10 @@ class CacheManager(NoCache):
         return out
 
     def _follows(self, ctx: StepContext) -> bool:
-        """Whether the cond branch of this step has decided."""
+        """Whether the cond branch of this step has decided, or does so now."""
         cond = self._cond
-        return ctx.branch != "cond" and cond is not None and (cond.expert, cond.step) == (ctx.expert, ctx.step)
+        decided = cond is not None and (cond.expert, cond.step) == (ctx.expert, ctx.step)
+        return ctx.branch != "cond" and (decided or ctx.apart)
 
     def _begin(self, expert: str, embed: Embed | None) -> None:
         """The first step of an expert: what another one left is of no use to it."""
@@ -203,34 +213,21 @@ class CacheManager(NoCache):
         self._begun = expert
         self.policy.begin(self._steps[expert], embed)
 
-    def _measure(
-        self,
-        ctx: StepContext,
-        index: int,
-        branch: _Branch,
-        before: Tensor,
-        probe: Tensor,
-        follows: bool,
-        measures: bool,
+    def _judge(
+        self, ctx: StepContext, index: int, branch: _Branch, before: Tensor, probe: Tensor, follows: bool
     ) -> Decision:
-        count, policy = len(self._steps[ctx.expert]), self.policy
+        """What is done with this prediction. `follows`: the cond branch says so, unless a failsafe makes it compute."""
+        policy, is_planned = self.policy, isinstance(self.policy, PlannedPolicy)
+        count = len(self._steps[ctx.expert])
         life = policy.life(count)
-        phase, is_planned = life.phase(index, count), isinstance(policy, PlannedPolicy)
-        if failsafe := self._failsafe(branch, before):
-            branch.reset()
-        metric = None if measures else self._cond.metric
-        if measures:
-            sums = policy.sums(branch.memory, index, before, probe)
-            total = sums
-            if self._reduce and not is_planned:  # a rank that cannot skip makes all of them compute, none waits
-                total = self._reduce(sums if sums and len(branch.residuals) else (math.nan, math.nan))
-            if sums is not None:
-                metric = policy.metric(branch.memory, index, total)
-                if not failsafe and not is_planned and not math.isfinite(metric):
-                    ours = all(map(math.isfinite, sums)) and not all(map(math.isfinite, total))
-                    failsafe = "another rank computes" if ours else "metric not finite"
-                    branch.reset()
-        told = self._cond.skipped if follows else policy.plan[index] if is_planned else None
+        phase = life.phase(index, count)
+        if self._own_uncond or not follows:
+            metric, failsafe = self._measure(index, branch, before, probe)
+        else:
+            metric, failsafe = None if ctx.apart else self._cond.metric, self._failsafe(branch, before)
+        told = policy.plan[index] if is_planned else None
+        if follows:  # apart, cond's word comes last; until then: could this branch skip?
+            told = True if ctx.apart else self._cond.skipped
         if failsafe:
             skip, reason = False, failsafe
         elif phase != "main":
@@ -244,19 +241,47 @@ class CacheManager(NoCache):
         else:
             skip = below(metric, policy.threshold)
             reason = "below" if skip else "above"
+        lacking = None
         if skip and not len(branch.residuals):
-            skip, reason, failsafe = False, "no reference", "no reference"
+            skip, lacking = False, "no reference"
         if told and phase == "main" and not self._agree(skip) and skip:
-            skip, reason, failsafe = False, "another rank computes", "another rank computes"
+            skip, lacking = False, "another rank computes"
+        if ctx.apart:
+            cond, uncond = self._ranks.exchange((float(skip), math.nan if metric is None else metric))
+            if follows and not self._own_uncond:
+                metric = cond[1]
+            if follows and not cond[0]:
+                skip, lacking = False, None
+            elif skip and not uncond[0]:
+                skip, lacking = False, "another rank computes"
+        if failsafe or lacking:
+            reason, failsafe = failsafe or lacking, failsafe or lacking
             branch.reset()
         return Decision(
             *(ctx.run, ctx.step, ctx.timestep, ctx.sigma, ctx.expert, ctx.branch, policy.name, phase, metric),
             *(policy.threshold, skip, reason, failsafe is not None),
         )
 
+    def _measure(self, index: int, branch: _Branch, before: Tensor, probe: Tensor) -> tuple[float | None, str | None]:
+        """The metric, None where there is nothing to measure against; and why this branch must compute, if it must."""
+        policy, is_planned = self.policy, isinstance(self.policy, PlannedPolicy)
+        if failsafe := self._failsafe(branch, before):
+            branch.reset()  # what is kept does not fit what is measured
+        sums = policy.sums(branch.memory, index, before, probe)
+        total = sums
+        if self._ranks and not is_planned:  # a rank that cannot skip makes all of them compute, none waits
+            total = self._ranks.reduce_scalar(sums if sums and len(branch.residuals) else (math.nan, math.nan))
+        if sums is None:
+            return None, failsafe
+        metric = policy.metric(branch.memory, index, total)
+        if not failsafe and not is_planned and not math.isfinite(metric):
+            ours = all(map(math.isfinite, sums)) and not all(map(math.isfinite, total))
+            failsafe = "another rank computes" if ours else "metric not finite"
+        return metric, failsafe
+
     def _agree(self, skip: bool) -> bool:
         """Whether all ranks can do what a plan or the cond branch, the same on all of them, says: to skip."""
-        return not self._reduce or math.isfinite(self._reduce((0.0 if skip else math.nan, 1.0))[0])
+        return not self._ranks or math.isfinite(self._ranks.reduce_scalar((0.0 if skip else math.nan, 1.0))[0])
 
     def _failsafe(self, branch: _Branch, before: Tensor) -> str | None:
         """Why what is kept cannot be used with these hidden states."""

@@ -11,7 +11,7 @@ from cache.policies.teacache import RESCALES
 from cache.policy import Option, count
 
 if TYPE_CHECKING:
-    from cache.manager import CacheManager, Reduce
+    from cache.manager import CacheManager, Ranks
 
 MIN_STEPS = 10
 PREDICTORS = ("zero", "first")
@@ -120,9 +120,9 @@ def policy_of(options: Mapping[str, Any]):
 
 
 def make_manager(
-    options: Mapping[str, Any], coefficients: Mapping[str, Any], reduce: Reduce | None = None
+    options: Mapping[str, Any], coefficients: Mapping[str, Any], ranks: Ranks | None = None
 ) -> CacheManager:
-    """The manager for checked options and their coefficients. reduce: see `CacheManager`."""
+    """The manager for checked options and their coefficients. ranks: see `CacheManager`."""
     from cache.manager import CacheManager
 
     device = options["cache_device"]
@@ -130,6 +130,6 @@ def make_manager(
         policy_of(options).make(options, coefficients),
         predictor=options["cache_predictor"],
         device=None if device == "auto" else device,
-        reduce=reduce,
+        ranks=ranks,
         own_uncond=options.get("fb_cfg_sep_diff", True),
     )

@@ -77,6 +77,14 @@ class Telemetry:
             raise
 
 
+def merged(by_rank: Sequence[Sequence[Decision]]) -> list[Decision]:
+    """Every prediction of a run once, in order, from what each process decided; where several did, the first's word."""
+    kept: dict[tuple, Decision] = {}
+    for one in (decision for decisions in by_rank for decision in decisions):
+        kept.setdefault((one.run, one.step, one.branch), one)
+    return [kept[key] for key in sorted(kept)]
+
+
 def read_trace(path: str | os.PathLike) -> tuple[dict[str, Any], list[Decision]]:
     """(header, decisions) of a trace. Raises ValueError where the file is none."""
     try:

@@ -1,5 +1,13 @@
-"""Parallelism that stands beside the model. Knows nothing of Wan."""
+"""Parallelism that stands beside the model. Knows nothing of Wan. Importing it imports no torch, for `--help`."""
 
-from distributed.parallel import Parallel
+from typing import Any
 
 __all__ = ["Parallel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Parallel":
+        from distributed.parallel import Parallel
+
+        return Parallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

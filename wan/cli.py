@@ -15,15 +15,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easydict import EasyDict
 
 from cache.options import OPTIONS as CACHE_OPTIONS
+from distributed.launch import World
 from wan import __version__, media
 from wan.command import Parser, run_command
-from wan.errors import SwanError
+from wan.errors import SwanError, UsageError
 from wan.request import (
     DEFAULT_TASK,
     DTYPE_NAMES,
@@ -124,9 +126,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--convert_model_dtype", action="store_true", default=None, help="the same as --dtype bf16")
     add("--vae_dtype", metavar="NAME", help=f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32")
     add("--attention", metavar="NAME", help="attention back end; default sdpa")
-    add("--offload_model", metavar="BOOL", type=_boolean, help="release each model after its stage; default true")
+    add(
+        "--offload_model",
+        metavar="BOOL",
+        type=_boolean,
+        help="release each model after its stage; default true, with several processes false",
+    )
     add("--t5_cpu", action="store_true", default=None, help="run the text encoder on the CPU")
     add("--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; default 0: whole frames")
+
+    add = parser.add_argument_group("several processes, started by torchrun").add_argument
+    add("--ulysses_size", metavar="N", help="share tokens and heads among N (default: all processes that are left)")
+    add("--ring_size", metavar="N", help="share tokens among N groups, keys and values going round; default 1")
+    add("--cfg_parallel", action="store_true", default=None, help="the two branches of guidance on half of them each")
+    add("--dit_fsdp", action="store_true", default=None, help="share the weights of the DiT out among all (FSDP)")
+    add("--t5_fsdp", action="store_true", default=None, help="share the weights of the text encoder out among all")
+    add("--dist_timeout", metavar="S", help="give up when a process has not answered for S seconds; default 600")
 
     add = parser.add_argument_group("output").add_argument
     add("--dry_run", action="store_true", help="print the plan (files, shapes, steps, work, memory) and stop")
@@ -136,25 +151,43 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: sys.argv) and return its exit code. Never raises for a failed run."""
-    return run_command(lambda: _main(argv))
+    """Run the command line `argv` (default: sys.argv) and return its exit code. Never raises for a failed run.
+
+    Started by torchrun, this is one of several processes that make one video.
+    """
+    world = World()
+    try:
+        try:
+            world = World.from_environment()
+        except ValueError as error:
+            return run_command(partial(_refuse, str(error)))
+        return run_command(partial(_main, argv, world), world.report)
+    finally:
+        world.close()
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _refuse(message: str) -> int:
+    raise UsageError(message)
+
+
+def _main(argv: Sequence[str] | None, world: World) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name in OPTIONS}
     if args.replay:
         options = replay_options(media.read_settings(args.replay), options)
-    request = build_request(options)
+    request = build_request(options, world.size)
     spec = load_task(request.task)
-    if not args.quiet:
+    quiet = args.quiet or world.rank > 0
+    if not quiet:
         for warning in request.warnings:
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
-        return _dry_run(request, spec, args.json)
-    if not args.quiet:
+        return _dry_run(request, spec, args.json) if world.rank == 0 else 0
+    if not quiet:
         print(f"{request.task}, seed {request.seed}", file=sys.stderr)
-    print(json.dumps(run(request, spec, quiet=args.quiet)), flush=True)
+    report = run(request, spec, quiet=quiet, world=world)
+    if world.rank == 0:
+        print(json.dumps(report), flush=True)
     return 0
 
 
@@ -168,30 +201,46 @@ def _dry_run(request: Request, spec: EasyDict, as_json: bool) -> int:
     return 0
 
 
-def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, Any]:
+def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World | None = None) -> dict[str, Any]:
     """Make the video and write it to request.save_file. Returns the report that is printed as JSON.
 
-    Once denoising is done, a failure keeps the latents in a file and names it in the SwanError.
+    Once denoising is done, a failure keeps the latents in a file and names it in the SwanError. Of several processes
+    each calls this; the first one writes.
     """
     started = time.perf_counter()
+    world = world or World()
     device = check_device(request.device)
     if request.cache:
         check_device(request.cache["cache_device"], "cache_device")
+    world.start("cuda" if device.startswith("cuda") else "cpu", request.dist_timeout)
+    from distributed.parallel import Parallel
     from wan.pipeline import WanPipeline
 
-    with _Progress(quiet) as progress:
-        pipe = WanPipeline.from_request(replace(request, device=device), spec)
+    device_type = "cuda" if device.startswith("cuda") else "cpu"
+    parallel = Parallel(*request.grid, device_type=device_type, local_size=world.local_size)
+    if world.size > 1:
+        device = f"cuda:{world.local_rank}" if device == "cuda" else device
+        request = replace(request, seed=parallel.gather_objects(request.seed)[0])  # a random one: of the first rank
+    with _Progress(quiet, world) as progress:
+        pipe = WanPipeline.from_request(replace(request, device=device), spec, parallel)
         if not quiet:
             for note in pipe.notes:
                 print(note, file=sys.stderr)
+        if world.rank == 0:
+            world.at_failure = lambda: None if pipe.latents is None else _keep_latents(pipe.latents, request.save_file)
         try:
             result = pipe(request, progress=progress)
+            peaks = parallel.gather_objects(_peak_memory())
+            if world.rank > 0:
+                return {}
             saving = time.perf_counter()
+            world.stage = "save"
             media.write_video(request.save_file, result.frames, request.fps, request.settings())
         except Exception as error:
             latents = getattr(pipe, "latents", None)
-            if latents is None:
+            if latents is None or world.rank > 0:
                 raise
+            world.at_failure = None
             raise SwanError(f"{_describe(error)}; {_keep_latents(latents, request.save_file)}") from error
     cached = {}
     if request.cache:
@@ -210,7 +259,8 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False) -> dict[str, A
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         **({"gguf_mode": modes} if (modes := {name: mode for name, mode in pipe.gguf_modes.items() if mode}) else {}),
         **cached,
-        **_peak_memory(),
+        **({"grid": request.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
+        **peaks[0],
         "file": request.save_file,
         "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
     }
@@ -260,15 +310,16 @@ def _peak_memory() -> dict[str, int]:
 
 
 class _Progress:
-    """One bar a stage on stderr. The pipeline calls it with (stage, done, total)."""
+    """One bar a stage on stderr, of the first rank. The pipeline calls it with (stage, done, total)."""
 
-    def __init__(self, quiet: bool):
-        self.quiet, self.stage, self.bar = quiet, None, None
+    def __init__(self, quiet: bool, world: World):
+        self.quiet, self.world, self.stage, self.bar = quiet, world, None, None
 
     def __enter__(self) -> _Progress:
         return self
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self.world.stage = stage
         if self.quiet:
             return
         if stage != self.stage:

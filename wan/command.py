@@ -23,21 +23,29 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def run_command(body: Callable[[], int]) -> int:
-    """Run `body` and return its exit code, or that of its failure, which is printed. Never raises for a failed run."""
+def run_command(body: Callable[[], int], report: Callable[[str, int], int] | None = None) -> int:
+    """Run `body` and return its exit code, or that of its failure. Never raises for a failed run.
+
+    report: takes the line about the failure and the exit code, and returns the one to end with; prints it by default.
+    """
+    report = report or _print
     try:
         return body()
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 130, report)
     except SwanError as error:
-        return _fail(f"error: {one_line(error)}", error.exit_code)
+        return _fail(f"error: {one_line(error)}", error.exit_code, report)
     except Exception as error:
         message = f"internal error: {type(error).__name__}: {one_line(error)}"
-        return _fail(f"{message} (set SWAN_DEBUG=1 to see where)", 1)
+        return _fail(f"{message} (set SWAN_DEBUG=1 to see where)", 1, report)
 
 
-def _fail(message: str, exit_code: int) -> int:
+def _fail(message: str, exit_code: int, report: Callable[[str, int], int]) -> int:
     if os.environ.get("SWAN_DEBUG") == "1":
         traceback.print_exc()
+    return report(message, exit_code)
+
+
+def _print(message: str, exit_code: int) -> int:
     print(message, file=sys.stderr)
     return exit_code

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from cache import NO_CACHE, NoCache, StepContext
+from distributed.parallel import Parallel
 from wan.conditioning.condition import Condition
 from wan.solvers import Solver
 
@@ -30,6 +31,7 @@ def denoise(
     condition: Condition | None = None,
     on_step: OnStep | None = None,
     cache: NoCache = NO_CACHE,
+    parallel: Parallel | None = None,
     run: int = 0,
 ) -> torch.Tensor:
     """The clean latent, fp32, from ``latent``, noise of any shape [..., F, H, W].
@@ -40,9 +42,10 @@ def denoise(
     condition:   y and CLIP tokens are predict's matter; here its latent is restored and its timesteps are used
     on_step:     called after each step with the cond branch's context and the new latent; whatever it raises ends the
                  run, which is how one is cancelled
+    parallel:    may compute cond and uncond on different ranks
     cache:       stands around every prediction, and is told of the run; predict hands it on to the network
     """
-    condition = condition or Condition()
+    condition, parallel = condition or Condition(), parallel or Parallel()
     latent = condition.restore(latent.float())
     contexts = [
         StepContext(
@@ -53,7 +56,7 @@ def denoise(
     with cache.run(contexts):
         for ctx, timestep in zip(contexts, solver.timesteps, strict=True):
             times = condition.timesteps(timestep)
-            velocity = guided_velocity(predict, latent, times, ctx, scale_of(ctx.expert, guide_scale), cache)
+            velocity = guided_velocity(predict, latent, times, ctx, scale_of(ctx.expert, guide_scale), cache, parallel)
             latent = condition.restore(solver.step(velocity, latent))
             if on_step is not None:
                 on_step(ctx, latent)
@@ -66,18 +69,20 @@ def guided_velocity(
     times: torch.Tensor,
     ctx: StepContext,
     scale: float,
-    cache: NoCache = NO_CACHE,
+    cache: NoCache,
+    parallel: Parallel,
 ) -> torch.Tensor:
     """Classifier-free guidance (arXiv 2207.12598) in fp32: uncond + scale * (cond - uncond)."""
 
+    apart = scale != 1 and parallel.cfg.size > 1
+
     def velocity(branch: str) -> torch.Tensor:
-        here = replace(ctx, branch=branch)
+        here = replace(ctx, branch=branch, apart=apart)
         return cache.prediction(here, latent, lambda: predict(latent, times, here)).float()
 
-    cond = velocity("cond")
     if scale == 1:
-        return cond
-    uncond = velocity("uncond")
+        return velocity("cond")
+    cond, uncond = parallel.branches(velocity, ("cond", "uncond"))
     return uncond + scale * (cond - uncond)
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from cache import NO_CACHE, NoCache, StepContext
 from cache.options import make_manager
+from cache.telemetry import merged
+from distributed.fsdp import shard_model, weight_mesh
+from distributed.parallel import Parallel
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
@@ -28,7 +31,7 @@ from wan.media import read_image
 from wan.memory import available_bytes
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
-from wan.models.encoders import load_clip_encoder, load_text_encoder
+from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.quant.scratch import free_scratch
 from wan.request import Request
@@ -56,12 +59,15 @@ class Result:
 class WanPipeline:
     """A task with its checkpoint. Models are loaded when a stage first needs them.
 
+    On several processes each makes one, with its `parallel`, and all are called alike; each returns the whole result.
+
     `latents` is None until a run has denoised; from then on it holds the result, whatever happens later. `cache` is the
     cache of the last run, with its telemetry.
     """
 
-    def __init__(self, spec: Any, files: CheckpointFiles, request: Request):
-        self.spec, self.files = spec, files
+    def __init__(self, spec: Any, files: CheckpointFiles, request: Request, parallel: Parallel | None = None):
+        self.spec, self.files, self.parallel = spec, files, parallel or Parallel()
+        self.dit_fsdp, self.t5_fsdp = request.dit_fsdp, request.t5_fsdp
         self.device = torch.device(request.device)
         self.dtype, self.vae_dtype = DTYPES[request.dtype], DTYPES[request.vae_dtype]
         self.text_device = torch.device("cpu") if request.t5_cpu else self.device
@@ -74,7 +80,7 @@ class WanPipeline:
         self._models: dict[str, Any] = {}
 
     @classmethod
-    def from_request(cls, request: Request, spec: Any) -> WanPipeline:
+    def from_request(cls, request: Request, spec: Any, parallel: Parallel | None = None) -> WanPipeline:
         """Finds the files and checks them against the task; loads nothing yet.
 
         Raises UsageError or SwanError, one line, before any work is done.
@@ -87,7 +93,7 @@ class WanPipeline:
         check_encoder(open_source(files.t5), "t5", spec)
         if files.clip:
             check_encoder(open_source(files.clip), "clip", spec)
-        return cls(spec, files, request)
+        return cls(spec, files, request, parallel)
 
     def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
         """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
@@ -119,9 +125,14 @@ class WanPipeline:
         texts = {"cond": request.prompt}
         if any(scale != 1 for scale in request.guide_scale):
             texts["uncond"] = request.negative_prompt
-        with self._model("t5") as encoder:
-            embeddings = encoder(list(texts.values()))
-        return {branch: row.to(self.device) for branch, row in zip(texts, embeddings, strict=True)}
+
+        def encode() -> list[Tensor]:
+            with self._model("t5") as encoder:
+                return [row.to(self.device) for row in encoder(list(texts.values()))]
+
+        # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
+        embeddings = encode() if self.t5_fsdp else self.parallel.once(encode, self.device)
+        return dict(zip(texts, embeddings, strict=True))
 
     def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
         if request.image is None:
@@ -131,7 +142,7 @@ class WanPipeline:
         with self._model("vae") as vae:
 
             def encode(video: Tensor) -> Tensor:
-                return vae.encode(video.to(self.device), tile_px=request.vae_tile_px)
+                return vae.encode(video.to(self.device), tile_px=request.vae_tile_px, group=self.parallel.world)
 
             if self.spec.kind == "ti2v":
                 condition = first_frame_condition(encode, *pictures, **size)
@@ -139,8 +150,12 @@ class WanPipeline:
                 condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
         clip_fea = None
         if condition.clip_images:
-            with self._model("clip") as clip:
-                clip_fea = clip([image.to(self.device) for image in condition.clip_images])
+
+            def look() -> list[Tensor]:
+                with self._model("clip") as clip:
+                    return [clip([image.to(self.device) for image in condition.clip_images])]
+
+            clip_fea = self.parallel.once(look, self.device)[0]
         return condition, clip_fea
 
     def _denoise(
@@ -160,8 +175,9 @@ class WanPipeline:
         )
 
         if request.cache and self.cache is NO_CACHE:
-            self.cache = make_manager(request.cache, request.cache_coefficients)
+            self.cache = make_manager(request.cache, request.cache_coefficients, self.parallel)
         cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
+        decided = len(self.cache.telemetry.decisions) if cached else 0
 
         def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
             model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
@@ -175,8 +191,12 @@ class WanPipeline:
             boundary=self.spec.get("boundary"),
             condition=condition,
             cache=self.cache,
+            parallel=self.parallel,
             on_step=lambda ctx, latent: report("denoise", ctx.step + 1, ctx.steps),
         )
+        if cached and self.parallel.cfg.size > 1:
+            decisions = self.cache.telemetry.decisions
+            decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
         if self.offload:
             self.experts.release()
             _empty_cache()
@@ -184,7 +204,7 @@ class WanPipeline:
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae:
-            video = vae.decode(latents, tile_px=tile_px)[0]
+            video = vae.decode(latents, tile_px=tile_px, group=self.parallel.world)[0]
         # Truncated, not rounded, as the official code writes its videos.
         pixels = video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
@@ -213,6 +233,7 @@ class WanPipeline:
             device=self.text_device,
             dtype=self.dtype,
             stream=self.gguf_modes["t5"] == "stream",
+            shard=self._shard(self.text_device) if self.t5_fsdp else None,
         )
 
     def _load_clip(self):
@@ -226,7 +247,8 @@ class WanPipeline:
     def _load_expert(self, name: str) -> WanModel:
         _empty_cache()
         with torch.device("meta"):
-            model = WanModel(**self.spec.dit, attention=self.attention)
+            model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
+        shard = self._shard(self.device)
         return load_weights(
             model,
             open_source(self.files.dit[name]),
@@ -234,7 +256,11 @@ class WanPipeline:
             device=self.device,
             dtype=self.dtype,
             stream=self.gguf_modes[name] == "stream",
+            shard=(lambda model: shard(model, model.blocks)) if self.dit_fsdp else None,
         )
+
+    def _shard(self, device: torch.device) -> Shard:
+        return lambda model, blocks: shard_model(model, blocks, weight_mesh(device.type, self.parallel.local_size))
 
     def _choose_gguf_modes(self, asked: str) -> dict[str, str]:
         """Component -> "resident" or "stream" for quantised weights, "" for others. `notes` say what "auto" became."""

@@ -23,8 +23,9 @@ from easydict import EasyDict
 from cache.options import OPTIONS as CACHE_OPTIONS
 from cache.options import POLICIES as CACHES
 from cache.options import check_coefficients, check_options
+from distributed.grid import Grid, choose_grid
 from wan import __version__
-from wan.conditioning.sizes import i2v_size, latent_frames, ti2v_size
+from wan.conditioning.sizes import i2v_size, latent_frames, latent_shape, ti2v_size
 from wan.errors import SwanError, UsageError
 from wan.media import read_image
 from wan.tasks import embedded_checkpoint, grid_px, load_task
@@ -42,6 +43,9 @@ MAX_PROMPT_CHARS = 10_000  # the prompt travels in the mp4; models read 512 toke
 MAX_SEED = 2**63 - 1
 AREA_BELOW_720P = 832 * 624  # px
 
+# How several processes share the work. They change nothing in the video, which does not store them.
+RANK_OPTIONS = ("ulysses_size", "ring_size", "cfg_parallel", "dit_fsdp", "t5_fsdp", "dist_timeout")
+MAX_RANKS = 4096
 # Options a Request is built from. cli.py has a flag for each; replay and Python callers give the same names.
 OPTIONS = (
     *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode"),
@@ -50,6 +54,7 @@ OPTIONS = (
     *("denoising_step_list", "save_file", "offload_model", "t5_cpu", "convert_model_dtype", "device", "dtype"),
     *("attention", "vae_dtype", "vae_tile_px"),
     *CACHE_OPTIONS,
+    *RANK_OPTIONS,
 )
 
 # Fields of Request that are not called like their option.
@@ -77,6 +82,8 @@ class Request:
     files:          single files given in place of the checkpoint's own, by component (see FILE_FLAGS)
     gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
     save_file:      absolute path of the mp4 or PNG
+    grid:           processes that share the work: cfg x ring x ulysses; dist_timeout: how long they wait for one, s
+    dit_fsdp:       whether they share out the weights of the DiT; t5_fsdp: of the text encoder
     cache:          options of the cache by their flags, {} for none; cache_coefficients: what its policy needs
     warnings:       lines to show before the run
     """
@@ -110,6 +117,10 @@ class Request:
     t5_cpu: bool
     vae_dtype: str
     vae_tile_px: int
+    grid: Grid = Grid()
+    dit_fsdp: bool = False
+    t5_fsdp: bool = False
+    dist_timeout: int = 600
     cache: dict[str, Any] = field(default_factory=dict)
     cache_coefficients: dict[str, Any] = field(default_factory=dict)
     image_sha256: dict[str, str] = field(default_factory=dict)
@@ -117,7 +128,8 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """What is stored in the video: options that make it again, under their flags' names, and the images' hashes."""
-        plain = [name for name in OPTIONS if name not in CACHE_OPTIONS]
+        left_out = {*CACHE_OPTIONS, *RANK_OPTIONS, *(["offload_model"] if self.grid.size > 1 else [])}
+        plain = [name for name in OPTIONS if name not in left_out]
         values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in plain} | self.files | self.cache
         low, high = self.guide_scale
         values |= {"sample_guide_scale": low if low == high else [low, high], "save_file": None, "cache_trace": None}
@@ -149,10 +161,10 @@ def replay_options(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     return {**options, **given}
 
 
-def build_request(options: Mapping[str, Any] | Any) -> Request:
+def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Request:
     """Check `options` (a mapping or an argparse namespace; None or absent = the task's default) into a Request.
 
-    Raises UsageError or SwanError with a one-line message.
+    world_size: the number of processes that make this video together. Raises UsageError or SwanError with one line.
     """
     given = dict(options) if isinstance(options, Mapping) else vars(options)
     if unknown := sorted(set(given) - set(OPTIONS)):
@@ -169,6 +181,9 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
     steps = len(step_list) if step_list else _whole(get["sample_steps"], spec.sampling.steps, "sample_steps", 1, 1000)
     frame_num = _frame_num(spec, get["frame_num"])
     cache, coefficients = _cache(spec, get, steps, width * height, bool(images), warnings)
+    guide_scale = _guide_scale(spec, get["sample_guide_scale"])
+    grid = _grid(get, world_size)
+    _check_grid(grid, spec, (width, height, frame_num), guide_scale, warnings)
     prompt = _prompt(spec, get["prompt"])
     seed = _seed(get["seed"])
     return Request(
@@ -183,7 +198,7 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
         fps=_whole(get["fps"], spec.sampling.fps, "fps", 1, 240),
         steps=steps,
         shift=_shift(spec, get["sample_shift"], size),
-        guide_scale=_guide_scale(spec, get["sample_guide_scale"]),
+        guide_scale=guide_scale,
         solver=_choice(get["sample_solver"], spec.sampling.solver, "sample_solver", SOLVER_NAMES),
         denoising_step_list=step_list,
         image=images[0][0] if images else None,
@@ -194,13 +209,17 @@ def build_request(options: Mapping[str, Any] | Any) -> Request:
         files=_files(spec, get),
         gguf_mode=_choice(get["gguf_mode"], "auto", "gguf_mode", GGUF_MODES),
         save_file=_save_file(get["save_file"], frame_num, f"{spec.name}_{width}x{height}_{seed}", prompt),
-        device=_device(get["device"]),
+        device=_device(get["device"], ranks=world_size),
         dtype=_dtype(spec, get["dtype"], get["convert_model_dtype"]),
         attention=get["attention"] or "sdpa",
-        offload_model=_or(get["offload_model"], True),
+        offload_model=_or(get["offload_model"], world_size == 1),
         t5_cpu=bool(get["t5_cpu"]),
         vae_dtype=_choice(get["vae_dtype"], "fp32", "vae_dtype", VAE_DTYPE_NAMES),
         vae_tile_px=_tile(get["vae_tile_px"], spec.vae_stride[1]),
+        grid=grid,
+        dit_fsdp=bool(get["dit_fsdp"]),
+        t5_fsdp=bool(get["t5_fsdp"]),
+        dist_timeout=_whole(get["dist_timeout"], 600, "dist_timeout", 1, 86_400),
         cache=cache,
         cache_coefficients=coefficients,
         image_sha256={flag: _sha256(path) for flag, (path, _, _) in zip(("image", "last_frame"), given_images)},
@@ -324,8 +343,42 @@ def _choice(value: Any, default: str, flag: str, allowed: tuple[str, ...]) -> st
     return value
 
 
-def _device(value: Any, flag: str = "device") -> str:
+def _grid(get: Mapping[str, Any], world_size: int) -> Grid:
+    sizes = {
+        flag: None if get[flag] is None else _whole(get[flag], 1, flag, 1, MAX_RANKS)
+        for flag in ("ring_size", "ulysses_size")
+    }
+    for flag in ("dit_fsdp", "t5_fsdp"):
+        if get[flag] and world_size == 1:
+            raise UsageError(f"--{flag} shares weights out over several processes, there is 1: start with torchrun")
+    try:
+        return choose_grid(world_size, bool(get["cfg_parallel"]), *sizes.values())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_grid(
+    grid: Grid, spec: EasyDict, size: tuple[int, int, int], guide_scale: tuple[float, float], warnings: list[str]
+) -> None:
+    width, height, frame_num = size
+    shape = latent_shape(spec.vae.z_dim, frame_num, height, width, spec.vae_stride[1])
+    tokens = math.prod(side // patch for side, patch in zip(shape[1:], spec.dit.patch_size))
+    if tokens < grid.sequence:
+        raise UsageError(f"{tokens} tokens cannot be shared by {grid.sequence} processes: make a larger video")
+    if grid.cfg == 2 and all(scale == 1 for scale in guide_scale):
+        raise UsageError(
+            "--cfg_parallel shares out the two branches of guidance, which --sample_guide_scale 1 turns off"
+        )
+    if grid.ulysses > spec.dit.num_heads:
+        idle = grid.ulysses - spec.dit.num_heads
+        heads = f"{spec.dit.num_heads} heads on --ulysses_size {grid.ulysses}"
+        warnings.append(f"{heads}: {idle} of these processes have no attention to do; a --ring_size of 2 or more helps")
+
+
+def _device(value: Any, flag: str = "device", ranks: int = 1) -> str:
     value = _or(value, "auto")
+    if ranks > 1 and (value == "mps" or str(value).startswith("cuda:")):
+        raise UsageError(f"--{flag} {value} is one device, for {ranks} processes; choose auto, cpu or cuda")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", str(value)):
         raise UsageError(f"unknown --{flag} {value!r}; choose one of: auto, cpu, cuda, cuda:N, mps")
     return value

@@ -27,7 +27,7 @@ class StandIn:
     notes, gguf_modes = (), {}
 
     @classmethod
-    def from_request(cls, request, spec):
+    def from_request(cls, request, spec, parallel):
         pipe = cls()
         pipe.latents = None
         pipe.device = request.device

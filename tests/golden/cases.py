@@ -69,8 +69,9 @@ class MemorySource(Source):
         super().__init__([Path("golden case")], infos)
         self._tensors = tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name].clone()
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return (tensor if rows is None else tensor[slice(*rows)]).clone()
 
 
 def load_cases(folder: str | Path) -> list[Case]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cache import CacheManager, StepContext
 from cache.options import check_options, make_manager
+from distributed.shards import Group
 
 STEPS = 12
 # Name -> (flags that skip about half of the steps, coefficients).
@@ -49,11 +50,11 @@ THRESHOLDS = {
 }
 
 
-def make(name: str, *, reduce=None, steps: int = STEPS, **flags) -> CacheManager:
+def make(name: str, *, ranks=None, steps: int = STEPS, **flags) -> CacheManager:
     """The manager for a name in CONFIGS, with more flags."""
     given, coefficients = CONFIGS[name]
     options, _ = check_options({**given, **flags}, steps)
-    return make_manager(options, coefficients, reduce)
+    return make_manager(options, coefficients, ranks)
 
 
 def contexts(steps: int = STEPS, expert: str = "model", first: int = 0, of: int | None = None) -> list[StepContext]:
@@ -153,6 +154,13 @@ class RankStack(Stack):
         return super().run(h, first, last)
 
 
+class SharedTokens:
+    """The ranks of a group, among which the tokens are shared."""
+
+    def __init__(self, group):
+        self.reduce_scalar = Group(group).sum
+
+
 def rank_main(rank: int, ranks: int, folder: Path) -> None:
     """Every policy on 4 ranks and on the first 2 of them; then with hidden states that change on one rank only."""
     import torch.distributed as dist
@@ -167,16 +175,11 @@ def rank_main(rank: int, ranks: int, folder: Path) -> None:
         if rank >= size:
             continue
 
-        def reduce(sums, group=group):
-            total = torch.tensor(sums, dtype=torch.float64)
-            dist.all_reduce(total, group=group)
-            return tuple(total.tolist())
-
         shard = slice(*CUTS[size][rank : rank + 2])
         cases = [(name, None, {}) for name in CONFIGS]
         cases += [(name, glitch, flags) for name, flags in GLITCH_CASES for glitch in GLITCHES]
         for name, glitch, flags in cases:
-            manager = make(name, reduce=reduce, **flags)
+            manager = make(name, ranks=SharedTokens(group), **flags)
             whole = manager.policy.level == "prediction"  # every rank holds the whole latent
             run_stack(
                 manager,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distributed import Parallel
 from wan.errors import UsageError
 from wan.models import attention
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
@@ -151,7 +152,7 @@ def test_a_token_of_time_zero_is_modulated_by_time_zero():
 def test_each_distinct_timestep_is_embedded_once(t, rows, segments):
     model, seen = make(), []
     model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    time_RC, temb_R6C, found = model.embed_time(t, 4)
+    time_RC, temb_R6C, found = model.embed_time(t, Parallel().tokens(4))
     assert seen == [rows] and time_RC.shape[0] == temb_R6C.shape[0] == rows
     assert found == segments
 
@@ -196,17 +197,20 @@ def test_missing_back_end_lists_what_is_here(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError) as error:
         attention.get_attention(name)
-    assert attention.BACK_ENDS[name][1] in str(error.value) and str(error.value).endswith("available here: sdpa")
+    assert attention.BACK_ENDS[name].package in str(error.value) and str(error.value).endswith("available here: sdpa")
 
 
 def test_a_back_end_is_there_once_its_package_and_a_gpu_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name == "sageattention" or None)
     assert attention.available() == ["sdpa", "sage_attn2"]
-    assert attention.get_attention("sage_attn2") is attention.BACK_ENDS["sage_attn2"][0]
+    assert attention.get_attention("sage_attn2") is attention.BACK_ENDS["sage_attn2"]
 
 
 def test_sdpa_is_softmax_attention():
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
     weights = (torch.einsum("blhd,bmhd->bhlm", q, k) / 8**0.5).softmax(-1)
     close(attention.get_attention("sdpa")(q, k, v), torch.einsum("bhlm,bmhd->blhd", weights, v))
+    out, lse = attention.get_attention("sdpa").with_lse(q, k, v)
+    close(out, torch.einsum("bhlm,bmhd->blhd", weights, v))
+    close(lse, (torch.einsum("blhd,bmhd->blhm", q, k) / 8**0.5).logsumexp(-1))

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import time
 import tracemalloc
 
 import gguf
@@ -269,11 +268,10 @@ def test_a_large_tokenizer_is_passed_over(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(raw_gguf([tensor("a", [1])], [listed, scores, string("last", "key")], data=b"\0" * 4))
     tracemalloc.start()
-    started = time.perf_counter()
     source = open_source(path)
-    seconds, (_, peak_bytes) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 2 and peak_bytes < 4 << 20, "no string is made"
+    assert peak_bytes < 4 << 20, "no string is made"
     assert source.metadata["last"] == "key" and source.metadata["tokens"].count == count
     assert source.array("tokens") == tokens and source.array("scores")[-1] == count - 1
 

@@ -21,8 +21,9 @@ class DictSource(Source):
         super().__init__([Path(path)], {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()})
         self._tensors = tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name].clone()
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return (tensor if rows is None else tensor[slice(*rows)]).clone()
 
 
 class ShapeSource(Source):

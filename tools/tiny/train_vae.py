@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tools.tiny.world import Clip, combinations, held_out, render, sample
 from wan.models.vae import WanVAE
+from wan.models.vae_blocks import State
 
 WIDTH = 8
 
@@ -44,10 +45,10 @@ def build() -> WanVAE:
 def reconstruct(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """Video `[B, 3, T, H, W]` -> (reconstruction from a noisy latent, latent), all frames after the first at once."""
     x = video.permute(0, 2, 3, 4, 1).contiguous()
-    state: dict = {}
+    state = State()
     h = [vae.encoder(part.contiguous(), state) for part in _first_and_rest(x)]
     z = vae.conv1(torch.cat(h, 1), state)[..., : vae.z_dim].float()
-    state = {}
+    state = State()
     y = [vae.decoder(part, state) for part in _first_and_rest(vae.conv2(z + 0.1 * torch.randn_like(z), state))]
     return torch.cat(y, 1).float().permute(0, 4, 1, 2, 3), z
 

@@ -19,7 +19,7 @@ from wan.errors import SwanError, UsageError
 from wan.quant.ggml import BY_ID, GGMLType
 from wan.quant.packed import PackedTensor
 from wan.weights.infer import infer_dit_config
-from wan.weights.source import Source, TensorInfo
+from wan.weights.source import Source, Span, TensorInfo
 
 
 def create_wan_transformer_gguf(
@@ -64,18 +64,25 @@ class StateDict(Source):
     def describe(self) -> str:
         return "state_dict"
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: Span | None = None) -> Tensor:
+        packed = self.packed(name, mapped=True, rows=rows)
+        if packed is not None:
+            return packed.dequantize()
         value = self._tensors[name]
-        return value.dequantize() if isinstance(value, PackedTensor) else value.clone()
+        return (value if rows is None else value[slice(*rows)]).clone()
 
-    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
+    def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         value = self._tensors[name]
         if not isinstance(value, PackedTensor):
             return None
+        if rows is not None:
+            shape = (rows[1] - rows[0], *value.shape[1:])
+            value = replace(value, shape=shape, blocks=value.blocks[slice(*rows)])
         return value if mapped else replace(value, blocks=value.blocks.clone())
 
-    def is_quantized(self) -> bool:
-        return any(isinstance(value, PackedTensor) for value in self._tensors.values())
+    def block_type(self, name: str) -> GGMLType | None:
+        value = self._tensors[name]
+        return value.type if isinstance(value, PackedTensor) else None
 
 
 def _stored(name: str, value: Any) -> Tensor | PackedTensor:

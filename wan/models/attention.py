@@ -1,13 +1,16 @@
 """Attention back ends, in one registry.
 
-Every back end is `f(q_BLHD, k_BMHD, v_BMHD) -> [B, L, H, D]`: softmax(q k^T / sqrt(D)) v, no mask.
+Every back end is `f(q_BLHD, k_BMHD, v_BMHD) -> [B, L, H, D]`: softmax(q k^T / sqrt(D)) v, no mask. `f.with_lse` also
+gives the log of the sum of the exponentials, fp32 `[B, L, H]`, by which ring attention merges parts.
 Shape legend: B batch, L query tokens, M key tokens, H heads, D head width.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,17 @@ from torch import Tensor
 
 from wan.errors import UsageError
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class BackEnd:
+    """package: what it needs beside torch."""
+
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    package: str | None = None
+
+    def __call__(self, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        return self.run(q_BLHD, k_BMHD, v_BMHD)
 
 
 def _sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
@@ -23,10 +36,34 @@ def _sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def _sdpa_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+    """By the kernels behind `scaled_dot_product_attention`, which does not hand out what they know."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.device.type == "cuda" and q.dtype != torch.float32:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    elif q.device.type == "cuda":  # pads its second result
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        lse = lse[..., : q.shape[2]]
+    else:
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        lse = torch.logsumexp(scores, -1)
+        out = torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype) @ v
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
 def _flash_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
     return flash_attn_func(q_BLHD, k_BMHD, v_BMHD)
+
+
+def _flash_attn2_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_func
+
+    out, lse, _ = flash_attn_func(q_BLHD, k_BMHD, v_BMHD, return_attn_probs=True)
+    return out, lse.transpose(1, 2)
 
 
 def _flash_attn3(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
@@ -36,18 +73,32 @@ def _flash_attn3(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # early releases also return the log-sum-exp
 
 
+def _flash_attn3_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn_interface import flash_attn_func
+
+    asked = "return_attn_probs" in inspect.signature(flash_attn_func).parameters
+    out, lse = flash_attn_func(q_BLHD, k_BMHD, v_BMHD, **({"return_attn_probs": True} if asked else {}))[:2]
+    return out, lse.transpose(1, 2)
+
+
 def _sage_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
     from sageattention import sageattn
 
     return sageattn(q_BLHD, k_BMHD, v_BMHD, tensor_layout="NHD")
 
 
-# name -> (function, package that it needs beside torch)
-BACK_ENDS: dict[str, tuple[Attention, str | None]] = {
-    "sdpa": (_sdpa, None),
-    "flash_attn2": (_flash_attn2, "flash_attn"),
-    "flash_attn3": (_flash_attn3, "flash_attn_interface"),
-    "sage_attn2": (_sage_attn2, "sageattention"),
+def _sage_attn2_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+    from sageattention import sageattn
+
+    out, lse = sageattn(q_BLHD, k_BMHD, v_BMHD, tensor_layout="NHD", return_lse=True)
+    return out, lse.transpose(1, 2)
+
+
+BACK_ENDS: dict[str, BackEnd] = {
+    "sdpa": BackEnd(_sdpa, _sdpa_lse),
+    "flash_attn2": BackEnd(_flash_attn2, _flash_attn2_lse, "flash_attn"),
+    "flash_attn3": BackEnd(_flash_attn3, _flash_attn3_lse, "flash_attn_interface"),
+    "sage_attn2": BackEnd(_sage_attn2, _sage_attn2_lse, "sageattention"),
 }
 
 
@@ -56,19 +107,18 @@ def available() -> list[str]:
     cuda = torch.cuda.is_available()
     return [
         name
-        for name, (_, package) in BACK_ENDS.items()
-        if package is None or (cuda and importlib.util.find_spec(package) is not None)
+        for name, one in BACK_ENDS.items()
+        if one.package is None or (cuda and importlib.util.find_spec(one.package) is not None)
     ]
 
 
-def get_attention(name: str) -> Attention:
+def get_attention(name: str) -> BackEnd:
     """The back end of that name; UsageError if it is unknown or cannot run here."""
     if name not in BACK_ENDS:
         raise UsageError(f"unknown attention back end '{name}'; known: {', '.join(BACK_ENDS)}")
     if name not in available():
-        package = BACK_ENDS[name][1]
         raise UsageError(
-            f"attention back end '{name}' needs the package {package} and a CUDA device; "
+            f"attention back end '{name}' needs the package {BACK_ENDS[name].package} and a CUDA device; "
             f"available here: {', '.join(available())}"
         )
-    return BACK_ENDS[name][0]
+    return BACK_ENDS[name]

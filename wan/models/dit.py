@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import NO_CACHE, NoCache, StepContext
-from distributed import Parallel
+from distributed.parallel import Parallel, TokenShards
 from wan.models.attention import get_attention
 from wan.models.fused import gated_add, gelu_tanh, modulated_norm, norm_rope
 from wan.models.rope import rope_table
@@ -39,10 +39,10 @@ class SelfAttention(nn.Module):
             return x_BLC.unflatten(-1, (-1, self.head_dim))
         return norm_rope(x_BLC, norm.weight, norm.eps, self.head_dim, rope_LD)
 
-    def forward(self, x_BLC: Tensor, rope_LD: Tensor, attention, parallel: Parallel) -> Tensor:
+    def forward(self, x_BLC: Tensor, rope_LD: Tensor, attention, tokens: TokenShards) -> Tensor:
         q_BLHD = self.heads(self.q(x_BLC), self.norm_q, rope_LD)
         k_BLHD = self.heads(self.k(x_BLC), self.norm_k, rope_LD)
-        y_BLHD = parallel.attention(attention, q_BLHD, k_BLHD, self.heads(self.v(x_BLC)))
+        y_BLHD = tokens.attention(attention, q_BLHD, k_BLHD, self.heads(self.v(x_BLC)))
         return self.o(y_BLHD.flatten(2))
 
 
@@ -75,11 +75,11 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(_random_modulation(6, dim))
 
     def forward(
-        self, x_BLC: Tensor, temb_R6C: Tensor, segments: Segments, text, image, rope_LD, attention, parallel: Parallel
+        self, x_BLC: Tensor, temb_R6C: Tensor, segments: Segments, text, image, rope_LD, attention, tokens: TokenShards
     ) -> Tensor:
         """One block; `temb_R6C` is the projected time embedding (fp32) of each distinct timestep."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (temb_R6C + self.modulation.float()).unbind(1)
-        y = self.self_attn(modulated_norm(x_BLC, shift1, scale1, segments, self.eps), rope_LD, attention, parallel)
+        y = self.self_attn(modulated_norm(x_BLC, shift1, scale1, segments, self.eps), rope_LD, attention, tokens)
         x_BLC = gated_add(x_BLC, y, gate1, segments)
         x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), text, image, attention)
         y = self.ffn["0"](modulated_norm(x_BLC, shift2, scale2, segments, self.eps))
@@ -118,7 +118,8 @@ class WanModel(nn.Module):
     """`model_type`: "t2v", "i2v", "flf2v" or "ti2v". Wan2.2's i2v experts are "i2v" with `clip=False`.
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
-    `wan.models.attention`. Activations have the type of the weights; what `keep_fp32` names stays in fp32.
+    `wan.models.attention`. Activations have the type of the weights; what `keep_fp32` names stays in fp32. `parallel`:
+    the processes that share the work; by default this one alone.
     """
 
     def __init__(
@@ -137,12 +138,13 @@ class WanModel(nn.Module):
         eps: float = 1e-6,
         clip: bool | None = None,
         attention: str = "sdpa",
+        parallel: Parallel | None = None,
     ):
         super().__init__()
         self.patch_size, self.text_len, self.freq_dim = tuple(patch_size), text_len, freq_dim
         self.head_dim, self.out_dim = dim // num_heads, out_dim
         self.attention = get_attention(attention)
-        self.parallel = Parallel()
+        self.parallel = parallel or Parallel()
         clip = model_type in ("i2v", "flf2v") if clip is None else clip
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
@@ -212,20 +214,21 @@ class WanModel(nn.Module):
         ctx: StepContext | None = None,
     ) -> Tensor:
         x_BLC, grid = self.embed_patches(x_BCFHW)
-        time_RC, temb_R6C, segments = self.embed_time(t, x_BLC.shape[1])
+        tokens = self.parallel.tokens(x_BLC.shape[1])
+        time_RC, temb_R6C, segments = self.embed_time(t, tokens)
         text_BMC = self.embed_text(context)
         image_BMC = self.img_emb(clip_fea.to(self.dtype)) if self.img_emb is not None else None
-        x_BLC = self.parallel.shard(x_BLC, dim=1)
-        rope_LD = self.parallel.shard(rope_table(grid, self.head_dim, x_BLC.device), dim=0)
+        x_BLC = tokens.shard(x_BLC, dim=1)
+        rope_LD = tokens.shard(rope_table(grid, self.head_dim, x_BLC.device), dim=0)
 
         def run(x_BLC: Tensor, first: int, last: int) -> Tensor:
             """Blocks first..last-1: the only loop over blocks."""
             for block in self.blocks[first:last]:
-                x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention, self.parallel)
+                x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention, tokens)
             return x_BLC
 
         x_BLC = cache.blocks(ctx, x_BLC, run, len(self.blocks), self.embed_step)
-        x_BLC = self.parallel.gather(self.head(x_BLC, time_RC, segments), dim=1)
+        x_BLC = tokens.gather(self.head(x_BLC, time_RC, segments), dim=1)
         return self.unpatchify(x_BLC, grid)
 
     def embed_patches(self, x_BCFHW: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -243,13 +246,16 @@ class WanModel(nn.Module):
         x = gelu_tanh(self.text_embedding["0"](torch.stack(padded)))
         return self.text_embedding["2"](x)
 
-    def embed_time(self, t: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Segments]:
-        """Each distinct timestep embedded once: `([R, C], [R, 6, C], segments of equal time over all B*L tokens)`."""
-        if t.ndim == 2 and t.shape[1] < num_tokens:
-            raise ValueError(f"{t.shape[1]} timesteps for {num_tokens} tokens")
+    def embed_time(self, t: Tensor, tokens: TokenShards) -> tuple[Tensor, Tensor, Segments]:
+        """Each distinct timestep of this rank's tokens embedded once: `([R, C], [R, 6, C], segments of equal time)`.
+
+        The segments are those of all B*L tokens.
+        """
+        if t.ndim == 2 and t.shape[1] < tokens.total:
+            raise ValueError(f"{t.shape[1]} timesteps for {tokens.total} tokens")
         device = self.patch_embedding.weight.device
-        per_token = t.cpu() if t.ndim == 2 else t.cpu()[:, None].expand(-1, num_tokens)
-        runs, counts = torch.unique_consecutive(per_token[:, :num_tokens].reshape(-1), return_counts=True)
+        per_token = t.cpu()[:, : tokens.total] if t.ndim == 2 else t.cpu()[:, None].expand(-1, tokens.total)
+        runs, counts = torch.unique_consecutive(tokens.shard(per_token, dim=1).reshape(-1), return_counts=True)
         values, rows = torch.unique(runs, return_inverse=True)
         segments = list(zip(rows.tolist(), counts.tolist(), strict=True))
         half = self.freq_dim // 2
@@ -262,7 +268,7 @@ class WanModel(nn.Module):
 
     def embed_step(self, timestep: float) -> dict[str, Tensor]:
         """What the network makes of a timestep alone: "embedding" [1, C] and "projection" [1, 6, C], fp32."""
-        time_RC, temb_R6C, _ = self.embed_time(torch.tensor([timestep]), 1)
+        time_RC, temb_R6C, _ = self.embed_time(torch.tensor([timestep]), Parallel().tokens(1))
         return {"embedding": time_RC, "projection": temb_R6C}
 
     def unpatchify(self, x_BLC: Tensor, grid: tuple[int, int, int]) -> Tensor:

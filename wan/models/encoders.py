@@ -6,7 +6,7 @@ Shapes: L tokens of one prompt, D width, N images, P = 1 + patches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from wan.weights.source import Source
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CLIP_HEAD_DIM = 80  # ViT-H
+Shard = Callable[[nn.Module, Sequence[nn.Module]], None]
 
 
 class TextEncoder(nn.Module):
@@ -85,10 +86,12 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     stream: bool = False,
+    shard: Shard | None = None,
 ) -> TextEncoder:
     """UMT5 from an official `.pth`, a transformers checkpoint or a GGUF file of any size; shapes come from the file.
 
-    dtype None keeps the type of the file; stream: as in `load_weights`. Raises SwanError if `source` is no T5 encoder
+    dtype None keeps the type of the file; stream: as in `load_weights`; shard: called with the model and its blocks, to
+    share their weights out among ranks, see `distributed.fsdp`. Raises SwanError if `source` is no T5 encoder
     or the folder has no tokenizer.
     """
     from transformers import UMT5Config, UMT5EncoderModel
@@ -118,7 +121,8 @@ def load_text_encoder(
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
-    load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream)
+    share = shard and (lambda model: shard(model, model.encoder.block))
+    load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream, shard=share)
     return TextEncoder(model, tokenizer, text_len)
 
 

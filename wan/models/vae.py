@@ -3,15 +3,21 @@
 Source: behaviour of the official Wan2.1 and Wan2.2 autoencoders (parameter names are theirs). Encoding takes frames
 1, 4, 4, ..., decoding one latent frame at a time: beside the result, memory does not grow with the video's length.
 Shape legend as in `vae_blocks`; public methods take and return channels first.
+
+The processes of a group may share the work: all give the whole input and get the whole result, and in between each has
+some of the latent's rows and the pixels of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from distributed.halo import RowShards
+from distributed.shards import ALONE, Group
 from wan.models.vae_blocks import (
     AttentionBlock,
     CausalConv3d,
@@ -134,46 +140,52 @@ class WanVAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
 
-    def encode(self, video: Tensor, tile_px: int = 0) -> Tensor:
+    def encode(self, video: Tensor, tile_px: int = 0, group: Group = ALONE) -> Tensor:
         """Video `[B, 3, T, H, W]` in [-1, 1] -> normalised latent `[B, z, 1 + (T-1)//4, H/s, W/s]`, fp32.
 
         Frames beyond 4n+1 are dropped, as in the official code. `tile_px` > 0 encodes in overlapping square tiles.
+        Each tile is shared by the `group`.
         """
         mean, std = self._stats(video)
-        return (_tiled(self.encode_raw, video, tile_px, 1 / self.stride_s, self.stride_s) - mean) * (1 / std)
+        encode = partial(self.encode_raw, group=group)
+        return (_tiled(encode, video, tile_px, 1 / self.stride_s, self.stride_s) - mean) * (1 / std)
 
-    def decode(self, z: Tensor, tile_px: int = 0) -> Tensor:
+    def decode(self, z: Tensor, tile_px: int = 0, group: Group = ALONE) -> Tensor:
         """Normalised latent `[B, z, T', h, w]` -> video `[B, 3, 4T'-3, sh, sw]` in [-1, 1], fp32."""
         mean, std = self._stats(z)
         z = z.float() / (1 / std) + mean
-        return _tiled(self.decode_raw, z, tile_px // self.stride_s, self.stride_s, 1).clamp_(-1, 1)
+        decode = partial(self.decode_raw, group=group)
+        return _tiled(decode, z, tile_px // self.stride_s, self.stride_s, 1).clamp_(-1, 1)
 
-    def encode_raw(self, video: Tensor) -> Tensor:
+    def encode_raw(self, video: Tensor, group: Group = ALONE) -> Tensor:
         """The posterior mean, not normalised (no sampling)."""
-        state: State = {}
-        x = _to_channels_last(video, self.pixel_shuffle, self.dtype)
+        count, rest = divmod(video.shape[3], self.stride_s)
+        rows = RowShards(ALONE if rest else group, count)  # a height that the stride does not divide is not shared
+        state = State(rows)
+        x = _to_channels_last(rows.part(video, 3, self.stride_s), self.pixel_shuffle, self.dtype)
         starts = range(1, x.shape[1] - 3, 4)
         chunks = [self.encoder(x[:, :1], state)]
         chunks += [self.encoder(x[:, i : i + 4].contiguous(), state) for i in starts]
         mean = self.conv1(torch.cat(chunks, 1), state)[..., : self.z_dim]
-        return mean.permute(0, 4, 1, 2, 3).float().contiguous()
+        return rows.gather(mean.permute(0, 4, 1, 2, 3).float().contiguous(), 3)
 
-    def decode_raw(self, z: Tensor) -> Tensor:
+    def decode_raw(self, z: Tensor, group: Group = ALONE) -> Tensor:
         """Pixels, not clamped, of a latent in the VAE's own scale."""
         B, _, T, h, w = z.shape
         video = None
-        for start, chunk in self._decode_chunks(z):
+        for start, chunk in self._decode_chunks(z, RowShards(group, h)):
             if video is None:
                 video = chunk.new_empty(B, 3, 4 * T - 3, *chunk.shape[3:], dtype=torch.float32)
             video[:, :, start : start + chunk.shape[2]] = chunk
         return video
 
-    def _decode_chunks(self, z: Tensor) -> Iterator[tuple[int, Tensor]]:
-        state: State = {}
-        x = self.conv2(_to_channels_last(z, 1, self.dtype), state)
+    def _decode_chunks(self, z: Tensor, rows: RowShards) -> Iterator[tuple[int, Tensor]]:
+        state = State(rows)
+        x = self.conv2(_to_channels_last(rows.part(z, 3), 1, self.dtype), state)
         start = 0
         for frame in x.split(1, dim=1):
             chunk = _to_channels_first(self.decoder(frame, state), self.pixel_shuffle)
+            chunk = rows.gather(chunk, 3, self.stride_s)  # by chunks: less memory than strips of the whole video
             yield start, chunk
             start += chunk.shape[2]
 

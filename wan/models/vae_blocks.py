@@ -5,6 +5,8 @@ memory, which a convolution sees as channels-last without a copy.
 
 The network is streamed: a video goes through in chunks of frames, and each causal layer keeps the frames that its next
 chunk will look back at in `state`, a dict from layer to tensor that belongs to one run. The first chunk is one frame.
+Processes may share the rows of the picture. Then H are those of this one, and layers that look further ask `state.rows`
+for the rows of its neighbours.
 """
 
 from __future__ import annotations
@@ -15,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed.halo import WHOLE, RowShards
 from wan.models.fused import slice_rows
 
-State = dict[nn.Module, Tensor]
+_ROWS = 2  # the axis of the rows
+
+
+class State(dict[nn.Module, Tensor]):
+    """What the layers keep from chunk to chunk of one run. rows: the latent's, and which of them this process has."""
+
+    def __init__(self, rows: RowShards = WHOLE):
+        super().__init__()
+        self.rows = rows
 
 
 class RMSNorm(nn.Module):
@@ -67,30 +78,37 @@ class CausalConv3d(nn.Conv3d):
         """`[B, T, H, W, C_in] -> [B, T, H, W, C_out]`; with `norm`, the input is normalised and passed by SiLU."""
         if self.kernel_size == (1, 1, 1):
             return F.linear(x, self.weight.flatten(1), self.bias)
-        return self.convolve(self.window(x, state, norm))
+        return self.convolve(self.window(x, state, norm), state)
 
     def window(self, x: Tensor, state: State, norm: RMSNorm | None) -> Tensor:
-        """The frames this convolution looks back at, then those of `x`, activated: all it needs, so `x` can go."""
+        """The frames this convolution looks back at, then those of `x`, activated: all it needs, so `x` can go.
+
+        With the halo of each frame, which the past keeps: only that of new frames is exchanged.
+        """
         past = state.get(self)
+        halo = (_ROWS, self.padding[1], self.padding[1])  # axis, places before and after
         if past is None:
-            x = x if norm is None else norm(x, silu=True)
+            x = state.rows.extend(x if norm is None else norm(x, silu=True), *halo)
             state[self] = torch.cat([torch.zeros_like(x), x], 1)
             return x
         keep = past.shape[1]
         if torch.is_grad_enabled():
-            window = torch.cat([past, x if norm is None else norm(x, silu=True)], 1)
+            window = torch.cat([past, state.rows.extend(x if norm is None else norm(x, silu=True), *halo)], 1)
         else:  # written in place behind the past: no concatenation
-            window = x.new_empty(x.shape[0], keep + x.shape[1], *x.shape[2:])
+            window = x.new_empty(x.shape[0], keep + x.shape[1], *past.shape[2:])
             window[:, :keep] = past
-            window[:, keep:].copy_(x) if norm is None else norm(x, out=window[:, keep:], silu=True)
+            new = state.rows.inner(window[:, keep:], *halo)
+            new.copy_(x) if norm is None else norm(x, out=new, silu=True)
+            state.rows.exchange(window[:, keep:], *halo)
         del past, state[self]  # before its successor is made
         state[self] = window[:, -keep:].clone()
         return window
 
-    def convolve(self, x: Tensor, stride: int | tuple[int, int, int] = 1) -> Tensor:
+    def convolve(self, x: Tensor, state: State, stride: int | tuple[int, int, int] = 1) -> Tensor:
         """Over the frames of a window. A first frame stands alone: the taps of its past would only see zeros."""
-        weight = self.weight[:, :, -x.shape[1] :]
-        y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, self.bias, stride, self.padding)
+        weight, (_, rows, columns) = self.weight[:, :, -x.shape[1] :], self.padding
+        padding = (0, state.rows.padding(rows), columns)
+        y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, self.bias, stride, padding)
         return y.permute(0, 2, 3, 4, 1).contiguous()
 
 
@@ -110,12 +128,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, state: State) -> Tensor:
         y = self.residual["2"](x, state, norm=self.residual["0"])
         y = self.residual["6"].window(y, state, self.residual["3"])  # lets go of the first convolution's output
-        y = self.residual["6"].convolve(y)
+        y = self.residual["6"].convolve(y, state)
         return y.add_(x if self.shortcut is None else self.shortcut(x, state))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over the positions of each frame."""
+    """Self-attention of one head over the positions of each frame, those of other processes included."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -126,8 +144,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, state: State) -> Tensor:
         B, T, H, W, C = x.shape
         qkv = F.linear(self.norm(x), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
-        q, k, v = qkv.view(B * T, 1, H * W, 3 * C).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).view(B, T, H, W, C)
+        q, kv = qkv.split([C, 2 * C], dim=-1)
+        q, kv = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, state.rows.gather(kv, _ROWS)))
+        y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=-1)).view(B, T, H, W, C)
         return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).add_(x)
 
 
@@ -141,6 +160,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        state.rows.exchange(x, _ROWS, 0, 1)
         conv = self.resample["1"]
         x = _conv2d(x, conv.weight, conv.bias, stride=2)
         if self.time_conv is None:
@@ -148,7 +168,7 @@ class Downsample(nn.Module):
         past, state[self] = state.get(self), x[:, -1:].clone()
         if past is None:
             return x
-        return self.time_conv.convolve(torch.cat([past, x], 1), stride=(2, 1, 1))
+        return self.time_conv.convolve(torch.cat([past, x], 1), state, stride=(2, 1, 1))
 
 
 class Upsample(nn.Module):
@@ -172,11 +192,13 @@ class Upsample(nn.Module):
             else:  # the first frame stays one frame, and later windows see zeros in its place
                 state[self.time_conv] = x.new_zeros(x.shape[0], 2, *x.shape[2:])
         B, T, H, W, _ = x.shape
+        x = state.rows.extend(x, _ROWS, 1, 1)
+        padding = (state.rows.padding(1), 1)
         conv = self.resample["1"]
         out = x.new_empty(B, T, H, 2, W, 2, conv.out_channels)
         for row, rows in enumerate(_sum_taps(conv.weight.float(), 2)):
             for column, weight in enumerate(_sum_taps(rows, 3)):
-                y = _conv2d(x, weight.to(x.dtype), conv.bias, padding=1)  # one row and column more than needed
+                y = _conv2d(x, weight.to(x.dtype), conv.bias, padding=padding)  # one row and column more than needed
                 out[:, :, :, row, :, column] = y[:, :, row : row + H, column : column + W]
         return out.view(B, T, 2 * H, 2 * W, -1)
 
@@ -187,7 +209,7 @@ def _sum_taps(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> Tensor:
     y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
     return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 

@@ -10,18 +10,17 @@ from wan.quant.packed import PackedTensor
 
 
 class _Packed(nn.Module):
-    """Holds a packed matrix in a buffer, so that it moves with `.to(device)` and `.to(dtype)` leaves it as it is."""
-
-    blocks: Tensor
+    """Holds the blocks of a matrix as a parameter: it moves with `.to(device)`, is shared out among ranks like others,
+    and `.to(dtype)` leaves it as it is."""
 
     def __init__(self, weight: PackedTensor):
         super().__init__()
+        self.blocks = nn.Parameter(weight.blocks, requires_grad=False)
         self.type, self.shape, self.guard = weight.type, weight.shape, weight.guard
-        self.register_buffer("blocks", weight.blocks)
 
     @property
     def weight(self) -> PackedTensor:
-        return PackedTensor(self.type, self.shape, self.blocks, self.guard)
+        return PackedTensor(self.type, self.shape, self.blocks.detach(), self.guard)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.type.name}"
@@ -52,11 +51,12 @@ class QuantEmbedding(_Packed):
     def __init__(self, weight: PackedTensor, dtype: torch.dtype):
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integers of any shape -> `[..., embedding_dim]`."""
-        if self.guard:
-            self.guard(self.blocks)
-        rows = PackedTensor(self.type, (*ids.shape, self.embedding_dim), self.blocks[ids.flatten()])
+        weight = self.weight
+        if weight.guard:
+            weight.guard(weight.blocks)
+        rows = PackedTensor(weight.type, (*ids.shape, self.embedding_dim), weight.blocks[ids.flatten()])
         return rows.dequantize(self.like.dtype)

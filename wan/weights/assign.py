@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import Any
 
 import torch
 from torch import nn
 
+from distributed.fsdp import own_rows, with_rows
 from wan.errors import SwanError
 from wan.quant.blocks import UNPACK
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.weights.infer import looks_like, tensor_info
 from wan.weights.names import Rows, official_names
-from wan.weights.source import Source
+from wan.weights.source import Source, Span
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A tensor to fill. aliases: its names in the model (several if tied); stored: in the file; packed: it stays so."""
+
+    aliases: list[str]
+    stored: str | Rows
+    dtype: torch.dtype | None
+    packed: bool
 
 
 def load_weights(
@@ -28,6 +40,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     stream: bool = False,
+    shard: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Replace every parameter and persistent buffer of `model` by the tensor of its name in `source`.
 
@@ -35,40 +48,68 @@ def load_weights(
     except where the model has a method `keep_fp32(name) -> bool` that says True. Buffers keep their own dtype, and
     buffers that are not in files must hold their values already (build them with device="cpu"). Quantised tensors are
     dequantised; with `stream`, those of linear layers and embeddings stay packed and the layers become QuantLinear and
-    QuantEmbedding. At most one tensor is in memory beside the model. All checks come before the first read.
-    Returns `model`, frozen.
+    QuantEmbedding. shard: called with the model, still on the meta device, to share its parameters out among ranks, see
+    `distributed.fsdp`; each rank then reads its own rows. At most one tensor is in memory beside the model. All checks
+    come before the first read. Returns `model`, frozen.
 
     Raises SwanError, one line, naming the tensors that are missing, unexpected or mis-shaped.
     """
     names = official_names(source.keys(), component)
-    slots = _slots(model)
-    _check(model, slots, names, source)
-    keep_fp32 = getattr(model, "keep_fp32", lambda name: False)
-    for aliases in slots:
-        name = next(alias for alias in aliases if alias in names)
-        old = _get(model, name)
-        is_parameter = isinstance(old, nn.Parameter)
-        target = old.dtype
-        if is_parameter and old.is_floating_point():
-            target = torch.float32 if keep_fp32(name) else dtype
-        packed = None
-        if isinstance(names[name], str):
-            # On a CPU, weights that stay packed can stay in the file.
-            packed = source.packed(names[name], mapped=stream and torch.device(device).type == "cpu")
-        if packed is not None:
-            packed = replace(packed, shape=tuple(old.shape), blocks=packed.blocks.to(device))
-        layer = _packed_layer(model, name, packed, dtype) if stream and packed and not keep_fp32(name) else None
-        if layer is not None:
-            for path in {alias.rpartition(".")[0] for alias in aliases}:
-                _set(model, path, layer)
-            continue
-        tensor = packed.dequantize(target or torch.float32) if packed is not None else _read(source, names[name])
-        tensor = tensor.reshape(old.shape).to(device=device, dtype=target)
-        value = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-        for alias in aliases:
-            _set(model, alias, value)
+    groups = _slots(model)
+    _check(model, groups, names, source)
+    slots = [_prepare(model, aliases, names, source, dtype, stream) for aliases in groups]
+    if shard is not None:
+        shard(model)
+    for slot in slots:
+        _fill(model, slot, source, device, is_sharded=shard is not None)
     _place_other_buffers(model, device)
     return model
+
+
+def _prepare(
+    model: nn.Module, aliases: list[str], names: dict[str, Any], source: Source, dtype: torch.dtype | None, stream: bool
+) -> _Slot:
+    """Gives a tensor the layer and the type that it will have; nothing is read."""
+    name = next(alias for alias in aliases if alias in names)
+    old, stored = _get(model, name), names[name]
+    keeps_fp32 = getattr(model, "keep_fp32", lambda name: False)(name)
+    block_type = source.block_type(stored) if isinstance(stored, str) else None
+    if stream and block_type is not None and not keeps_fp32:
+        blocks = torch.empty(old.shape[0], block_type.row_bytes(old.shape[-1]), dtype=torch.uint8, device="meta")
+        layer = _packed_layer(model, name, PackedTensor(block_type, tuple(old.shape), blocks), dtype)
+        if layer is not None:
+            paths = [alias.rpartition(".")[0] for alias in aliases]
+            for path in paths:
+                _set(model, path, layer)
+            return _Slot([f"{path}.blocks" for path in paths], stored, torch.uint8, packed=True)
+    target = old.dtype
+    if isinstance(old, nn.Parameter):
+        if old.is_floating_point():
+            target = torch.float32 if keeps_fp32 else dtype or tensor_info(source, stored).dtype
+        empty = nn.Parameter(torch.empty_like(old, dtype=target, device="meta"), requires_grad=False)
+        for alias in aliases:
+            _set(model, alias, empty)
+    return _Slot(aliases, stored, target, packed=False)
+
+
+def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device | str, is_sharded: bool) -> None:
+    old = _get(model, slot.aliases[0])
+    shared = is_sharded and isinstance(old, nn.Parameter)
+    rows = own_rows(old) if shared else None
+    if slot.packed:
+        # On a CPU, weights that stay packed can stay in the file.
+        packed = source.packed(slot.stored, mapped=not shared and torch.device(device).type == "cpu", rows=rows)
+        tensor = packed.blocks.to(device)
+        model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = packed.guard
+    else:
+        tensor = _read(source, slot.stored, tuple(old.shape), rows, slot.dtype)
+        tensor = tensor.to(device=device, dtype=slot.dtype)
+    if shared:
+        value = with_rows(old, tensor)
+    else:
+        value = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+    for alias in slot.aliases:
+        _set(model, alias, value)
 
 
 def check_weights(model: nn.Module, source: Source, component: str) -> None:
@@ -107,10 +148,20 @@ def _packed_layer(model: nn.Module, name: str, weight: PackedTensor, dtype: torc
     return None
 
 
-def _read(source: Source, name: str | Rows) -> torch.Tensor:
-    if isinstance(name, str):
-        return source.read(name)
-    return source.read(name.name).chunk(name.count, dim=0)[name.index].clone()
+def _read(
+    source: Source, stored: str | Rows, shape: tuple[int, ...], rows: Span | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor of `shape`, or some of its rows; of a quantised one in `dtype`."""
+    name, first = (stored, 0) if isinstance(stored, str) else (stored.name, stored.index * shape[0])
+    is_whole = isinstance(stored, str)
+    wanted = rows
+    if not is_whole:  # a part of a tensor that holds several
+        wanted = (first, first + shape[0]) if rows is None else (first + rows[0], first + rows[1])
+    elif rows is not None and source.info(name).shape != shape:  # folded: it has other rows than ours
+        return _read(source, stored, shape, None, dtype)[slice(*rows)].clone()
+    packed = source.packed(name, rows=wanted)
+    tensor = source.read(name, wanted) if packed is None else packed.dequantize(dtype)
+    return tensor.reshape(shape if rows is None else (rows[1] - rows[0], *shape[1:]))
 
 
 def _check(model: nn.Module, slots: list[list[str]], names: dict[str, str | Rows], source: Source) -> None:

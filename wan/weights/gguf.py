@@ -22,7 +22,7 @@ from wan.quant.ggml import GGMLType, has_bad_scales
 from wan.quant.packed import PackedTensor
 from wan.quant.scratch import empty_bytes
 from wan.weights.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
-from wan.weights.source import Source, TensorInfo
+from wan.weights.source import Source, Span, TensorInfo
 
 _ARCHITECTURES = ("wan", "t5encoder", "t5", "pig", "cow")  # the last two: by producers that write no other name
 _WAN_NAMES = ("blocks.0.self_attn.norm_q.weight", "head.modulation")
@@ -73,37 +73,54 @@ class GGUFSource(Source):
         """How `name` is stored."""
         return self._entries[name].type
 
-    def read(self, name: str) -> torch.Tensor:
-        packed = self.packed(name)
+    def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
+        packed = self.packed(name, rows=rows)
         if packed is not None:
             return packed.dequantize()
-        info = self.info(name)
-        tensor = empty_bytes(self._entries[name].size_bytes)
-        self._in_pieces(self._fill, tensor, self._entries[name])
-        return tensor.view(info.dtype).view(info.shape)
+        info, (start, size_bytes, shape) = self.info(name), self._part(name, rows)
+        tensor = empty_bytes(size_bytes)
+        self._in_pieces(self._fill, tensor, self._entries[name], start)
+        return tensor.view(info.dtype).view(shape)
 
-    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
+    def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         entry, guard = self._entries[name], None
         if entry.type.torch_dtype is not None:
             return None
+        start, size_bytes, shape = self._part(name, rows)
         if mapped:
             self._mapping = self._mapping or _Mapping(self._path)
-            blocks, guard = self._mapping.view(entry), self._mapping.check
-            self._in_pieces(self._check_scales, blocks, entry)
+            blocks, guard = self._mapping.view(entry)[start : start + size_bytes], self._mapping.check
+            self._in_pieces(self._check_scales, blocks, entry, start)
         else:
-            blocks = empty_bytes(entry.size_bytes)
-            self._in_pieces(self._fill, blocks, entry)
-        shape, row_bytes = self.info(name).shape, entry.type.row_bytes(entry.ne[0])
-        return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
+            blocks = empty_bytes(size_bytes)
+            self._in_pieces(self._fill, blocks, entry, start)
+        return PackedTensor(
+            entry.type,
+            shape,
+            blocks.view(-1, entry.type.row_bytes(entry.ne[0]) if rows is None else size_bytes // max(shape[0], 1)),
+            guard,
+        )
 
-    def is_quantized(self) -> bool:
-        return any(entry.type.torch_dtype is None for entry in self._entries.values())
+    def block_type(self, name: str) -> GGMLType | None:
+        stored = self._entries[name].type
+        return stored if stored.torch_dtype is None else None
 
-    def _in_pieces(self, work: Callable, data: torch.Tensor, entry: TensorEntry) -> None:
-        """`work(piece, entry, first byte)` on pieces of whole blocks of `data`, by several threads if it is large."""
+    def _part(self, name: str, rows: Span | None) -> tuple[int, int, tuple[int, ...]]:
+        """(first byte, bytes, shape) of some rows of a tensor."""
+        entry, shape = self._entries[name], self.info(name).shape
+        if rows is None:
+            return 0, entry.size_bytes, shape
+        row_bytes, rest = divmod(entry.size_bytes, shape[0])
+        if rest or row_bytes % entry.type.block_bytes:
+            raise SwanError(f"{self._path}: the rows of tensor {name} are no whole blocks: it cannot be shared out")
+        return rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes, (rows[1] - rows[0], *shape[1:])
+
+    def _in_pieces(self, work: Callable, data: torch.Tensor, entry: TensorEntry, first: int = 0) -> None:
+        """`work(piece, entry, its first byte)` on pieces of whole blocks of `data`, which begins at byte `first` of the
+        tensor; by several threads if it is large."""
         step = _PIECE_BYTES // entry.type.block_bytes * entry.type.block_bytes
-        pieces = [(data[start : start + step], entry, start) for start in range(0, len(data), step)]
-        if len(pieces) == 1 or _READERS == 1:
+        pieces = [(data[start : start + step], entry, first + start) for start in range(0, len(data), step)]
+        if len(pieces) <= 1 or _READERS == 1:
             for piece in pieces:
                 work(*piece)
             return

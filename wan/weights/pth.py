@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
-from wan.weights.source import Source, TensorInfo
+from wan.weights.source import Source, Span, TensorInfo
 
 _REMAP_BYTES = 256 << 20  # pages of a mapping stay resident, so it is renewed after this much
 
@@ -25,10 +25,11 @@ class PthSource(Source):
         infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in self._tensors.items()}
         super().__init__([path], infos)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
         if self._tensors is None:
             self._tensors = _tensors_of(self._path, _load(self._path))
-        tensor = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+        tensor = self._tensors[name].detach()
+        tensor = (tensor if rows is None else tensor[slice(*rows)]).clone(memory_format=torch.contiguous_format)
         self._bytes_read += tensor.numel() * tensor.element_size()
         if self._bytes_read >= _REMAP_BYTES and _is_zip(self._path):
             self._tensors, self._bytes_read = None, 0

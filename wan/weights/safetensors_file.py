@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
-from wan.weights.source import MergedSource, Source, TensorInfo, truncated
+from wan.weights.source import MergedSource, Source, Span, TensorInfo, truncated
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
@@ -49,10 +49,14 @@ class SafetensorsSource(Source):
         infos, self._offsets = _check_entries(path, header, self._data_start)
         super().__init__([path], infos)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
         info, (start, end) = self._infos[name], self._offsets[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        if start == end:
+        shape = info.shape
+        if rows is not None:
+            start += rows[0] * ((end - start) // shape[0])
+            shape = (rows[1] - rows[0], *shape[1:])
+        tensor = torch.empty(shape, dtype=info.dtype)
+        if tensor.numel() == 0:
             return tensor
         view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         with self._path.open("rb", buffering=0) as file:

@@ -16,10 +16,12 @@ from wan.errors import SwanError
 if TYPE_CHECKING:
     import torch
 
+    from wan.quant.ggml import GGMLType
     from wan.quant.packed import PackedTensor
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _INDEX_SUFFIX = ".safetensors.index.json"
+Span = tuple[int, int]  # some rows, which lie along the first axis: from, to
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,22 @@ class Source:
         """Shape and dtype of `name`; KeyError if there is no such tensor."""
         return self._infos[name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor to the CPU. It owns its memory: the file may change or vanish afterwards."""
+    def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
+        """Read one tensor, or some of its rows, to the CPU. It owns its memory: the file may change or vanish."""
         raise NotImplementedError
 
-    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
-        """The stored blocks of a quantised tensor, else None. mapped: they may stay in the file, which must last."""
+    def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
+        """The stored blocks of a quantised tensor (of some rows), else None. mapped: they may stay in the file, which
+        must last."""
+        return None
+
+    def block_type(self, name: str) -> GGMLType | None:
+        """The type of the blocks that a quantised tensor is stored in, else None."""
         return None
 
     def is_quantized(self) -> bool:
         """Whether some of the tensors are stored in blocks."""
-        return False
+        return any(self.block_type(name) for name in self.keys())
 
     def describe(self) -> str:
         """The file, or `folder (n files)`, for messages."""
@@ -78,14 +85,14 @@ class MergedSource(Source):
         paths = [path for part in parts for path in part.paths]
         super().__init__(paths, {name: part.info(name) for name, part in self._owner.items()})
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._owner[name].read(name)
+    def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
+        return self._owner[name].read(name, rows)
 
-    def packed(self, name: str, mapped: bool = False) -> PackedTensor | None:
-        return self._owner[name].packed(name, mapped)
+    def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
+        return self._owner[name].packed(name, mapped, rows)
 
-    def is_quantized(self) -> bool:
-        return any(part.is_quantized() for part in set(self._owner.values()))
+    def block_type(self, name: str) -> GGMLType | None:
+        return self._owner[name].block_type(name)
 
 
 def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Source:
