@@ -29,6 +29,11 @@ class Grid(NamedTuple):
         return " ".join(parts)
 
 
+def split(total: int, parts: int) -> list[int]:
+    """Sizes of `parts` runs of `total`; the first ones are larger by one where it does not divide."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
 def choose_grid(size: int, cfg_parallel: bool = False, ring: int | None = None, ulysses: int | None = None) -> Grid:
     """The grid of `size` processes; an axis that is not given takes what is left, ulysses before ring.
 

@@ -11,12 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.grid import split
+
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
-
-
-def split(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` runs of `total`; the first ones are larger by one where it does not divide."""
-    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 @dataclass(frozen=True)

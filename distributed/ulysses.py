@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.shards import Group, split
+from distributed.grid import split
+from distributed.shards import Group
 
 
 def to_heads(x_NBLHD: Sequence[Tensor], lengths: Sequence[int], group: Group) -> tuple[Tensor, ...]:

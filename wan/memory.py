@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from easydict import EasyDict
 
+from distributed.grid import attention_bytes, split
 from wan.conditioning.sizes import latent_shape
 from wan.errors import SwanError
 from wan.request import Request
@@ -65,7 +66,24 @@ def make_plan(request: Request, spec: EasyDict) -> dict[str, Any]:
     }
     if "experts" in spec:
         plan["steps_by_expert"] = {"high": high_steps, "low": request.steps - high_steps}
+    if request.grid.size > 1:
+        plan["ranks"] = share_of_ranks(request, spec, tokens)
     return plan
+
+
+def share_of_ranks(request: Request, spec: EasyDict, tokens: int) -> dict[str, Any]:
+    """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis."""
+    grid, dit = request.grid, spec.dit
+    sent = attention_bytes(grid, tokens, dit.dim, DTYPE_BYTES[request.dtype])
+    return {
+        "grid": grid._asdict(),
+        "tokens": split(tokens, grid.sequence),
+        "heads": split(dit.num_heads, grid.ulysses),
+        "sent_bytes": {axis: round(size) * dit.num_layers for axis, size in sent.items()},
+        "weights_shared": [
+            name for name, is_shared in (("dit", request.dit_fsdp), ("t5", request.t5_fsdp)) if is_shared
+        ],
+    }
 
 
 def missing_files(plan: Mapping[str, Any]) -> list[str]:
@@ -196,16 +214,18 @@ def _vae_ends(width: int, head_out: int) -> int:
 
 
 def memory_by_stage(request: Request, spec: EasyDict, shape: tuple[int, ...], tokens: int) -> dict[str, int]:
-    """Estimated peak bytes of each stage: the weights it holds and its largest activations."""
+    """Estimated peak bytes of each stage, of each process: the weights it holds and its largest activations."""
     bytes_per_weight = DTYPE_BYTES[request.dtype]
     bytes_per_vae_weight = DTYPE_BYTES[request.vae_dtype]
     counts = parameters(spec)
     dit = spec.dit
     # Hidden states, their normalised copy, q, k, v, attention output, projection and residual, then the ffn.
-    hidden = tokens * (8 * dit.dim + 2 * dit.ffn_dim) * bytes_per_weight
+    hidden = -(-tokens // request.grid.sequence) * (8 * dit.dim + 2 * dit.ffn_dim) * bytes_per_weight
     latents = 8 * math.prod(shape) * 4  # sample, noise, two predictions and the solver's history
     per_map = 4 * request.width * request.height * spec.vae.get("dec_dim", spec.vae.dim) * bytes_per_vae_weight
     per_map //= 4 if spec.vae.version == "2.2" else 1  # the decoder of 2.2 works on folded 2x2 pixels
+    rows, ranks = shape[2], request.grid.size
+    per_map = per_map * -(-rows // ranks) // rows if ranks <= rows else per_map
     video = 3 * request.frame_num * request.width * request.height * 4
     weights = {
         "encode_text": _streamed_bytes(request, "t5") or counts["text"] * bytes_per_weight,
@@ -219,6 +239,10 @@ def memory_by_stage(request: Request, spec: EasyDict, shape: tuple[int, ...], to
     streamed = [_streamed_bytes(request, part) for part in ("dit", "high", "low")]
     if any(streamed):
         weights["denoise"] = sum(streamed) if experts == 2 else max(streamed)
+    if request.t5_fsdp:
+        weights["encode_text"] //= ranks
+    if request.dit_fsdp:  # and two blocks are whole, one at work and one on the way
+        weights["denoise"] = weights["denoise"] // ranks + 2 * weights["denoise"] // (experts * dit.num_layers)
     # Kept models add up; released ones (--offload_model true) do not.
     kept = 0 if request.offload_model else sum(weights.values())
     text = dit.text_len * (4 * spec.text.dim_attn + 3 * spec.text.dim_ffn) * bytes_per_weight
@@ -315,10 +339,24 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         "memory      "
         + ", ".join(f"{name} {_bytes(size)}" for name, size in plan["memory_bytes"].items())
         + " (estimate)",
+        *(_rank_lines(plan["ranks"]) if "ranks" in plan else []),
         *(_file_line(row) for row in plan["files"]),
         f"output      {plan['save_file']}",
     ]
     return "\n".join(lines)
+
+
+def _rank_lines(ranks: Mapping[str, Any]) -> list[str]:
+    axes = " x ".join(f"{axis} {size}" for axis, size in ranks["grid"].items() if size > 1)
+    sent = ", ".join(f"{_bytes(size)} by {axis}" for axis, size in ranks["sent_bytes"].items() if size)
+    shared = f", weights shared out: {', '.join(ranks['weights_shared'])}" if ranks["weights_shared"] else ""
+    each = f"{_range(ranks['tokens'])} tokens, {_range(ranks['heads'])} heads"
+    count = math.prod(ranks["grid"].values())
+    return [f"processes   {count}: {axes}; each {each}, sends {sent or 'no tokens'} a forward{shared}"]
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[-1]}-{sizes[0]}"
 
 
 def _file_line(row: Mapping[str, Any]) -> str:

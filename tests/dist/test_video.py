@@ -1,6 +1,6 @@
 """Whole videos: every way to share the work gives the latents and frames of one process, for each task that is here."""
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +10,12 @@ from tests.dist.processes import run
 from wan.pipeline import WanPipeline
 from wan.request import build_request
 from wan.tasks import load_task
+from wan.weights.export import export_gguf
+from wan.weights.source import open_source
 
 pytestmark = pytest.mark.dist
 
+ASSETS = Path(__file__).resolve().parents[2] / "wan/assets"
 T2V, I2V = {"task": "t2v-tiny", "seed": 3}, {"task": "i2v-tiny", "seed": 3}
 TEACACHE, FBCACHE = {"teacache": True, "teacache_thresh": 0.3}, {"fbcache": True, "fb_thresh": 0.15}
 FSDP = {"dit_fsdp": True, "t5_fsdp": True}
@@ -23,19 +26,21 @@ CASES = {
         (T2V, [ULYSSES, ULYSSES | FSDP, RING, CFG | FSDP]),
         (T2V | FBCACHE, [ULYSSES | FSDP, CFG, CFG | FSDP]),
         (I2V | TEACACHE, [RING | FSDP, CFG]),
+        (T2V | {"gguf": "model.gguf", "gguf_mode": "stream"}, [ULYSSES | FSDP, CFG]),
     ],
     4: [
         (T2V | {"size": "80*48"}, [ULYSSES, RING, CFG | RING | FSDP]),
         (T2V | TEACACHE, [ULYSSES | FSDP, CFG]),
         (I2V | FBCACHE, [ULYSSES | CFG | FSDP, RING]),
         (I2V, [RING | FSDP | {"offload_model": True}, ULYSSES]),
+        (I2V | TEACACHE | {"gguf_high": "high.gguf", "gguf_low": "low.gguf", "gguf_mode": "stream"}, [ULYSSES | FSDP]),
     ],
 }
 
 
 def make(options, parallel, ranks, folder):
-    request = build_request(options | {"save_file": f"{folder}/unused.mp4"}, ranks)
-    request = replace(request, device="cpu")
+    files = {flag: f"{folder}/{name}" for flag, name in options.items() if flag.startswith("gguf") and "." in name}
+    request = build_request(options | files | {"save_file": f"{folder}/unused.mp4", "device": "cpu"}, ranks)
     parallel = parallel and Parallel(*request.grid, local_size=ranks)
     pipe = WanPipeline.from_request(request, load_task(request.task), parallel)
     result = pipe(request)
@@ -50,6 +55,10 @@ def make_all(ranks, folder):
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ranks_make_the_video_of_one_process(ranks, tmp_path):
+    for task, folder, name in (("t2v", "tiny", "model"), ("i2v", "tiny_i2v", "high"), ("i2v", "tiny_i2v", "low")):
+        part = f"{name}_noise_model" if task == "i2v" else "."
+        source = open_source(ASSETS / folder / part / "diffusion_pytorch_model.safetensors")
+        export_gguf(source, tmp_path / f"{name}.gguf", "Q8_0")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have; with more, sums of fp32 are made in another order
     wanted = [make(video, None, 1, tmp_path) for video, _ in CASES[ranks]]

@@ -1,0 +1,224 @@
+"""generate.py as one of several processes: flags, the plan, one video, and the ways a run can fail."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from wan.cli import main
+from wan.errors import UsageError
+from wan.request import build_request
+
+REPO = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LIMIT_S = 150  # for what takes some ten seconds on a machine that does nothing else
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "world, options, message",
+    [
+        (1, {"ulysses_size": 8}, "--ulysses_size 8 needs 8 processes, there is 1: torchrun --nproc_per_node=8"),
+        (
+            4,
+            {"ring_size": 3},
+            "--ring_size 3 cannot be made of 4 processes; choose one of: --ulysses_size 4, --ring_si",
+        ),
+        (
+            3,
+            {"cfg_parallel": True},
+            "--cfg_parallel cannot be made of 3 processes; choose one of: --ulysses_size 3, --r",
+        ),
+        (2, {"cfg_parallel": True, "sample_guide_scale": 1}, "--cfg_parallel shares out the two branches of guidance"),
+        (
+            1,
+            {"dit_fsdp": True},
+            "--dit_fsdp shares weights out over several processes, there is 1: start with torchrun",
+        ),
+        (
+            2,
+            {"t5_fsdp": True, "device": "cuda:1"},
+            "--device cuda:1 is one device, for 2 processes; choose auto, cpu or",
+        ),
+        (2, {"dist_timeout": 0}, "--dist_timeout must be a whole number from 1 to 86400, not 0"),
+        (2, {"ulysses_size": "two"}, "--ulysses_size must be a whole number from 1 to 4096, not 'two'"),
+        (128, {}, "80 tokens cannot be shared by 128 processes: make a larger video"),
+    ],
+)
+def test_what_cannot_be_shared_is_one_line(world, options, message):
+    with pytest.raises(UsageError) as error:
+        build_request(options, world)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, grid",
+    [
+        ({}, (1, 1, 8)),
+        ({"cfg_parallel": True}, (2, 1, 4)),
+        ({"ring_size": 4}, (1, 4, 2)),
+        ({"ulysses_size": 2}, (1, 4, 2)),
+        ({"ulysses_size": 2, "cfg_parallel": True}, (2, 2, 2)),
+    ],
+)
+def test_an_axis_that_is_not_given_takes_what_is_left(options, grid):
+    request = build_request(options, 8)
+    assert request.grid == grid and request.offload_model is False
+    assert build_request({}).offload_model is True
+
+
+def test_more_ulysses_ranks_than_heads_are_warned_of():
+    assert "5 of these processes have no attention to do" in " ".join(build_request({}, 8).warnings)
+
+
+def test_a_video_does_not_store_how_it_was_shared():
+    stored = build_request({"ulysses_size": 4, "dit_fsdp": True, "dist_timeout": 9}, 4).settings()
+    assert not {"ulysses_size", "dit_fsdp", "dist_timeout", "offload_model"} & stored.keys()
+
+
+# The plan
+
+
+def environment(rank, world, port=29400):
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in named.items()}}
+
+
+def test_the_first_rank_prints_the_plan(monkeypatch, capsys):
+    flags = ["--task", "t2v-tiny", "--dry_run", "--json", "--dit_fsdp", "--ring_size", "2", "--quiet"]
+    for name, value in environment(0, 8).items():
+        monkeypatch.setenv(name, value)
+    assert main(flags) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert ranks["grid"] == {"cfg": 1, "ring": 2, "ulysses": 4} and ranks["tokens"] == [10] * 8
+    assert ranks["heads"] == [1, 1, 1, 0] and ranks["weights_shared"] == ["dit"]
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert main(flags) == 0 and capsys.readouterr() == ("", "")
+
+
+def test_nonsense_in_the_environment_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--dry_run"]) == 2
+    assert capsys.readouterr().err == "error: RANK is 4, but WORLD_SIZE is 2\n"
+
+
+def test_a_wrong_flag_is_told_once(monkeypatch, capsys):
+    for rank, told in ((0, 1), (1, 0)):
+        for name, value in environment(rank, 2).items():
+            monkeypatch.setenv(name, value)
+        assert main(["--ring_size", "3"]) == 2
+        assert capsys.readouterr().err.count("error: --ring_size 3 cannot be made of 2 processes") == told
+
+
+# Real processes
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(command, **environment) -> a process, of which nothing is left afterwards."""
+    started = []
+
+    def run(command, **variables):
+        inherited = {name: value for name, value in os.environ.items() if name != "SWAN_DEBUG"}
+        variables = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TAG": str(tmp_path)} | variables
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=variables, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def torchrun(ranks, *flags):
+    return [*TORCHRUN, f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *flags]
+
+
+def ours(text):
+    """Lines about the failure; torchrun adds a report of its own."""
+    return [line for line in text.splitlines() if line.startswith(("error:", "internal error:"))]
+
+
+def children(process):
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
+
+
+@pytest.mark.dist
+def test_four_processes_make_one_video(start, tmp_path):
+    flags = [
+        "--cfg_parallel",
+        "--dit_fsdp",
+        "--t5_fsdp",
+        "--fbcache",
+        "--seed",
+        "-1",
+        "--save_file",
+        "a.mp4",
+        "--quiet",
+    ]
+    process = start(torchrun(4, str(REPO / "generate.py"), *flags))
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, err
+    report = json.loads(out)  # one line, of one rank
+    assert report["grid"] == {"cfg": 2, "ring": 1, "ulysses": 2} and len(report["peak_by_rank"]) == 4
+    assert report["cache"]["model"]["uncond"]["total"] == 20
+    assert [path.name for path in tmp_path.glob("*.mp4")] == ["a.mp4"]
+    assert "Warning" not in err and not ours(err), err
+
+
+@pytest.mark.dist
+def test_a_damaged_file_on_one_rank_ends_all(start, tmp_path):
+    for rank in range(3):
+        shutil.copytree(REPO / "wan/assets/tiny", tmp_path / str(rank))
+    path = tmp_path / "1/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    own = "import os, sys; from wan.cli import main; sys.exit(main(['--ckpt_dir', os.environ['RANK'], '--quiet']))"
+    (tmp_path / "own.py").write_text(own)
+    process = start(torchrun(3, "own.py"))
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    [line] = ours(err)
+    assert line.startswith("error: rank 1, ") and "truncated" in line
+
+
+@pytest.mark.dist
+def test_a_rank_killed_in_the_loop_ends_all(start):
+    process = start(torchrun(3, str(REPO / "generate.py"), "--sample_steps", "1000", "--save_file", "a.mp4"))
+    for line in iter(process.stderr.readline, ""):  # bars end without a new line, the first one of denoising too
+        if "denoise" in line:
+            break
+    time.sleep(1)
+    victim = next(child for child in children(process) if child.environ().get("RANK") == "2")
+    family = children(process)
+    victim.kill()
+    _, err = process.communicate(timeout=LIMIT_S)
+    [line] = ours(err)
+    assert process.returncode == 1 and "lost rank 2" in line
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.dist
+def test_a_rank_that_never_comes_is_named(start):
+    command = [sys.executable, str(REPO / "generate.py"), "--dist_timeout", "8", "--quiet"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(command, **environment(rank, 3, port)) for rank in range(2)]
+    said = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    [line] = ours("".join(said))
+    assert "rank 2 did not come within 8 s" in line

@@ -1,0 +1,57 @@
+"""Every task of the core on ranks that share tokens, branches and weights: the latents of one process."""
+
+import pytest
+import torch
+
+from distributed.parallel import Parallel
+from tests.dist.processes import run
+from tests.unit.test_pipeline import CASES, picture
+from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
+from wan.pipeline import WanPipeline
+from wan.request import build_request
+
+pytestmark = pytest.mark.dist
+
+RANKS = 4
+FSDP = {"dit_fsdp": True, "t5_fsdp": True}
+# 2 heads, 24 tokens (ti2v: 6): fewer heads than ranks, and lengths that these do not divide.
+WAYS = [FSDP, {"cfg_parallel": True, "ring_size": 2, "offload_model": True}]
+
+
+def make(options, spec, ranks, parallel=None):
+    request = build_request(options, ranks)
+    if ranks > 1:
+        parallel = Parallel(*request.grid, local_size=ranks)
+    return WanPipeline.from_request(request, spec, parallel)(request).latents
+
+
+def make_all(cases):
+    return {name: [make(options | way, spec, RANKS) for way in WAYS] for name, (options, spec) in cases.items()}
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """Name -> (options, spec)."""
+    found = {}
+    for name, (task, images) in CASES.items():
+        spec, folder = shrunk(task), tmp_path / task
+        if not folder.exists():
+            folder.mkdir()
+            write_checkpoint(folder, spec)
+        options = {flag: picture(tmp_path / f"{flag}.png", index) for index, flag in enumerate(images)}
+        options |= {"task": task, "ckpt_dir": str(folder), "prompt": "a red cat", "size": "64x32", "frame_num": 9}
+        options |= {"sample_steps": 4, "seed": 1, "device": "cpu", "dtype": "fp32"}
+        options |= {"save_file": str(tmp_path / "a.mp4")}
+        found[name] = options, spec
+    return found
+
+
+def test_every_task(cases, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
+    wanted = {name: make(*case, 1) for name, case in cases.items()}
+    torch.set_num_threads(threads)
+    for found in run(RANKS, make_all, tmp_path, cases):
+        for name, one in wanted.items():
+            for way, many in zip(WAYS, found[name], strict=True):
+                assert (many - one).abs().max() <= 1e-5 * one.abs().max(), (name, way)
