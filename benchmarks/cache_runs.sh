@@ -1,4 +1,5 @@
 # What the scripts for caches share; to be sourced. Runs of generate.py with a fixed seed, in a temporary folder $work.
+# gpus: how many processes make a video together (default 1).
 # PYTHON: the interpreter (default: .venv/bin/python, else python3); IMAGE: the first frame for image models.
 set -euo pipefail
 
@@ -54,6 +55,10 @@ generate() {
     local run=$1 task=$2 folder=$3 watcher=
     shift 3
     local command=("$PYTHON" generate.py --task "$task" --base_seed 42 --save_file "$work/$run.mp4")
+    if ((${gpus:-1} > 1)); then
+        command=("$PYTHON" -m torch.distributed.run --nproc_per_node="$gpus" "${command[@]:1}")
+        command+=(--dit_fsdp --t5_fsdp --ulysses_size "$gpus")
+    fi
     if [[ $folder != - ]]; then
         command+=(--ckpt_dir "$folder" --prompt "A cinematic close-up of a playful cat at the beach.")
         [[ $task != i2v-* ]] || command+=(--image "$(first_frame)")

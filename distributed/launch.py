@@ -17,13 +17,12 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
-from distributed.watchdog import Board, Failure, Watchdog, end_within, name_ranks, say
+from distributed.watchdog import END_S, Board, Failure, Watchdog, end_within, name_ranks, say
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 DESTROY_S = 5.0  # for torch to take its connections down
-REPORT_S = 45.0  # from a report to the end of the process: a bound for what is bounded already, part by part
 
 
 class World:
@@ -109,7 +108,7 @@ class World:
                 say(message)
             return exit_code
         mine = Failure(self.rank, self.stage, message, exit_code)
-        end_within(REPORT_S, exit_code)
+        end_within(END_S, exit_code)
         if self._watchdog is None:  # there was no store to be reached, so the others cannot be asked
             say(mine.line)
             return exit_code
@@ -119,17 +118,14 @@ class World:
         return first.exit_code
 
     def close(self) -> None:
-        """Leave the job. After a failure, which must have been reported: in bounded time; else once all ranks are here.
-
-        May be called again.
-        """
+        """Leave the job, after success as after a failure. Bounded; may be called again."""
         if self._closed or self._watchdog is None:
             return
         self._closed = True
-        self._watchdog.part()
         self._watchdog.release()
         failure = self._watchdog.failure
         if failure is not None:
+            end_within(END_S, failure.exit_code)
             self._rescue()
         with contextlib.suppress(OSError, ValueError):  # what is lost when the timer strikes; closed: nothing to lose
             sys.stdout.flush()

@@ -33,7 +33,7 @@ ANSWER_S = 5.0  # for the store, once this process is ending
 FAREWELL_S = 10.0  # for the others, before the process that hosts the store leaves
 END_S = 28.0  # for all of that together; torchrun kills after 30 s
 
-DONE, GONE = "done", "gone"  # last beats: past the last collective; without need of the store
+GONE = "gone"  # the last beat
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes
 
 # What a collective says when another process is at fault: gloo, NCCL, sockets, exceptions of torch.distributed.
@@ -90,26 +90,6 @@ def end_within(seconds: float, exit_code: int) -> threading.Timer:
     return timer
 
 
-def _answer(call: Callable[[], Any], seconds: float = ANSWER_S) -> Any:
-    """call(), or RuntimeError where that takes longer: a store whose host is suspended does not answer, nor raise."""
-    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put((call(), None))
-        except Exception as error:
-            answers.put((None, error))
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        value, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise RuntimeError("the store does not answer") from None
-    if error is not None:
-        raise error
-    return value
-
-
 class Silence:
     """For how long each of some values has stood still. Time in which this process itself was stopped counts little."""
 
@@ -130,7 +110,7 @@ class Silence:
 
 
 class Board:
-    """What all ranks see, in a store: the first failure of the job, and of each rank a beat: a number, DONE or GONE.
+    """What all ranks see, in a store: the first failure of the job, and of each rank a beat: a number, or GONE.
 
     Its store client is its own: a client that waits for a key makes all other calls on it wait.
     """
@@ -174,7 +154,7 @@ class Board:
         if failure is not None:
             return failure, []
         _, now = self.read(ranks)
-        return None, [rank for rank, old, new in zip(ranks, before, now, strict=True) if old == new and new.isdigit()]
+        return None, [rank for rank, old, new in zip(ranks, before, now, strict=True) if old == new != GONE]
 
     def wait_for_others(self, seconds: float) -> None:
         """Until all other ranks that arrived are gone or beat no more, or `seconds` are over."""
@@ -190,8 +170,7 @@ class Board:
 class Pulse(threading.Thread):
     """Beats, and sees the failure of another, ranks that beat no more, and the loss of the store.
 
-    Rank 0 watches all, the others rank 0: a few bytes for each rank and period. Once `finished` is set, it says DONE,
-    as rank 0 only after all others; `over`: rank 0 has said so.
+    Rank 0 watches all, the others rank 0: a few bytes for each rank and period.
     """
 
     def __init__(self, board: Board, timeout_s: float):
@@ -199,34 +178,29 @@ class Pulse(threading.Thread):
         self.rounds = 0
         self.failure: Failure | None = None
         self.silent: list[int] = []
-        self.lost = self.finished = False
-        self.over = threading.Event()
+        self.lost = self.first_gone = False  # the store is; rank 0 has said so
         self._board, self._timeout_s = board, timeout_s
         self._stopped = threading.Event()
 
     def run(self) -> None:
         first, silence = self._board.rank == 0, Silence()
         watched = range(1, self._board.size) if first else [0]
-        others_done = False
-        while not self._stopped.wait(PERIOD_S / 5 if self.finished else PERIOD_S):
-            done = self.finished and (others_done or not first)
+        while not self._stopped.wait(PERIOD_S):
             try:
-                self._board.beat(DONE if done else self.rounds)
+                self._board.beat(self.rounds + 1)
                 self.failure, beats = self._board.read(watched)
             except RuntimeError:  # what the store raises once its host is gone, in several ways
                 self.lost = True
                 return
             ranks = zip(watched, beats, silence.update(beats), strict=True)
-            self.silent = [rank for rank, beat, still in ranks if beat.isdigit() and still > self._timeout_s]
-            others_done = not any(beat.isdigit() for beat in beats)
-            if done and others_done:
-                self.over.set()
+            self.silent = [rank for rank, beat, still in ranks if beat != GONE and still > self._timeout_s]
+            self.first_gone = not first and beats[0] == GONE
             self.rounds += 1
 
     def stop(self) -> None:
         self._stopped.set()
         if self.is_alive():
-            self.join(ANSWER_S)
+            self.join(2 * PERIOD_S)
 
 
 class Watchdog:
@@ -246,7 +220,7 @@ class Watchdog:
         self._pulse, self._silence = Pulse(board, timeout_s), Silence()
         self._guard = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._released = threading.Event()
-        self._raised = self._stopped = False
+        self._raised = self._stopped = self._unanswered = False
         self._handlers: dict[int, Any] = {}
         self._wakeup_fd = -1
 
@@ -268,15 +242,6 @@ class Watchdog:
             mine = self._trace(mine, STILL_S)
         return self.settle(mine)
 
-    def part(self) -> None:
-        """Wait until all ranks have come here: gloo breaks the collective that others are still in when one leaves.
-
-        The guard ends the process where that cannot be. Not after a failure.
-        """
-        if self.failure is None and not self._raised and self._guard.is_alive():
-            self._pulse.finished = True
-            self._pulse.over.wait()
-
     def release(self) -> None:
         """The main thread ends by itself from here on. Waits for what the guard is about to settle."""
         self._released.set()
@@ -292,7 +257,7 @@ class Watchdog:
             if cause.rank == self._board.rank:
                 # Without a store the ranks cannot agree on one that speaks, so each does.
                 with contextlib.suppress(RuntimeError):
-                    first = _answer(lambda: self._board.fail(cause))
+                    first = self._ask(lambda: self._board.fail(cause))
             self.failure = first
             if first is cause and cause.rank == self._board.rank:
                 say(first.line)
@@ -303,9 +268,9 @@ class Watchdog:
         self._pulse.stop()
         # The job is over for this process: a store that is gone by now has nobody left to tell.
         with contextlib.suppress(RuntimeError):
-            _answer(lambda: self._board.beat(GONE))
+            self._ask(lambda: self._board.beat(GONE))
             if self._hosted and self._board.rank == 0:
-                _answer(lambda: self._board.wait_for_others(FAREWELL_S), FAREWELL_S + 1)
+                self._ask(lambda: self._board.wait_for_others(FAREWELL_S), FAREWELL_S)
 
     def stop(self) -> None:
         """Give back the signals. From the main thread, after `release` and `farewell`."""
@@ -346,7 +311,7 @@ class Watchdog:
     def _cause(self, signum: int | None) -> Failure | None:
         """The reason to end this process, if there is one."""
         pulse = self._pulse
-        unanswered = self._silence.update([pulse.rounds])[0]
+        waiting_s = self._silence.update([pulse.rounds])[0]
         if pulse.failure is not None:
             return pulse.failure
         if signum == signal.SIGTERM:
@@ -355,9 +320,11 @@ class Watchdog:
             return self._mine("interrupted", INTERRUPTED)
         if pulse.silent:
             return self._mine(f"error: {name_ranks(pulse.silent)} has not answered for {self._timeout_s:g} s", 1)
+        if self._hosted and pulse.first_gone:  # it did not wait for this rank any longer; there is no store to miss
+            return None
         if pulse.lost:
             return self._mine(self._host_lost, 1)
-        if unanswered > self._timeout_s:
+        if waiting_s > self._timeout_s:
             host = "rank 0" if self._hosted else "the launcher"
             return self._mine(f"error: {host} has not answered for {self._timeout_s:g} s", 1)
         return None
@@ -365,10 +332,32 @@ class Watchdog:
     def _trace(self, mine: Failure, seconds: float) -> Failure:
         """What `mine` follows from: another's failure, ranks that no longer beat, a lost store, or else nothing."""
         try:
-            failure, lost = _answer(lambda: self._board.watch(seconds), seconds + ANSWER_S)
+            failure, lost = self._ask(lambda: self._board.watch(seconds), seconds)
         except RuntimeError:
             return replace(mine, message=self._host_lost, exit_code=1)
         return failure or (replace(mine, message=_describe_loss(lost), exit_code=1) if lost else mine)
+
+    def _ask(self, call: Callable[[], Any], seconds: float = 0.0) -> Any:
+        """call(), which takes `seconds`. RuntimeError if it takes longer: a suspended host neither answers nor is gone."""
+        if self._unanswered:
+            raise RuntimeError("the store did not answer before")
+        answers: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((call(), None))
+            except RuntimeError as error:
+                answers.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            value, error = answers.get(timeout=seconds + ANSWER_S)
+        except queue.Empty:
+            value, error = None, RuntimeError("the store does not answer")
+        if error is not None:
+            self._unanswered = True
+            raise error
+        return value
 
     def _mine(self, message: str, exit_code: int) -> Failure:
         return Failure(self._board.rank, self._stage(), message, exit_code)
@@ -383,6 +372,6 @@ class Watchdog:
 
     def _raise(self, signum: int, _: object) -> None:
         """The handler, in the main thread when that is in Python. Once: a second one would hit the cleaning up."""
-        if not (self._raised or self._pulse.finished or self._released.is_set()):
+        if not (self._raised or self._released.is_set()):
             self._raised = True
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)

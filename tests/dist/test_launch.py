@@ -43,7 +43,7 @@ def loop(seconds):
         touch("looping")
         if world.rank == 0:
             time.sleep(100)
-    while time.monotonic() < until:
+    while True:
         left = torch.tensor([until - time.monotonic()])
         dist.all_reduce(left, dist.ReduceOp.MIN)  # all leave in the same round
         if left < 0:
