@@ -1,20 +1,19 @@
 """What ranks send and compute, counted, and how fast that can be, predicted: python -m benchmarks.comm
 
-Needs no GPU and takes no time of one. The real network and the real `Parallel` run as one rank of a fake process group,
-on the meta device: a dispatch mode sees each collective, product and pass over memory, with its true size. One layer
-of real width runs; the others are alike.
+Needs no GPU, and nothing is timed. The real network and the real `Parallel` run as one rank of a fake process group, on
+the meta device, where a dispatch mode sees each collective, product and pass over memory in its true size. One layer of
+the real width runs; the others are alike.
 
     attention  bytes that a rank sends for one layer, bf16, beside `attention_bytes` of distributed/grid.py
-    guidance   bytes that a rank sends to the other branch in a step, beside one fp32 latent
+    guidance   bytes that a rank sends to the other branch in a step, beside the size of one fp32 latent
     weights    bytes that a rank receives in a forward when weights are shared out, beside `weight_bytes`
-    FLOPs      of one forward of the whole network, by torch's FlopCounterMode, beside `forward_flops` and a table
-    roofline   predicted seconds of a step on up to 64 GPUs, beside published ones: see roofline.py
+    FLOPs      of one forward of the whole network, by torch's FlopCounterMode, beside `forward_flops` and known figures
+    roofline   predicted seconds of a step on up to 64 GPUs, and published ones, see roofline.py
 
-Bytes are those of the calls; a byte to oneself is none. They are means over ranks: over all of them up to 8, above that
-over those of the first and last place of the ring, which differ by one token; heads differ along ulysses, where all run.
-An all-gather counts as each rank sending its part to each other, an all-reduce as twice the tensor's other parts.
-FSDP does not run on the meta device, so there the weights are fake tensors, and the embedding of the time, which has to
-read its values, is left out: its weights are still gathered.
+Bytes are what the calls are given; what a rank sends itself counts as nothing. They are means over ranks: over all of
+them up to 8, above that one rank runs for all that have as many heads and tokens. With an all-gather each rank sends its
+part to each other one. FSDP refuses the meta device: there, weights are fake tensors, and the embedding of the time,
+which has to read its input, is passed over, its weights being gathered all the same.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -43,12 +44,13 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from benchmarks.common import machine
 from benchmarks.roofline import draw, format_roofline, predict
 from distributed.fsdp import own_rows, shard_model, weight_mesh, with_rows
-from distributed.grid import Grid, attention_bytes, grids, weight_bytes
+from distributed.grid import Grid, attention_bytes, grids, split, weight_bytes
 from distributed.parallel import Parallel
 from wan.command import Parser, run_command
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
 from wan.memory import forward_flops
+from wan.models import rope
 from wan.models.attention import BackEnd
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
 from wan.tasks import load_task
@@ -60,22 +62,22 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "alias"}
 
 
+@dataclass(frozen=True)
 class Case:
-    """A network and a size of video. task: None for a network that is not one of configs/tasks."""
+    """A task of configs/tasks and a size of video."""
 
-    def __init__(self, task: str, width: int, height: int, frames: int, **changes: int):
-        self.task, self.size, self.changes = task, (width, height, frames), changes
+    task: str
+    width: int
+    height: int
+    frames: int
 
     @cached_property
     def spec(self) -> Any:
-        spec = load_task(self.task)
-        spec.dit.update(self.changes)
-        return spec
+        return load_task(self.task)
 
-    @cached_property
+    @property
     def latent(self) -> tuple[int, int, int, int]:
-        width, height, frames = self.size
-        return latent_shape(self.spec.vae.z_dim, frames, height, width, self.spec.vae_stride[1])
+        return latent_shape(self.spec.vae.z_dim, self.frames, self.height, self.width, self.spec.vae_stride[1])
 
     @property
     def tokens(self) -> int:
@@ -90,11 +92,12 @@ CASES = {
     "14B 480p": Case("t2v-14B", 832, 480, 81),
     "14B 720p": Case("t2v-14B", 1280, 720, 81),
 }
-I2V = {"i2v-14B 480p": Case("i2v-14B", 832, 480, 81)}  # of published figures
-TABLE_RANKS = (2, 4, 8, 16, 64)
-GPUS = (1, 2, 4, 8, 16, 32, 64)
-# TFLOP of one forward, in the order of PARTS, and the total, rounded to whole ones: the figures of the plan of this work.
-FLOPS_TABLE = {
+PUBLISHED_CASES = {"i2v-14B 480p": Case("i2v-14B", 832, 480, 81)}
+NETWORKS = {"1.3B": "t2v-1.3B", "5B": "ti2v-5B", "14B": "t2v-14B"}
+RANKS = (2, 4, 8, 16, 64)  # of the tables of bytes
+GPUS = (1, 2, 4, 8, 16, 32, 64)  # of the roofline
+# Figures that were known before, of one forward, in whole TFLOP: PARTS and their sum.
+KNOWN_TFLOP = {
     "1.3B 480p": (82, 198, 3, 283),
     "14B 480p": (785, 879, 14, 1678),
     "14B 720p": (1810, 4682, 32, 6523),
@@ -111,22 +114,30 @@ def fake_rank(grid: Grid, rank: int = 0) -> Iterator[Parallel]:
     if grid.size == 1:
         yield Parallel()
         return
-    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=grid.size)
+    devices = dist.Backend.backend_capability["fake"]
+    devices.append("meta")  # or isend refuses its tensors
     try:
-        yield Parallel(*grid)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=grid.size)
+        try:
+            yield Parallel(*grid)
+        finally:
+            dist.destroy_process_group()
     finally:
-        dist.destroy_process_group()
+        devices.remove("meta")
 
 
+@dataclass
 class Transfer:
     """A collective, or one turn of a ring, among `ranks`. sent, received: bytes by the other rank.
 
     behind: FLOPs of the attention that is computed while it travels.
     """
 
-    def __init__(self, axis: str, ranks: Sequence[int], sent: dict[int, int], received: dict[int, int]):
-        self.axis, self.ranks, self.sent, self.received = axis, tuple(ranks), sent, received
-        self.behind = 0
+    axis: str
+    ranks: list[int]
+    sent: dict[int, int]
+    received: dict[int, int]
+    behind: int = 0
 
 
 class Tally(TorchDispatchMode):
@@ -159,19 +170,18 @@ class Tally(TorchDispatchMode):
             raise NotImplementedError(f"c10d.{name} is not counted")
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
         ranks = dist.get_process_group_ranks(group)
-        tensor = next(iter(tree_leaves(args[1]))) if "gather" in name else next(iter(tree_leaves(args[0])))
+        tensor = tree_leaves(args[1] if "gather" in name else args[0])[0]  # what is sent, or as long
         if name == "send":
             sent, received = {ranks[args[2]]: tensor.nbytes}, {}
         elif name == "alltoall_base_":
             sent, received = (dict(zip(ranks, (n * tensor.itemsize for n in sizes))) for sizes in (args[4], args[3]))
         else:
-            share = 2 * tensor.nbytes // len(ranks) if name == "allreduce_" else tensor.nbytes
-            sent, received = dict.fromkeys(ranks, share), dict.fromkeys(ranks, share)
+            sent, received = dict.fromkeys(ranks, tensor.nbytes), dict.fromkeys(ranks, tensor.nbytes)
         for sizes in (sent, received):
             sizes.pop(self.rank, None)
-        one = Transfer(AXES[name], ranks, sent, received)
-        self.transfers[self.place].append(one)
-        self._leaving = one if name == "send" else None
+        transfer = Transfer(AXES[name], ranks, sent, received)
+        self.transfers[self.place].append(transfer)
+        self._leaving = transfer if name == "send" else None
 
     def _compute(self, func, args, kwargs: dict[str, Any], out: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
@@ -229,3 +239,119 @@ def count(case: Case, model: WanModel, parallel: Parallel, grid: Grid, rank: int
     for hook in hooks:
         hook.remove()
     return tally
+
+
+# Bytes
+
+
+def ranks_to_run(case: Case, grid: Grid) -> dict[int, int]:
+    """Ranks that run, and for how many each stands."""
+    if grid.cfg > 1 or grid.size not in RANKS:
+        return {0: 1}
+    if grid.size <= 8:
+        return dict.fromkeys(range(grid.size), 1)
+    heads, tokens = split(case.spec.dit.num_heads, grid.ulysses), split(case.tokens, grid.size)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for rank in range(grid.size):
+        alike.setdefault((heads[rank % grid.ulysses], tokens[rank]), []).append(rank)
+    return {ranks[0]: len(ranks) for ranks in alike.values()}
+
+
+def count_grids(cases: Mapping[str, Case], sizes: Sequence[int]) -> dict[str, dict[Grid, dict[int, Tally]]]:
+    """Tallies by case, grid and rank; always one of rank 0."""
+    models = {name: build(case.spec, 1) for name, case in cases.items()}
+    found: dict[str, dict[Grid, dict[int, Tally]]] = {name: {} for name in cases}
+    for grid in [grid for size in sizes for grid in grids(size)]:
+        runs = {name: ranks_to_run(case, grid) for name, case in cases.items()}
+        for rank in sorted(set().union(*runs.values())):
+            with fake_rank(grid, rank) as parallel:
+                for name, case in cases.items():
+                    if rank in runs[name]:
+                        tally = count(case, models[name], parallel, grid, rank)
+                        found[name].setdefault(grid, {})[rank] = tally
+    return found
+
+
+def attention_rows(cases: Mapping[str, Case], tallies: Mapping[str, Mapping[Grid, Mapping[int, Tally]]]) -> list[dict]:
+    rows = []
+    for name, case in cases.items():
+        for grid in (grid for grid in tallies[name] if grid.cfg == 1 and grid.size in RANKS):
+            runs, by_rank = ranks_to_run(case, grid), tallies[name][grid]
+            counted = {
+                axis: sum(times * by_rank[rank].sent(axis) for rank, times in runs.items()) / grid.size
+                for axis in ("ulysses", "ring")
+            }
+            formula = attention_bytes(grid, case.tokens, case.spec.dit.dim, 2)
+            row = {"case": name, "ranks": grid.size, "ulysses": grid.ulysses, "ring": grid.ring, "runs": len(runs)}
+            row |= {"counted": counted, "formula": formula}
+            rows.append(row | {"ratio": sum(counted.values()) / sum(formula.values())})
+    return rows
+
+
+def guidance_rows(cases: Mapping[str, Case], tallies: Mapping[str, Mapping[Grid, Mapping[int, Tally]]]) -> list[dict]:
+    """Of rank 0 on every grid that has the branches apart; all send as much."""
+    rows = []
+    for name, case in cases.items():
+        counted = {one[0].sent("guidance") for grid, one in tallies[name].items() if grid.cfg == 2}
+        formula = case.spec.dit.out_dim * prod(case.latent[1:]) * 4
+        rows += [{"case": name, "counted": one, "formula": formula, "ratio": one / formula} for one in counted]
+    return rows
+
+
+def weights_row(network: str, ranks: int, per_machine: int = 1) -> dict[str, Any]:
+    """per_machine: so many ranks share a copy, as where a machine has so many; 1: all do."""
+    spec = load_task(NETWORKS[network])
+    layers, model, fake = spec.dit.num_layers, build(spec, 1), FakeTensorMode()
+    stored, count = (
+        sum(size(one) for one in model.parameters())
+        + (layers - 1) * sum(size(one) for one in model.blocks.parameters())
+        for size in (lambda one: one.nbytes, lambda one: one.numel())
+    )
+    tally = Tally(Grid(), 0)
+    with fake_rank(Grid(ulysses=ranks)):
+        shard_model(model, model.blocks, weight_mesh("cpu", per_machine))
+        for name, parameter in list(model.named_parameters()):
+            first, last = own_rows(parameter)
+            with fake:
+                rows = torch.empty(last - first, *parameter.shape[1:], dtype=parameter.dtype)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, with_rows(parameter, rows))
+        # A table that is kept for the next caller must not be a fake one.
+        with patch.object(rope, "_table", rope._table.__wrapped__), fake, torch.no_grad(), tally:
+            time_RC = torch.empty(1, spec.dit.dim)
+            model.embed_time = lambda t, tokens: (time_RC, time_RC[:, None].expand(1, 6, -1), [(0, tokens.total)])
+            model(torch.empty(1, spec.dit.in_dim, 1, 2, 2), torch.empty(1), torch.empty(1, 1, spec.dit.text_dim))
+    root, block = (sum(one.received.values()) for one in tally.transfers["rest"])
+    share = len(tally.transfers["rest"][0].ranks)
+    counted, formula = root + layers * block, weight_bytes(share, stored)
+    row = {"network": network, "ranks": ranks, "sharing": share, "parameters": count, "stored": stored}
+    row |= {"counted": counted, "formula": formula, "ratio": counted / formula}
+    return row | {"two_bytes_each": weight_bytes(share, 2 * count), "ratio_to_that": counted / weight_bytes(share, 2 * count)}
+
+
+# FLOPs
+
+
+def flops_row(name: str, case: Case) -> dict[str, Any]:
+    """Of one forward of all layers on one rank, in TFLOP."""
+    model = build(case.spec, case.spec.dit.num_layers)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        prediction(case, model)("cond")
+    by_module = counter.get_flop_counts()
+
+    def products(kind: str) -> float:  # on the meta device, attention is two of them
+        modules = (counts for module, counts in by_module.items() if module.endswith(f".{kind}"))
+        return sum(counts[torch.ops.aten.bmm] for counts in modules) / 1e12
+
+    total = counter.get_total_flops() / 1e12
+    counted = {"self_attention": products("self_attn"), "cross_attention": products("cross_attn")}
+    counted = {"linear": total - sum(counted.values()), **counted, "total": total}
+    formula = {part: flops / 1e12 for part, flops in forward_flops(case.spec, case.tokens).items()}
+    formula["total"] = sum(formula.values())
+    row = {"case": name, "tokens": case.tokens, "counted": counted, "formula": formula}
+    row["ratio"] = {part: counted[part] / formula[part] for part in counted}
+    if name in KNOWN_TFLOP:
+        row["known"] = dict(zip(counted, KNOWN_TFLOP[name]))
+        row["rounds_to_known"] = {part: round(counted[part]) == known for part, known in row["known"].items()}
+    return row

@@ -338,7 +338,7 @@ class Watchdog:
         return failure or (replace(mine, message=_describe_loss(lost), exit_code=1) if lost else mine)
 
     def _ask(self, call: Callable[[], Any], seconds: float = 0.0) -> Any:
-        """call(), which takes `seconds`. RuntimeError if it takes longer: a suspended host neither answers nor is gone."""
+        """call(), which takes `seconds`. RuntimeError if it takes longer: a suspended host neither answers nor ends."""
         if self._unanswered:
             raise RuntimeError("the store did not answer before")
         answers: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import DeviceMesh
 
 from cache import NO_CACHE, NoCache, StepContext
 from cache.options import make_manager
@@ -78,6 +79,7 @@ class WanPipeline:
         self.cache: NoCache = NO_CACHE
         self.experts = Experts(self._load_expert, keep_all=not self.offload)
         self._models: dict[str, Any] = {}
+        self._meshes: dict[str, DeviceMesh] = {}
 
     @classmethod
     def from_request(cls, request: Request, spec: Any, parallel: Parallel | None = None) -> WanPipeline:
@@ -248,7 +250,7 @@ class WanPipeline:
         _empty_cache()
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
-        shard = self._shard(self.device)
+        shard = self._shard(self.device) if self.dit_fsdp else None
         return load_weights(
             model,
             open_source(self.files.dit[name]),
@@ -256,11 +258,13 @@ class WanPipeline:
             device=self.device,
             dtype=self.dtype,
             stream=self.gguf_modes[name] == "stream",
-            shard=(lambda model: shard(model, model.blocks)) if self.dit_fsdp else None,
+            shard=shard and (lambda model: shard(model, model.blocks)),
         )
 
     def _shard(self, device: torch.device) -> Shard:
-        return lambda model, blocks: shard_model(model, blocks, weight_mesh(device.type, self.parallel.local_size))
+        if device.type not in self._meshes:
+            self._meshes[device.type] = weight_mesh(device.type, self.parallel.local_size)
+        return lambda model, blocks: shard_model(model, blocks, self._meshes[device.type])
 
     def _choose_gguf_modes(self, asked: str) -> dict[str, str]:
         """Component -> "resident" or "stream" for quantised weights, "" for others. `notes` say what "auto" became."""
@@ -268,10 +272,13 @@ class WanPipeline:
         held: Counter[torch.device] = Counter()  # by the models that stay, without offloading
         for name, paths in {"t5": self.files.t5, **self.files.dit}.items():
             source, device = open_source(paths), self.text_device if name == "t5" else self.device
+            is_shared = self.t5_fsdp if name == "t5" else self.dit_fsdp
             dense = sum(math.prod(source.info(key).shape) for key in source.keys()) * self.dtype.itemsize
+            dense //= self.parallel.world.size if is_shared else 1
             modes[name] = asked if source.is_quantized() else ""
             if modes[name] == "auto":
-                free = available_bytes(device) - held[device]
+                free = available_bytes(device) // (self.parallel.local_size if device.type == "cpu" else 1)
+                free = min(self.parallel.gather_objects(free)) - held[device]  # all ranks choose the same
                 modes[name] = "resident" if RESIDENT_MARGIN * dense <= free else "stream"
                 self.notes.append(
                     f"{source.describe()}: {DTYPE_NAMES[self.dtype]} weights would take {dense / 1e9:.1f} GB of"
