@@ -61,6 +61,8 @@ class World:
             raise ValueError("WORLD_SIZE is set, but MASTER_ADDR is not")
         if not 0 < _whole(env, "MASTER_PORT", 1) < 65536:
             raise ValueError(f"MASTER_PORT must be below 65536, not {env['MASTER_PORT']}")
+        # A lost store is reported in one line; torch, which reads this when imported, warns of it in forty.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         return cls(rank, size, local_rank, local_size)
 
     def start(self, device_type: Literal["cpu", "cuda"], timeout_s: float) -> None:
@@ -71,8 +73,6 @@ class World:
         if self.size == 1:
             return
         self._started = True
-        # A lost store is reported in one line; torch warns of it in forty. Works where torch is not imported yet.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch
         from torch.distributed import PrefixStore
 

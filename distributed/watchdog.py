@@ -70,8 +70,9 @@ class Failure:
 def say(line: str) -> None:
     """One line on stderr, in one write, for several processes share it."""
     if line:
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the end must go on
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
@@ -218,7 +219,7 @@ class Watchdog:
         self._host_lost = _describe_loss([0]) if hosted else "error: lost the launcher"
         self._stage, self._rescue = stage, rescue
         self._pulse, self._silence = Pulse(board, timeout_s), Silence()
-        self._guard = threading.Thread(target=self._watch, name="guard", daemon=True)
+        self._guard = threading.Thread(target=self._stand_guard, name="guard", daemon=True)
         self._released = threading.Event()
         self._raised = self._stopped = self._unanswered = False
         self._handlers: dict[int, Any] = {}
@@ -278,7 +279,7 @@ class Watchdog:
             return
         self._stopped = True
         for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)  # None: set by C code, which Python cannot do
         signal.set_wakeup_fd(self._wakeup_fd)
         if not self._guard.is_alive():  # else it still reads from there
             self._ear.close()
@@ -286,7 +287,7 @@ class Watchdog:
 
     # The guard
 
-    def _watch(self) -> None:
+    def _stand_guard(self) -> None:
         while True:
             signum = self._next_signal()
             if signum is None and self._released.is_set():
@@ -320,7 +321,7 @@ class Watchdog:
             return self._mine("interrupted", INTERRUPTED)
         if pulse.silent:
             return self._mine(f"error: {name_ranks(pulse.silent)} has not answered for {self._timeout_s:g} s", 1)
-        if self._hosted and pulse.first_gone:  # it did not wait for this rank any longer; there is no store to miss
+        if self._host_excused():
             return None
         if pulse.lost:
             return self._mine(self._host_lost, 1)
@@ -334,8 +335,12 @@ class Watchdog:
         try:
             failure, lost = self._ask(lambda: self._board.watch(seconds), seconds)
         except RuntimeError:
-            return replace(mine, message=self._host_lost, exit_code=1)
+            return mine if self._host_excused() else replace(mine, message=self._host_lost, exit_code=1)
         return failure or (replace(mine, message=_describe_loss(lost), exit_code=1) if lost else mine)
+
+    def _host_excused(self) -> bool:
+        """Whether the store may be gone: rank 0 was done, and did not wait for this rank any longer."""
+        return self._hosted and self._pulse.first_gone
 
     def _ask(self, call: Callable[[], Any], seconds: float = 0.0) -> Any:
         """call(), which takes `seconds`. RuntimeError if it takes longer: a suspended host neither answers nor ends."""

@@ -38,7 +38,7 @@ from wan.request import (
     check_device,
     replay_options,
 )
-from wan.tasks import load_task, task_names
+from wan.tasks import load_task, preset_names, task_names
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
     )
     add("--frame_num", metavar="N", help="frames, 4n+1")
+    add("--trim_first_frames", metavar="N", help="leave out the first N frames, which distilled models can spoil")
     add("--fps", metavar="N", help="frames per second of the file")
     add("--seed", "--base_seed", dest="seed", metavar="N", help="default -1: random, and printed")
     add("--save_file", metavar="FILE", help=".mp4, or .png for one frame; default: a new name in this folder")
@@ -85,6 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--sample_guide_scale", metavar="X", help="guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off"
     )
+    add("--preset", metavar="NAME", help=f"settings of a kind of model, one of: {', '.join(preset_names())}")
+    add("--boundary_step_index", metavar="N", help="first step of the low-noise expert; default: by the noise level")
     add("--denoising_step_list", metavar="T,T,...", help="timesteps of a step-distilled model, as 1000,750,500,250")
 
     add = parser.add_argument_group("weights").add_argument

@@ -28,6 +28,7 @@ def denoise(
     *,
     guide_scale: float | tuple[float, float],
     boundary: float | None = None,
+    boundary_step_index: int | None = None,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
     cache: NoCache = NO_CACHE,
@@ -38,7 +39,8 @@ def denoise(
 
     guide_scale: one scale, or (low-noise, high-noise); at scale 1 the uncond branch is not computed
     boundary:    None for one network ("model"); else the expert is "high" while t >= boundary * 1000, then "low".
-                 The solver's history goes on over the switch.
+                 The solver's history goes on over the switch
+    boundary_step_index: the first step of "low", in place of the boundary
     condition:   y and CLIP tokens are predict's matter; here its latent is restored and its timesteps are used
     on_step:     called after each step with the cond branch's context and the new latent; whatever it raises ends the
                  run, which is how one is cancelled
@@ -47,12 +49,13 @@ def denoise(
     """
     condition, parallel = condition or Condition(), parallel or Parallel()
     latent = condition.restore(latent.float())
-    contexts = [
-        StepContext(
-            step, solver.steps, timestep, solver.sigmas[step].item(), expert_at(timestep, boundary), "cond", run
-        )
-        for step, timestep in enumerate(solver.timesteps.tolist())
-    ]
+    contexts = []
+    for step, timestep in enumerate(solver.timesteps.tolist()):
+        expert = expert_at(timestep, boundary)
+        if boundary is not None and boundary_step_index is not None:
+            expert = "high" if step < boundary_step_index else "low"
+        sigma = solver.sigmas[step].item()
+        contexts.append(StepContext(step, solver.steps, timestep, sigma, expert, "cond", run))
     with cache.run(contexts):
         for ctx, timestep in zip(contexts, solver.timesteps, strict=True):
             times = condition.timesteps(timestep)

@@ -95,6 +95,8 @@ def high_noise_steps(request: Request, spec: EasyDict) -> int:
     """How many steps the high-noise expert takes; 0 for a task with one expert."""
     if "experts" not in spec:
         return 0
+    if request.boundary_step_index is not None:
+        return min(request.boundary_step_index, request.steps)
     if request.denoising_step_list:
         sigmas = [step / 1000 for step in request.denoising_step_list]
     else:

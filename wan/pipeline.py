@@ -118,7 +118,7 @@ class WanPipeline:
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
         with _timed("decode", seconds, report):
-            frames = self._decode(latents, request.vae_tile_px)
+            frames = self._decode(latents, request.vae_tile_px)[request.trim_first_frames :]
         return Result(frames, self.latents, seconds)
 
     # Stages
@@ -191,6 +191,7 @@ class WanPipeline:
             noise,
             guide_scale=request.guide_scale,
             boundary=self.spec.get("boundary"),
+            boundary_step_index=request.boundary_step_index,
             condition=condition,
             cache=self.cache,
             parallel=self.parallel,

@@ -28,7 +28,7 @@ from wan import __version__
 from wan.conditioning.sizes import i2v_size, latent_frames, latent_shape, ti2v_size
 from wan.errors import SwanError, UsageError
 from wan.media import read_image
-from wan.tasks import embedded_checkpoint, grid_px, load_task
+from wan.tasks import embedded_checkpoint, grid_px, load_preset, load_task
 
 DEFAULT_TASK = "t2v-tiny"
 SOLVER_NAMES = ("unipc", "dpm++", "euler")
@@ -51,6 +51,7 @@ OPTIONS = (
     *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode"),
     *("prompt", "negative_prompt", "seed"),
     *("image", "first_frame", "last_frame", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale"),
+    *("preset", "boundary_step_index", "trim_first_frames"),
     *("denoising_step_list", "save_file", "offload_model", "t5_cpu", "convert_model_dtype", "device", "dtype"),
     *("attention", "vae_dtype", "vae_tile_px"),
     *CACHE_OPTIONS,
@@ -75,6 +76,8 @@ class Request:
     width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
     size:           what was asked for, "W*H"; with an image only its area counts
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
+    boundary_step_index: the first step of the low-noise expert; None: by the noise level
+    trim_first_frames: so many frames at the start of the video are left out
     image:          the (first) image, absolute path, or None; last_image: the last frame of flf2v
     image_option:   the image that the user gave (None: none, or the one that comes with an embedded task)
     ckpt_dir:       folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
@@ -121,6 +124,8 @@ class Request:
     dit_fsdp: bool = False
     t5_fsdp: bool = False
     dist_timeout: int = 600
+    boundary_step_index: int | None = None
+    trim_first_frames: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
     cache_coefficients: dict[str, Any] = field(default_factory=dict)
     image_sha256: dict[str, str] = field(default_factory=dict)
@@ -146,6 +151,12 @@ def replay_options(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     given = {name: value for name, value in given.items() if value is not None}
     if "first_frame" in given:
         given.setdefault("image", given.pop("first_frame"))
+    if "preset" in given:
+        spec = load_task(given.get("task", options.get("task", DEFAULT_TASK)))
+        given = load_preset(given["preset"], spec) | given
+    for one, other in (("sample_steps", "denoising_step_list"), ("denoising_step_list", "sample_steps")):
+        if one in given:  # each says how many steps there are
+            options.pop(other, None)
     for flag in GGUF_FLAGS.keys() & given:
         options.pop(GGUF_FLAGS[flag], None)
     if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings
@@ -173,6 +184,9 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
     for name in PATH_OPTIONS:
         get[name] = get[name] and os.path.expanduser(get[name])
     spec = load_task(get["task"] or DEFAULT_TASK)
+    if get["preset"] is not None:
+        for name, value in load_preset(get["preset"], spec).items():
+            get[name] = _or(get[name], value)
     warnings: list[str] = []
     images = _images(spec, get)
     given_images = images if get["image"] or get["first_frame"] else []
@@ -180,6 +194,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
     step_list = _step_list(get["denoising_step_list"], get["sample_steps"])
     steps = len(step_list) if step_list else _whole(get["sample_steps"], spec.sampling.steps, "sample_steps", 1, 1000)
     frame_num = _frame_num(spec, get["frame_num"])
+    trimmed = _whole(get["trim_first_frames"], 0, "trim_first_frames", 0, frame_num - 1)
     cache, coefficients = _cache(spec, get, steps, width * height, bool(images), warnings)
     guide_scale = _guide_scale(spec, get["sample_guide_scale"])
     grid = _grid(get, world_size)
@@ -208,7 +223,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
         ckpt_option=_absolute(get["ckpt_dir"]),
         files=_files(spec, get),
         gguf_mode=_choice(get["gguf_mode"], "auto", "gguf_mode", GGUF_MODES),
-        save_file=_save_file(get["save_file"], frame_num, f"{spec.name}_{width}x{height}_{seed}", prompt),
+        save_file=_save_file(get["save_file"], frame_num - trimmed, f"{spec.name}_{width}x{height}_{seed}", prompt),
         device=_device(get["device"], ranks=world_size),
         dtype=_dtype(spec, get["dtype"], get["convert_model_dtype"]),
         attention=get["attention"] or "sdpa",
@@ -216,6 +231,8 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
         t5_cpu=bool(get["t5_cpu"]),
         vae_dtype=_choice(get["vae_dtype"], "fp32", "vae_dtype", VAE_DTYPE_NAMES),
         vae_tile_px=_tile(get["vae_tile_px"], spec.vae_stride[1]),
+        boundary_step_index=_boundary_step(spec, get["boundary_step_index"], steps),
+        trim_first_frames=trimmed,
         grid=grid,
         dit_fsdp=bool(get["dit_fsdp"]),
         t5_fsdp=bool(get["t5_fsdp"]),
@@ -334,6 +351,14 @@ def _step_list(value: Any, steps: Any) -> tuple[float, ...] | None:
     if steps is not None and str(steps) != str(len(listed)):
         raise UsageError(f"--sample_steps {steps} contradicts --denoising_step_list, which has {len(listed)} steps")
     return tuple(listed)
+
+
+def _boundary_step(spec: EasyDict, value: Any, steps: int) -> int | None:
+    if value is None:
+        return None
+    if "experts" not in spec:
+        raise UsageError(f"--boundary_step_index is for tasks with two experts; {spec.name} has one")
+    return _whole(value, 0, "boundary_step_index", 0, steps)
 
 
 def _choice(value: Any, default: str, flag: str, allowed: tuple[str, ...]) -> str:

@@ -82,17 +82,17 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def task_dir() -> Path:
-    """The folder of the task files: beside the package in a checkout, inside it when pip-installed."""
-    for folder in (REPO / "configs" / "tasks", Path(__file__).resolve().parent / "configs" / "tasks"):
+def config_dir(kind: str) -> Path:
+    """The folder of "tasks" or "presets": beside the package in a checkout, inside it when pip-installed."""
+    for folder in (REPO / "configs" / kind, Path(__file__).resolve().parent / "configs" / kind):
         if folder.is_dir():
             return folder
-    raise SwanError("configs/tasks is missing from this installation")
+    raise SwanError(f"configs/{kind} is missing from this installation")
 
 
 def task_names() -> list[str]:
     """The names of all tasks, sorted."""
-    return sorted(path.stem for path in task_dir().glob("*.yaml"))
+    return sorted(path.stem for path in config_dir("tasks").glob("*.yaml"))
 
 
 def load_task(name: str) -> EasyDict:
@@ -103,18 +103,37 @@ def load_task(name: str) -> EasyDict:
     """
     if name not in task_names():
         raise UsageError(f"unknown task {name!r}; tasks: {', '.join(task_names())}")
-    return read_task(task_dir() / f"{name}.yaml")
+    return read_task(config_dir("tasks") / f"{name}.yaml")
 
 
 def read_task(path: Path) -> EasyDict:
     """Read and check one task file. Raises SwanError that names the file and the key at fault."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SwanError(f"{path}: {' '.join(str(error).split())}") from error
+    data = _read_yaml(path)
     _check(data, SCHEMA, path, "")
     _check_values(data, path)
     return EasyDict(data)
+
+
+def preset_names() -> list[str]:
+    """The names of all presets, sorted."""
+    return sorted(path.stem for path in config_dir("presets").glob("*.yaml"))
+
+
+def load_preset(name: str, spec: EasyDict) -> dict[str, Any]:
+    """Options, by their flags, that configs/presets/NAME.yaml sets for a task. Raises UsageError if there is none."""
+    if name not in preset_names():
+        raise UsageError(f"unknown --preset {name!r}; choose one of: {', '.join(preset_names())}")
+    path = config_dir("presets") / f"{name}.yaml"
+    data = _read_yaml(path)
+    _check(data, {"title": str, "options": dict, "expert_options": dict}, path, "")
+    return data["options"] | (data["expert_options"] if "experts" in spec else {})
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SwanError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _check(data: Any, schema: dict[str, Any], path: Path, prefix: str) -> None:

@@ -70,7 +70,7 @@ def main():
             raise ValueError("no such file")
         if world.rank == 0:
             time.sleep(100)  # far from any collective
-    loop(1.0 if case in ("first last", "first early") else 100.0)
+    loop(0.3 if case in ("first last", "first early") else 100.0)
     if (world.rank == 0) == (case == "first last"):
         time.sleep(2)
 
@@ -96,6 +96,7 @@ class Job:
 
     def __init__(self, folder, case, ranks=3, torchrun=False, timeout_s=PATIENCE_S, absent=()):
         self.folder, self.ranks, self.mark = folder, ranks, f"mark-{os.getpid()}-{folder.name}"
+        self.torchrun = torchrun
         (folder / "worker.py").write_text(WORKER)
         command = [sys.executable, "worker.py", case, str(timeout_s), self.mark]
         env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -142,6 +143,7 @@ class Job:
         wait_for(lambda: all(process.poll() is not None for process in waited), self.stderr)
         wait_for(lambda: not [process for process in self.orphans() if process.pid not in but], self.stderr)
         assert "destroy_process_group" not in self.stderr()
+        assert self.torchrun or "Traceback" not in self.stderr(), self.stderr()  # torchrun has some of its own
         starts = ("error:", "internal error:", "interrupted", "note:", "warning:")
         return [p.returncode for p in waited], [line for line in self.stderr().splitlines() if line.startswith(starts)]
 
@@ -205,7 +207,7 @@ def test_killed_rank(job, torchrun):
 
 
 def test_stopped_rank(job):
-    work = job("SIGSTOP", timeout_s=3)
+    work = job("SIGSTOP", timeout_s=4)
     stopped = work.pids()[2]
     codes, lines = work.end(but=[stopped])
     assert codes == [1, 1]

@@ -3,7 +3,7 @@
 import pytest
 
 from wan.errors import SwanError, UsageError
-from wan.tasks import grid_px, load_task, read_task, task_dir, task_names
+from wan.tasks import config_dir, grid_px, load_task, read_task, task_names
 
 # steps, shift, guidance, frames, fps: from the official configs and command lines
 OFFICIAL = {
@@ -58,7 +58,7 @@ def test_unknown_task_lists_the_known_ones():
     ],
 )
 def test_broken_task_file_names_file_and_key(tmp_path, old, new, message):
-    text = (task_dir() / "t2v-1.3B.yaml").read_text(encoding="utf-8")
+    text = (config_dir("tasks") / "t2v-1.3B.yaml").read_text(encoding="utf-8")
     assert old in text
     path = tmp_path / "t2v-1.3B.yaml"
     path.write_text(text.replace(old, new, 1), encoding="utf-8")

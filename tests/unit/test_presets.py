@@ -1,0 +1,67 @@
+"""Presets: options of a kind of model, below what the user gives."""
+
+import pytest
+import torch
+
+from wan.denoise import denoise
+from wan.errors import UsageError
+from wan.memory import make_plan
+from wan.request import build_request, replay_options
+from wan.solvers import make_solver
+from wan.tasks import load_preset, load_task, preset_names
+
+
+@pytest.mark.parametrize("task", ["t2v-tiny", "i2v-tiny", "t2v-A14B", "ti2v-5B"])
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_what_its_file_says(task, name):
+    spec = load_task(task)
+    options = load_preset(name, spec)
+    request = build_request({"task": task, "preset": name, "prompt": "a cat", "ckpt_dir": "org/name"})
+    assert list(request.denoising_step_list) == options["denoising_step_list"] and request.guide_scale == (1, 1)
+    assert request.steps == len(request.denoising_step_list) and request.solver == "euler" and request.shift == 5
+    assert (request.boundary_step_index is not None) == ("experts" in spec)
+
+
+def test_flags_count_for_more():
+    request = build_request({"preset": "distill-4step", "sample_shift": 7, "sample_guide_scale": 2})
+    assert request.shift == 7 and request.guide_scale == (2, 2) and request.steps == 4
+
+
+def test_a_preset_counts_for_more_than_a_stored_run():
+    stored = build_request({"sample_shift": 3, "seed": 5}).settings()
+    request = build_request(replay_options(stored, {"preset": "distill-4step"}))
+    assert request.shift == 5 and request.seed == 5 and request.steps == 4
+    again = build_request(replay_options(request.settings(), {}))
+    assert again.shift == 5 and again.steps == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"preset": "fast"}, "unknown --preset 'fast'; choose one of: distill-2step, distill-4step"),
+        ({"boundary_step_index": 1}, "--boundary_step_index is for tasks with two experts; t2v-tiny has one"),
+        ({"task": "i2v-tiny", "boundary_step_index": 21}, "--boundary_step_index must be a whole number from 0 to 20"),
+        ({"trim_first_frames": 17}, "--trim_first_frames must be a whole number from 0 to 16, not 17"),
+        ({"preset": "distill-4step", "sample_steps": 8}, "--sample_steps 8 contradicts --denoising_step_list"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options, message):
+    with pytest.raises(UsageError) as error:
+        build_request(options)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 4])
+def test_the_low_noise_expert_begins_at_the_boundary_step(index):
+    experts = []
+
+    def predict(latent, timestep, ctx):
+        experts.append(ctx.expert)
+        return torch.zeros_like(latent)
+
+    request = build_request({"task": "i2v-tiny", "preset": "distill-4step", "boundary_step_index": index})
+    solver = make_solver("euler", steps=4, shift=5.0, denoising_step_list=request.denoising_step_list)
+    latent = torch.zeros(1, 1, 1, 2, 2)
+    denoise(predict, solver, latent, guide_scale=1, boundary=0.9, boundary_step_index=request.boundary_step_index)
+    assert experts == ["high"] * index + ["low"] * (4 - index)
+    assert make_plan(request, load_task("i2v-tiny"))["steps_by_expert"] == {"high": index, "low": 4 - index}
