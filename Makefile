@@ -24,6 +24,7 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.peers gguf
 	$(VENV)/bin/python -m benchmarks.cache_quality --task t2v-tiny
 	$(VENV)/bin/python -m benchmarks.cache_overhead
+	$(VENV)/bin/python -m benchmarks.comm
 	$(VENV)/bin/python -m benchmarks.loading
 	$(VENV)/bin/python -m benchmarks.parallel_overhead
 	PYTHON=$(VENV)/bin/python bash benchmarks/bench_teacache.sh

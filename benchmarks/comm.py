@@ -11,9 +11,13 @@ the real width runs; the others are alike.
     roofline   predicted seconds of a step on up to 64 GPUs, and published ones, see roofline.py
 
 Bytes are what the calls are given; what a rank sends itself counts as nothing. They are means over ranks: over all of
-them up to 8, above that one rank runs for all that have as many heads and tokens. With an all-gather each rank sends its
+them up to 8, above that one rank runs for all that have as many heads and tokens. In an all-gather each rank sends its
 part to each other one. FSDP refuses the meta device: there, weights are fake tensors, and the embedding of the time,
 which has to read its input, is passed over, its weights being gathered all the same.
+
+What is more than 1 % off is listed. The known figures are whole TFLOP, so small ones are off by their rounding. FSDP
+shares out rows and pads them to as many as there are ranks, so a modulation, one row, travels once for each rank; and 2
+bytes for each parameter are too few, for what forms the modulation is fp32.
 """
 
 from __future__ import annotations
@@ -21,28 +25,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import machine
-from benchmarks.roofline import draw, format_roofline, predict
+from benchmarks.roofline import FLASH, Tally, aligned, draw, fake_rank, format_roofline, predict
 from distributed.fsdp import own_rows, shard_model, weight_mesh, with_rows
 from distributed.grid import Grid, attention_bytes, grids, split, weight_bytes
 from distributed.parallel import Parallel
@@ -56,10 +53,6 @@ from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
 from wan.tasks import load_task
 
 PARTS = ("linear", "self_attention", "cross_attention")
-AXES = {"alltoall_base_": "ulysses", "send": "ring", "_allgather_base_": "gather", "allgather_": "guidance"}
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention
-# Allocations, and views that their schema does not call so: no pass over memory.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "alias"}
 
 
 @dataclass(frozen=True)
@@ -108,97 +101,6 @@ KNOWN_TFLOP = {
 # One rank
 
 
-@contextmanager
-def fake_rank(grid: Grid, rank: int = 0) -> Iterator[Parallel]:
-    """The `Parallel` of a rank whose group sends nothing anywhere. This process must be in no group."""
-    if grid.size == 1:
-        yield Parallel()
-        return
-    devices = dist.Backend.backend_capability["fake"]
-    devices.append("meta")  # or isend refuses its tensors
-    try:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=grid.size)
-        try:
-            yield Parallel(*grid)
-        finally:
-            dist.destroy_process_group()
-    finally:
-        devices.remove("meta")
-
-
-@dataclass
-class Transfer:
-    """A collective, or one turn of a ring, among `ranks`. sent, received: bytes by the other rank.
-
-    behind: FLOPs of the attention that is computed while it travels.
-    """
-
-    axis: str
-    ranks: list[int]
-    sent: dict[int, int]
-    received: dict[int, int]
-    behind: int = 0
-
-
-class Tally(TorchDispatchMode):
-    """What one rank does: `work[place]`, FLOPs ("matmul", "attention") and bytes read and written by all other
-    operations ("memory"), and `transfers[place]`. place: "layer", or "rest" for all that is not in a block."""
-
-    def __init__(self, grid: Grid, rank: int):
-        super().__init__()
-        self.grid, self.rank, self.place = grid, rank, "rest"
-        self.work: dict[str, Counter[str]] = {"layer": Counter(), "rest": Counter()}
-        self.transfers: dict[str, list[Transfer]] = {"layer": [], "rest": []}
-        self._leaving: Transfer | None = None
-
-    def sent(self, axis: str) -> int:
-        """Bytes along an axis, of one layer or outside of layers."""
-        return sum(sum(one.sent.values()) for part in self.transfers.values() for one in part if one.axis == axis)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            self._transfer(func.overloadpacket.__name__, args)
-        else:
-            self._compute(func, args, kwargs or {}, out)
-        return out
-
-    def _transfer(self, name: str, args: Sequence[Any]) -> None:
-        if name == "recv_":  # counted where it is sent
-            return
-        if name not in AXES:
-            raise NotImplementedError(f"c10d.{name} is not counted")
-        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-        ranks = dist.get_process_group_ranks(group)
-        tensor = tree_leaves(args[1] if "gather" in name else args[0])[0]  # what is sent, or as long
-        if name == "send":
-            sent, received = {ranks[args[2]]: tensor.nbytes}, {}
-        elif name == "alltoall_base_":
-            sent, received = (dict(zip(ranks, (n * tensor.itemsize for n in sizes))) for sizes in (args[4], args[3]))
-        else:
-            sent, received = dict.fromkeys(ranks, tensor.nbytes), dict.fromkeys(ranks, tensor.nbytes)
-        for sizes in (sent, received):
-            sizes.pop(self.rank, None)
-        transfer = Transfer(AXES[name], ranks, sent, received)
-        self.transfers[self.place].append(transfer)
-        self._leaving = transfer if name == "send" else None
-
-    def _compute(self, func, args, kwargs: dict[str, Any], out: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-        packet, work = func.overloadpacket, self.work[self.place]
-        if any(tensor.device.type != "meta" for tensor in tensors):  # timesteps, the table of rotations
-            return
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
-            work["attention" if packet is FLASH else "matmul"] += flops
-            if packet is FLASH and self._leaving is not None:
-                self._leaving.behind, self._leaving = flops, None
-        elif not func.is_view and packet.__name__ not in FREE:
-            if packet is torch.ops.aten.copy_:  # does not read what it overwrites
-                tensors = tensors[1:]
-            work["memory"] += sum(tensor.nbytes for tensor in tensors)
-
-
 def _flash(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
     """What `sdpa` is on a GPU: one product, whose scores never come into memory. The meta device would write them."""
     out, lse = FLASH(*(x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD)))[:2]
@@ -243,6 +145,8 @@ def count(case: Case, model: WanModel, parallel: Parallel, grid: Grid, rank: int
 
 # Bytes
 
+ByRank = dict[str, dict[Grid, dict[int, Tally]]]  # by case, grid and rank
+
 
 def ranks_to_run(case: Case, grid: Grid) -> dict[int, int]:
     """Ranks that run, and for how many each stands."""
@@ -257,10 +161,10 @@ def ranks_to_run(case: Case, grid: Grid) -> dict[int, int]:
     return {ranks[0]: len(ranks) for ranks in alike.values()}
 
 
-def count_grids(cases: Mapping[str, Case], sizes: Sequence[int]) -> dict[str, dict[Grid, dict[int, Tally]]]:
-    """Tallies by case, grid and rank; always one of rank 0."""
+def count_grids(cases: Mapping[str, Case], sizes: Sequence[int]) -> ByRank:
+    """Of each grid of so many ranks; always also that of rank 0."""
     models = {name: build(case.spec, 1) for name, case in cases.items()}
-    found: dict[str, dict[Grid, dict[int, Tally]]] = {name: {} for name in cases}
+    found: ByRank = {name: {} for name in cases}
     for grid in [grid for size in sizes for grid in grids(size)]:
         runs = {name: ranks_to_run(case, grid) for name, case in cases.items()}
         for rank in sorted(set().union(*runs.values())):
@@ -272,7 +176,8 @@ def count_grids(cases: Mapping[str, Case], sizes: Sequence[int]) -> dict[str, di
     return found
 
 
-def attention_rows(cases: Mapping[str, Case], tallies: Mapping[str, Mapping[Grid, Mapping[int, Tally]]]) -> list[dict]:
+def attention_rows(cases: Mapping[str, Case], tallies: ByRank) -> list[dict[str, Any]]:
+    """Means over ranks; `runs` of them ran."""
     rows = []
     for name, case in cases.items():
         for grid in (grid for grid in tallies[name] if grid.cfg == 1 and grid.size in RANKS):
@@ -283,12 +188,13 @@ def attention_rows(cases: Mapping[str, Case], tallies: Mapping[str, Mapping[Grid
             }
             formula = attention_bytes(grid, case.tokens, case.spec.dit.dim, 2)
             row = {"case": name, "ranks": grid.size, "ulysses": grid.ulysses, "ring": grid.ring, "runs": len(runs)}
-            row |= {"counted": counted, "formula": formula}
-            rows.append(row | {"ratio": sum(counted.values()) / sum(formula.values())})
+            ratios = [counted[axis] / formula[axis] for axis in counted if formula[axis]]
+            worst = max(ratios, key=lambda ratio: abs(ratio - 1))
+            rows.append(row | {"counted": counted, "formula": formula, "ratio": worst})
     return rows
 
 
-def guidance_rows(cases: Mapping[str, Case], tallies: Mapping[str, Mapping[Grid, Mapping[int, Tally]]]) -> list[dict]:
+def guidance_rows(cases: Mapping[str, Case], tallies: ByRank) -> list[dict[str, Any]]:
     """Of rank 0 on every grid that has the branches apart; all send as much."""
     rows = []
     for name, case in cases.items():
@@ -302,7 +208,7 @@ def weights_row(network: str, ranks: int, per_machine: int = 1) -> dict[str, Any
     """per_machine: so many ranks share a copy, as where a machine has so many; 1: all do."""
     spec = load_task(NETWORKS[network])
     layers, model, fake = spec.dit.num_layers, build(spec, 1), FakeTensorMode()
-    stored, count = (
+    stored, parameters = (
         sum(size(one) for one in model.parameters())
         + (layers - 1) * sum(size(one) for one in model.blocks.parameters())
         for size in (lambda one: one.nbytes, lambda one: one.numel())
@@ -324,9 +230,10 @@ def weights_row(network: str, ranks: int, per_machine: int = 1) -> dict[str, Any
     root, block = (sum(one.received.values()) for one in tally.transfers["rest"])
     share = len(tally.transfers["rest"][0].ranks)
     counted, formula = root + layers * block, weight_bytes(share, stored)
-    row = {"network": network, "ranks": ranks, "sharing": share, "parameters": count, "stored": stored}
+    row = {"network": network, "ranks": ranks, "sharing": share, "parameters": parameters, "stored": stored}
     row |= {"counted": counted, "formula": formula, "ratio": counted / formula}
-    return row | {"two_bytes_each": weight_bytes(share, 2 * count), "ratio_to_that": counted / weight_bytes(share, 2 * count)}
+    halves = weight_bytes(share, 2 * parameters)
+    return row | {"two_bytes_each": halves, "ratio_to_two_bytes_each": counted / halves}
 
 
 # FLOPs
@@ -351,7 +258,120 @@ def flops_row(name: str, case: Case) -> dict[str, Any]:
     formula["total"] = sum(formula.values())
     row = {"case": name, "tokens": case.tokens, "counted": counted, "formula": formula}
     row["ratio"] = {part: counted[part] / formula[part] for part in counted}
-    if name in KNOWN_TFLOP:
-        row["known"] = dict(zip(counted, KNOWN_TFLOP[name]))
-        row["rounds_to_known"] = {part: round(counted[part]) == known for part, known in row["known"].items()}
+    row["known"] = known = dict(zip(counted, KNOWN_TFLOP[name]))
+    row["ratio_to_known"] = {part: counted[part] / known[part] for part in known}
+    row["rounds_to_known"] = {part: round(counted[part]) == known[part] for part in known}
     return row
+
+
+# Text
+
+
+def format_attention(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield "Bytes that a rank sends for one layer, MB along ulysses + ring: counted, formula, ratio (of the worse axis)"
+    for network in NETWORKS:
+        cases = [name for name in CASES if name.split()[0] == network]
+        table = {}
+        for row in (row for row in rows if row["case"] in cases):
+            cells = [" + ".join(f"{one / 1e6:.3f}" for one in row[key].values()) for key in ("counted", "formula")]
+            table.setdefault((row["ranks"], row["ulysses"], row["ring"]), []).extend([*cells, f"{row['ratio']:.4f}"])
+        head = ["ranks", "U x R", *(text for name in cases for text in (name, "formula", "ratio"))]
+        yield from ("", *aligned([head, *([f"{P}", f"{U} x {R}", *cells] for (P, U, R), cells in table.items())]))
+
+
+def format_rest(result: dict[str, Any]) -> Iterator[str]:
+    yield "\nBytes that a rank sends to the other branch in a step, MB"
+    rows = [[one["case"], *_numbers(one, 1e6)] for one in result["guidance"]]
+    yield from aligned([["case", "counted", "one latent", "ratio"], *rows])
+    yield "\nBytes that a rank receives in a forward with shared weights (FSDP), GB; 2 N: all parameters in 16 bits"
+    head = ["network", "ranks", "that share", "counted", "formula", "ratio", "2 N (P-1)/P", "ratio"]
+    rows = [
+        [one["network"], f"{one['ranks']}", f"{one['sharing']}", *_numbers(one, 1e9)]
+        + [f"{one['two_bytes_each'] / 1e9:.3f}", f"{one['ratio_to_two_bytes_each']:.4f}"]
+        for one in result["weights"]
+    ]
+    yield from aligned([head, *rows])
+    yield "\nTFLOP of one forward: counted, formula of the plan, known figure"
+    rows = [
+        [one["case"], f"{one['tokens']}", part, f"{one['counted'][part]:.3f}", f"{one['formula'][part]:.3f}"]
+        + [f"{one['ratio'][part]:.6f}", f"{one['known'][part]}", f"{one['ratio_to_known'][part]:.4f}"]
+        for one in result["flops"]
+        for part in one["counted"]
+    ]
+    yield from aligned([["case", "tokens", "part", "counted", "formula", "ratio", "known", "ratio"], *rows])
+    yield "\nMore than 1 % off"
+    yield from result["differences"] or ["nothing"]
+
+
+def differences(result: dict[str, Any]) -> list[str]:
+    """What is more than 1 % off, in words."""
+    found = []
+    for row in result["attention"]:
+        where = f"attention {row['case']}, ulysses {row['ulysses']} x ring {row['ring']}"
+        found.append((where, "the formula", row["ratio"]))
+    found += [(f"guidance {row['case']}", "one latent", row["ratio"]) for row in result["guidance"]]
+    for row in result["weights"]:
+        where = f"weights {row['network']}, {row['sharing']} of {row['ranks']} ranks share"
+        found += [(where, "the formula", row["ratio"]), (where, "2 N (P-1)/P", row["ratio_to_two_bytes_each"])]
+    for row in result["flops"]:
+        for part, ratio in row["ratio"].items():
+            rounds = " and rounds to it" if row["rounds_to_known"][part] else ""
+            where = f"FLOPs {row['case']}, {part}"
+            found += [(where, "the formula", ratio), (where, f"the known figure{rounds}", row["ratio_to_known"][part])]
+    return [f"{where}: {ratio:.4f} of {what}" for where, what, ratio in found if abs(ratio - 1) > 0.01]
+
+
+def _numbers(row: dict[str, Any], unit: float) -> list[str]:
+    return [f"{row['counted'] / unit:.3f}", f"{row['formula'] / unit:.3f}", f"{row['ratio']:.4f}"]
+
+
+def measure() -> dict[str, Any]:
+    """Everything, as JSON data."""
+    every = CASES | PUBLISHED_CASES
+    print("FLOPs, weights ...", file=sys.stderr)
+    flops = [flops_row(name, CASES[name]) for name in KNOWN_TFLOP]
+    weights = [weights_row(network, ranks) for network in NETWORKS for ranks in RANKS]
+    weights += [weights_row(network, RANKS[-1], per_machine=8) for network in NETWORKS]
+    tallies: ByRank = {name: {} for name in every}
+    for size in GPUS:
+        print(f"{size} ranks ...", file=sys.stderr)
+        for name, by_grid in count_grids(every, [size]).items():
+            tallies[name] |= by_grid
+    received = {(row["network"], row["ranks"]): row["counted"] for row in weights if row["sharing"] == row["ranks"]}
+    firsts = {name: {grid: one[0] for grid, one in by_grid.items()} for name, by_grid in tallies.items()}
+    layers = {name: case.spec.dit.num_layers for name, case in every.items()}
+    counted = {"attention": attention_rows(CASES, tallies), "guidance": guidance_rows(CASES, tallies)}
+    counted |= {"weights": weights, "flops": flops}
+    return counted | {"differences": differences(counted), "roofline": predict(firsts, layers, received)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(
+        prog="python -m benchmarks.comm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the JSON here")
+    parser.add_argument("--picture", metavar="FILE", help="write a picture (PNG): seconds and bytes over ranks")
+    args = parser.parse_args(argv)
+    for path in filter(None, (args.out, args.picture)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"no folder {Path(path).absolute().parent}")
+    result = measure()
+    lines = *format_attention(result["attention"]), *format_rest(result), *format_roofline(result["roofline"])
+    print("\n".join(lines))
+    if args.out:
+        text = json.dumps({"machine": machine(), **result}, indent=1)
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    if args.picture:
+        draw(result, args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
