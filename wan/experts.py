@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch import nn
+
+_PIECE_BYTES = 512 << 10  # the kernel reads no more than some MB for each request
 
 
 class Experts:
@@ -24,5 +30,22 @@ class Experts:
             self._models[name] = self._load(name)
         return self._models[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
     def release(self) -> None:
         self._models.clear()
+
+
+def read_ahead(paths: Sequence[Path]) -> threading.Thread:
+    """Has the system read files into its cache, in the background. They take no memory of this process."""
+
+    def advise() -> None:
+        for path in paths:
+            with contextlib.suppress(OSError), path.open("rb") as file:  # whoever needs the file will say what is wrong
+                for start in range(0, os.fstat(file.fileno()).st_size, _PIECE_BYTES):
+                    os.posix_fadvise(file.fileno(), start, _PIECE_BYTES, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=advise if hasattr(os, "posix_fadvise") else lambda: None, daemon=True)
+    thread.start()
+    return thread

@@ -27,7 +27,7 @@ from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise
-from wan.experts import Experts
+from wan.experts import Experts, read_ahead
 from wan.media import read_image
 from wan.memory import available_bytes
 from wan.models.attention import get_attention
@@ -185,6 +185,11 @@ class WanPipeline:
             model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
             return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
+        def on_step(ctx: StepContext, latent: Tensor) -> None:
+            report("denoise", ctx.step + 1, ctx.steps)
+            if ctx.step == 0:
+                self._read_ahead(ctx.expert)
+
         latents = denoise(
             predict,
             solver,
@@ -195,7 +200,7 @@ class WanPipeline:
             condition=condition,
             cache=self.cache,
             parallel=self.parallel,
-            on_step=lambda ctx, latent: report("denoise", ctx.step + 1, ctx.steps),
+            on_step=on_step,
         )
         if cached and self.parallel.cfg.size > 1:
             decisions = self.cache.telemetry.decisions
@@ -204,6 +209,14 @@ class WanPipeline:
             self.experts.release()
             _empty_cache()
         return latents
+
+    def _read_ahead(self, running: str) -> None:
+        """The files of the expert whose turn comes later, while this one computes, if free memory can hold them."""
+        for name, paths in self.files.dit.items():
+            files = open_source(paths).paths
+            if name != running and name not in self.experts:
+                if sum(path.stat().st_size for path in files) <= available_bytes(torch.device("cpu")):
+                    read_ahead(files)
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae:

@@ -1,0 +1,53 @@
+"""The expert whose turn comes later is read ahead into the system's cache."""
+
+import ctypes
+import mmap
+import os
+import time
+
+import pytest
+
+from wan import pipeline
+from wan.experts import read_ahead
+from wan.pipeline import WanPipeline
+from wan.request import build_request
+from wan.tasks import load_task
+
+
+def cached_share(path):
+    """How much of a file is in the page cache."""
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as memory:
+        start, resident = ctypes.c_char.from_buffer(memory), (ctypes.c_ubyte * pages)()
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), resident)
+        del start
+        return sum(page & 1 for page in resident) / pages
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs Linux")
+def test_files_are_read_into_the_cache(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(8 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_share(path) > 0.1:
+        pytest.skip("this file system keeps its files in memory")
+    read_ahead([path, tmp_path / "gone"]).join()
+    until = time.monotonic() + 30
+    while cached_share(path) < 0.5 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert cached_share(path) >= 0.5
+
+
+@pytest.mark.parametrize("free_bytes, ahead", [(1 << 40, ["low_noise_model"]), (1000, [])])
+def test_only_what_comes_later_and_fits(monkeypatch, tmp_path, free_bytes, ahead):
+    asked, steps = [], []
+    monkeypatch.setattr(pipeline, "read_ahead", lambda paths: asked.append((len(steps), paths)))
+    monkeypatch.setattr(pipeline, "available_bytes", lambda device: free_bytes)
+    options = {"task": "i2v-tiny", "sample_steps": 4, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
+    request = build_request(options)
+    pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
+    pipe(request, progress=lambda stage, done, total: steps.append(done) if stage == "denoise" and done else None)
+    assert [path.parent.name for _, [path] in asked] == ahead and all(done == 1 for done, _ in asked)
