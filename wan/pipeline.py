@@ -6,8 +6,9 @@ import gc
 import math
 import os
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,12 @@ from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.quant.scratch import free_scratch
-from wan.request import Request
+from wan.request import LoraChoice, Request, check_loras
 from wan.solvers import make_solver
 from wan.weights.assign import check_weights, load_weights
 from wan.weights.infer import check_dit, check_encoder
 from wan.weights.locate import CheckpointFiles, locate
+from wan.weights.lora import Lora, open_lora, set_loras, weight_shapes
 from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,10 +76,12 @@ class WanPipeline:
         self.text_device = torch.device("cpu") if request.t5_cpu else self.device
         self.attention, self.offload = request.attention, request.offload_model
         self.notes: list[str] = []
+        self.loras = self._open_loras(request.loras)  # by expert
         self.gguf_modes = self._choose_gguf_modes(request.gguf_mode)
         self.latents: Tensor | None = None
         self.cache: NoCache = NO_CACHE
         self.experts = Experts(self._load_expert, keep_all=not self.offload)
+        self._loaded: weakref.WeakValueDictionary[str, WanModel] = weakref.WeakValueDictionary()  # experts
         self._models: dict[str, Any] = {}
         self._meshes: dict[str, DeviceMesh] = {}
 
@@ -106,6 +110,22 @@ class WanPipeline:
         """
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
             return self._run(request, progress, cache)
+
+    def set_loras(self, lora: Any = (), lora_high: Any = (), lora_low: Any = ()) -> None:
+        """From now on have these LoRAs and no others, in loaded models and in those that will be loaded.
+
+        Each as the flag of the same name: "PATH[:STRENGTH]" or (path, strength), or a list of those. Raises UsageError
+        or SwanError, one line; where the files do not fit, nothing has changed. On several processes all call it alike.
+        """
+        self.loras = self._open_loras(
+            check_loras(self.spec, {"lora": lora, "lora_high": lora_high, "lora_low": lora_low})
+        )
+        try:
+            for name, model in self._loaded.items():
+                set_loras(model, open_source(self.files.dit[name]), self.loras[name])
+        except BaseException:
+            self.experts.release()  # some have them, others not: they will be loaded anew
+            raise
 
     def _run(self, request: Request, progress: Progress | None, cache: NoCache | None) -> Result:
         self.latents, self.cache = None, cache or NO_CACHE
@@ -179,7 +199,8 @@ class WanPipeline:
         if request.cache and self.cache is NO_CACHE:
             self.cache = make_manager(request.cache, request.cache_coefficients, self.parallel)
         cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
-        decided = len(self.cache.telemetry.decisions) if cached else 0
+        apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
+        decided = len(self.cache.telemetry.decisions) if apart else 0
 
         def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
             model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
@@ -202,7 +223,7 @@ class WanPipeline:
             parallel=self.parallel,
             on_step=on_step,
         )
-        if cached and self.parallel.cfg.size > 1:
+        if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
         if self.offload:
@@ -265,15 +286,33 @@ class WanPipeline:
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
         shard = self._shard(self.device) if self.dit_fsdp else None
-        return load_weights(
+        source = open_source(self.files.dit[name])
+        load_weights(
             model,
-            open_source(self.files.dit[name]),
+            source,
             "dit",
             device=self.device,
             dtype=self.dtype,
             stream=self.gguf_modes[name] == "stream",
             shard=shard and (lambda model: shard(model, model.blocks)),
         )
+        set_loras(model, source, self.loras[name])
+        self._loaded[name] = model
+        return model
+
+    def _open_loras(self, asked: Mapping[str, LoraChoice]) -> dict[str, list[tuple[Lora, float]]]:
+        """Expert -> its LoRAs, checked by their headers against the shapes of the task."""
+        opened: dict[str, Lora] = {}
+        if asked:
+            with torch.device("meta"):
+                shapes = weight_shapes(WanModel(**self.spec.dit))
+            paths = {path for chosen in asked.values() for path, _ in chosen}
+            opened = {path: open_lora(path, shapes) for path in sorted(paths)}
+        self.notes += [note for lora in opened.values() for note in lora.notes]
+        return {
+            name: [(opened[path], s) for flag in ("lora", f"lora_{name}") for path, s in asked.get(flag, ())]
+            for name in self.files.dit
+        }
 
     def _shard(self, device: torch.device) -> Shard:
         if device.type not in self._meshes:

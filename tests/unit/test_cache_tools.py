@@ -274,9 +274,10 @@ def test_scripts_refuse_in_one_line(tmp_path, script):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_several_gpus_are_refused(tmp_path):
-    done = bash(SCRIPTS[0], str(tmp_path), "2")
-    assert done.returncode == 2 and "several GPUs are not there yet" in done.stderr
+@pytest.mark.parametrize("gpus", ["0", "two"])
+def test_a_wrong_number_of_gpus_is_refused(tmp_path, gpus):
+    done = bash(SCRIPTS[0], str(tmp_path), gpus)
+    assert (done.returncode, done.stderr) == (2, f"error: [gpus] must be a whole number from 1, not {gpus}\n")
 
 
 def test_scripts_name_the_failure(tmp_path):

@@ -17,9 +17,10 @@ TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", 
 class MetaSource(ShapeSource):
     """A checkpoint whose tensors have shapes and no values."""
 
-    def read(self, name):
+    def read(self, name, rows=None):
         info = self.info(name)
-        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+        shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
+        return torch.empty(shape, dtype=info.dtype, device="meta")
 
 
 def on_meta(cls, config):

@@ -15,6 +15,7 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from distributed.parallel import Parallel
 from wan.compat.config import FunConfig, hyperparameters, read_fun_config
 from wan.compat.request import check_config, guidance, text_request
 from wan.compat.sampler import DEFAULT_SAMPLER, sampler, solver_of
@@ -87,8 +88,8 @@ class GGUFPipeline(WanPipeline):
     vae_tile_px: see `--vae_tile_px` of generate.py
     """
 
-    def __init__(self, spec: EasyDict, files: CheckpointFiles, request: Request):
-        super().__init__(spec, files, request)
+    def __init__(self, spec: EasyDict, files: CheckpointFiles, request: Request, parallel: Parallel | None = None):
+        super().__init__(spec, files, request, parallel)
         self.experts = _Expert(self._load_expert, keep_all=True)
         self.scheduler: Any = None
         self.vae_tile_px = 0
