@@ -104,6 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
     for flag, part in GGUF_FLAGS.items():
         add(f"--{flag}", metavar="FILE", help=f"the same as --{part}, for a GGUF file")
+    for flag, what in (
+        ("lora", "the DiT"),
+        ("lora_high", "the high-noise expert alone"),
+        ("lora_low", "the low-noise expert alone"),
+    ):
+        add(f"--{flag}", metavar="FILE[:X]", action="append", help=f"a LoRA for {what}, of strength X; may be repeated")
     add(
         "--gguf_mode",
         metavar="NAME",

@@ -1,4 +1,8 @@
-"""Convert a checkpoint: python -m wan.convert --to gguf --type Q4_K_M --checkpoint-dir IN --output OUT.gguf
+"""Convert a checkpoint, to one GGUF file or to a folder with quantised weights:
+
+    python -m wan.convert --to gguf --type Q4_K_M --checkpoint-dir IN --output OUT.gguf
+    python -m wan.convert --to fp8 --checkpoint-dir IN --output-dir OUT
+    python -m wan.convert --checkpoint-dir IN --output-dir OUT --quantize --bits 4    # as mlx-video has it
 
 Exit codes as of generate.py. Progress and messages go to stderr; stdout gets one JSON line. `--help` imports no torch.
 """
@@ -13,10 +17,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
+from wan.weights.locate import MLX_FILES
 from wan.weights.recipes import RECIPES
 from wan.weights.source import WEIGHT_SUFFIXES, Source, open_source, weight_files
 
@@ -26,11 +31,19 @@ if TYPE_CHECKING:
 COMPONENTS = ("dit", "high", "low", "t5")
 _EXPERTS = {"high": "high_noise_model", "low": "low_noise_model"}
 _DIFFUSERS = {"dit": "transformer", "high": "transformer", "low": "transformer_2", "t5": "text_encoder"}
+_DTYPES = ("float16", "float32", "bfloat16")
+_FOLDER_FLAGS = ("output_dir", "dtype", "model_version", "quantize", "bits", "group_size")
+_MLX_FLAGS = ("quantize", "bits", "group_size")
+_FILE_FLAGS = ("type", "output", "component", "tokenizer", "threads")
 _TOKENIZERS = ("google/umt5-xxl", "tokenizer", ".")  # folders beside the weights, official first
 _SPIECE = "spiece.model"
 
 _TYPES_HELP = """\
-types:
+formats (--to):
+  gguf        one file with the transformer or the text encoder, in one of the types below
+  fp8, int8   a folder in the official layout; matrices of transformer and text encoder in 8 bits, one scale a row
+  mlx         a folder as mlx-video has it; with --quantize the transformer's matrices in 4 or 8 bits
+types (--type):
   F32 F16 BF16              not quantised
   Q8_0 Q6_K Q5_1 Q4_1       all matrices of the blocks in this type;
   IQ4_NL IQ4_XS               Q5_K_S and Q3_K_S: in Q5_K and Q3_K
@@ -46,28 +59,35 @@ with Q8_0), and ffn_down stands for ffn.2. Rows that are no whole number of bloc
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m wan.convert",
-        description="Write a Wan transformer, or its text encoder, as one GGUF file.",
+        description="Write a Wan checkpoint, or a part of it, with quantised weights.",
         epilog=_TYPES_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--to", choices=["gguf"], default="gguf", help="format of the output; gguf is the only one")
-    add("--type", required=True, metavar="TYPE", help="how to store the weights, see below")
+    formats = ["gguf", "fp8", "int8", "mlx"]
+    add("--to", choices=formats, help="format of the output; default: gguf with --type or --output, else mlx")
+    add("--type", metavar="TYPE", help="gguf: how to store the weights, see below")
     add(
         "--checkpoint-dir",
         required=True,
         metavar="PATH",
         help="a weight file (safetensors, .pth, GGUF), or a folder in the official or diffusers layout",
     )
-    add("--output", required=True, metavar="FILE", help="the file to write, .gguf")
+    add("--output", metavar="FILE", help="gguf: the file to write, .gguf")
     add(
         "--component",
         choices=COMPONENTS,
-        help="what to take from a folder: dit (default), high or low (an expert of Wan2.2), t5",
+        help="gguf: what to take from a folder: dit (default), high or low (an expert of Wan2.2), t5",
     )
-    add("--tokenizer", metavar="DIR", help="folder with the spiece.model to put into a t5 file; default: beside it")
-    add("--threads", type=int, metavar="N", help="default: one for each processor")
+    add("--tokenizer", metavar="DIR", help="gguf: folder with the spiece.model for a t5 file; default: beside it")
+    add("--threads", type=int, metavar="N", help="gguf: default: one for each processor")
+    add("--output-dir", metavar="DIR", help="fp8, int8, mlx: the folder to write; default: wan_mlx_model for mlx")
+    add("--dtype", choices=_DTYPES, help="fp8, int8, mlx: type of what is not quantised; default: bfloat16")
+    add("--model-version", choices=["auto", "2.1", "2.2"], help="fp8, int8, mlx: default: auto, told from the folder")
+    add("--quantize", action="store_true", default=None, help="mlx: quantise the transformer")
+    add("--bits", type=int, choices=[4, 8], help="mlx: default: 4")
+    add("--group-size", type=int, choices=[32, 64, 128], help="mlx: weights that share a scale; default: 64")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--quiet", action="store_true", help="no progress and no warnings on stderr")
     return parser
@@ -94,6 +114,19 @@ def _terminable() -> Iterator[None]:
 
 def _main(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
+    to = args.to or ("gguf" if args.type or args.output else "mlx")
+    unfit = _FOLDER_FLAGS if to == "gguf" else (*_FILE_FLAGS, *(_MLX_FLAGS if to != "mlx" else ()))
+    for name in unfit:
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --to {to}")
+    report = _to_gguf(args) if to == "gguf" else _to_folder(args, to)
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+def _to_gguf(args: argparse.Namespace) -> dict[str, Any]:
+    if not (args.type and args.output):
+        raise UsageError("--to gguf needs --type and --output (see --help)")
     type_name = args.type.upper().replace("-", "_")
     if type_name not in RECIPES:
         raise UsageError(f"--type {args.type}: no such type; types: {', '.join(RECIPES)}")
@@ -116,11 +149,84 @@ def _main(argv: Sequence[str] | None) -> int:
     if not args.quiet:
         _warn(source, type_name)
     with _progress(args.quiet) as on_progress:
-        report = export.export_gguf(
+        return export.export_gguf(
             source, output, type_name, tokenizer=tokenizer, threads=args.threads, on_progress=on_progress
         )
-    print(json.dumps(report), flush=True)
-    return 0
+
+
+def _to_folder(args: argparse.Namespace, to: str) -> dict[str, Any]:
+    if to != "mlx" and not args.output_dir:
+        raise UsageError(f"--to {to} needs --output-dir")
+    if not args.quantize and (args.bits or args.group_size):
+        raise UsageError(f"{'--bits' if args.bits else '--group-size'} goes with --quantize")
+    checkpoint = Path(args.checkpoint_dir).expanduser()
+    output = Path(args.output_dir or "wan_mlx_model").expanduser().absolute()
+    if not output.parent.is_dir():
+        raise UsageError(f"--output-dir: no folder {output.parent}")
+    if checkpoint.resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"--output-dir {output} holds the input")
+
+    import torch
+
+    from wan.weights.folder import Form, export_folder, make_config, vae_version
+
+    bits = (args.bits or 4) if args.quantize else 0
+    form = Form(to, getattr(torch, args.dtype or "bfloat16"), bits, args.group_size or 64)
+    parts = {part: open_source(paths) for part, paths in find_parts(checkpoint).items()}
+    is_22 = "high" in parts or ("vae" in parts and vae_version(parts["vae"]) == "2.2")
+    version = args.model_version or "auto"
+    if version == "2.1" and is_22:
+        raise UsageError(f"--model-version 2.1: {checkpoint} holds a model of Wan2.2")
+    version = ("2.2" if is_22 else "2.1") if version == "auto" else version
+    if not args.quiet and (to != "mlx" or bits):
+        kinds = (source.block_type(name) for source in parts.values() for name in source.keys())
+        _warn_again({kind.name for kind in kinds if kind})
+    with _progress(args.quiet) as on_progress:
+        return export_folder(
+            parts,
+            output,
+            form,
+            copies=_find_copies(checkpoint),
+            config=make_config(parts, form, version),
+            replace=args.overwrite,
+            on_progress=on_progress,
+        )
+
+
+def find_parts(checkpoint: Path) -> dict[str, list[Path]]:
+    """Files of "dit", or "high" and "low", and of "t5" and "vae" where they are there. `checkpoint` may be one file.
+
+    Raises UsageError where there is no such path, SwanError where it has no transformer.
+    """
+    if checkpoint.is_file():
+        from wan.weights.export import component_of
+
+        return {component_of(open_source(checkpoint)): [checkpoint]}
+    parts = ("high", "low") if _has_experts(checkpoint) else ("dit",)
+    found = {part: find_weights(checkpoint, part) for part in parts}
+    for part, pattern in (("t5", "models_t5*"), ("vae", "Wan*_VAE*")):
+        folder, mlx = checkpoint / _DIFFUSERS.get(part, part), checkpoint / MLX_FILES[part]
+        files = sorted(path for path in checkpoint.glob(pattern) if path.suffix in WEIGHT_SUFFIXES)
+        files = files or (weight_files(folder) if folder.is_dir() else [])
+        if files := files or ([mlx] if mlx.is_file() else []):
+            found[part] = files
+    return found
+
+
+def _find_copies(checkpoint: Path) -> dict[str, Path]:
+    """What goes along as it is: the tokenizer and the image encoder."""
+    if not checkpoint.is_dir():
+        return {}
+    found = {path.name: path for pattern in ("models_clip*", "image_encoder") for path in checkpoint.glob(pattern)}
+    for name in _TOKENIZERS[:2]:
+        if (checkpoint / name).is_dir():
+            found.setdefault(_TOKENIZERS[0], checkpoint / name)
+    return found
+
+
+def _has_experts(folder: Path) -> bool:
+    names = (*_EXPERTS.values(), _DIFFUSERS["low"], MLX_FILES["high"], MLX_FILES["low"])
+    return any((folder / name).exists() for name in names)
 
 
 def _check_output(name: str, overwrite: bool) -> Path:
@@ -147,12 +253,13 @@ def find_weights(checkpoint: str | Path, component: str | None = None) -> list[P
     if not path.is_dir():
         raise UsageError(f"--checkpoint-dir: no such file or folder: {path} (a model of the hub: download it first)")
     part = component or "dit"
-    experts = [path / folder for folder in (*_EXPERTS.values(), _DIFFUSERS["low"])]
-    if part == "dit" and any(folder.is_dir() for folder in experts):
+    if part == "dit" and _has_experts(path):
         raise UsageError(f"--checkpoint-dir: {path} holds two experts; choose with --component high or low")
     found = sorted(one for one in path.glob("models_t5*") if one.suffix in WEIGHT_SUFFIXES) if part == "t5" else []
     folders = [path / _EXPERTS[part]] if part in _EXPERTS else []
     folders.append(path / _DIFFUSERS[part])
+    mlx = path / MLX_FILES["model" if part == "dit" else part]
+    found = found or ([mlx] if mlx.is_file() else [])
     for folder in folders:
         found = found or (weight_files(folder) if folder.is_dir() else [])
     if not found and part not in _EXPERTS:
@@ -233,11 +340,19 @@ def tokenizer_metadata(path: Path, vocab: int) -> dict[str, Value]:
 
 
 def _warn(source: Source, type_name: str) -> None:
+    from wan.quant.schemes import Scheme
     from wan.weights.export import plan_tensors, quantised_before
 
-    if before := quantised_before(source, plan_tensors(source, RECIPES[type_name])):
+    planned = plan_tensors(source, RECIPES[type_name])
+    kinds = [source.block_type(one.source_name) for one in planned if one.type.torch_dtype is None]
+    before = {kind.name for kind in kinds if isinstance(kind, Scheme)} or {quantised_before(source, planned)}
+    _warn_again(before - {None})
+
+
+def _warn_again(kinds: set[str]) -> None:
+    if kinds:
         loss = "quantising them again loses more than starting from the original"
-        print(f"warning: the weights are {before} already; {loss}", file=sys.stderr)
+        print(f"warning: the weights are {', '.join(sorted(kinds))} already; {loss}", file=sys.stderr)
 
 
 @contextlib.contextmanager

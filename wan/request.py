@@ -36,9 +36,11 @@ DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
 VAE_DTYPE_NAMES = ("fp32", "bf16")
 FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
+LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
 GGUF_MODES = ("auto", "resident", "stream")
 CACHE_FILES = ("cache_coefficients", "cache_trace")
 PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, *CACHE_FILES, "image", "first_frame", "last_frame", "save_file")
+LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
 MAX_PROMPT_CHARS = 10_000  # the prompt travels in the mp4; models read 512 tokens at most
 MAX_SEED = 2**63 - 1
 AREA_BELOW_720P = 832 * 624  # px
@@ -48,7 +50,7 @@ RANK_OPTIONS = ("ulysses_size", "ring_size", "cfg_parallel", "dit_fsdp", "t5_fsd
 MAX_RANKS = 4096
 # Options a Request is built from. cli.py has a flag for each; replay and Python callers give the same names.
 OPTIONS = (
-    *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode"),
+    *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode", *LORA_FLAGS),
     *("prompt", "negative_prompt", "seed"),
     *("image", "first_frame", "last_frame", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale"),
     *("preset", "boundary_step_index", "trim_first_frames"),
@@ -83,6 +85,7 @@ class Request:
     ckpt_dir:       folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
     dtype:          compute type of DiT and encoders: bf16, fp16 or fp32; vae_dtype: bf16 or fp32
     files:          single files given in place of the checkpoint's own, by component (see FILE_FLAGS)
+    loras:          (absolute path, strength) each, by flag; only the flags that were given
     gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
     save_file:      absolute path of the mp4 or PNG
     grid:           processes that share the work: cfg x ring x ulysses; dist_timeout: how long they wait for one, s
@@ -126,6 +129,7 @@ class Request:
     dist_timeout: int = 600
     boundary_step_index: int | None = None
     trim_first_frames: int = 0
+    loras: dict[str, LoraChoice] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     cache_coefficients: dict[str, Any] = field(default_factory=dict)
     image_sha256: dict[str, str] = field(default_factory=dict)
@@ -135,7 +139,8 @@ class Request:
         """What is stored in the video: options that make it again, under their flags' names, and the images' hashes."""
         left_out = {*CACHE_OPTIONS, *RANK_OPTIONS, *(["offload_model"] if self.grid.size > 1 else [])}
         plain = [name for name in OPTIONS if name not in left_out]
-        values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in plain} | self.files | self.cache
+        values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in plain}
+        values |= self.files | self.cache | self.loras
         low, high = self.guide_scale
         values |= {"sample_guide_scale": low if low == high else [low, high], "save_file": None, "cache_trace": None}
         stored = {name: value for name, value in values.items() if value is not None}
@@ -233,6 +238,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
         vae_tile_px=_tile(get["vae_tile_px"], spec.vae_stride[1]),
         boundary_step_index=_boundary_step(spec, get["boundary_step_index"], steps),
         trim_first_frames=trimmed,
+        loras=check_loras(spec, get),
         grid=grid,
         dit_fsdp=bool(get["dit_fsdp"]),
         t5_fsdp=bool(get["t5_fsdp"]),
@@ -242,6 +248,24 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
         image_sha256={flag: _sha256(path) for flag, (path, _, _) in zip(("image", "last_frame"), given_images)},
         warnings=tuple(warnings),
     )
+
+
+def check_loras(spec: EasyDict, get: Mapping[str, Any]) -> dict[str, LoraChoice]:
+    """What `get` has under the flags of LORA_FLAGS, where it has something.
+
+    A LoRA is PATH or PATH:STRENGTH, or a pair of both; a flag takes one or a list. Raises UsageError, also for a file
+    that is not there; what is in the files is not looked at.
+    """
+    loras: dict[str, LoraChoice] = {}
+    for flag, expert in LORA_FLAGS.items():
+        value = get.get(flag)
+        if not value:
+            continue
+        if expert and "experts" not in spec:
+            raise UsageError(f"--{flag} is for tasks with two experts; {spec.name} has one: use --lora")
+        is_one = isinstance(value, str) or (len(value) == 2 and isinstance(value[1], (int, float)))
+        loras[flag] = tuple(_lora(one, flag) for one in ([value] if is_one else value))
+    return loras
 
 
 def check_device(name: str, flag: str = "device") -> str:
@@ -559,6 +583,28 @@ def _files(spec: EasyDict, get: Mapping[str, Any]) -> dict[str, str]:
             raise UsageError(f"--{flag}: {path} is not a GGUF file; for other formats use --{part}")
         files[part] = _absolute(path)
     return files
+
+
+def _lora(value: str | tuple[str, float], flag: str) -> tuple[str, float]:
+    """(absolute path, strength). A path that exists is meant as it is, colons and all."""
+    path, strength = (value, 1.0) if isinstance(value, str) else value
+    path = os.path.expanduser(path)
+    if isinstance(value, str) and not os.path.exists(path):
+        head, colon, tail = path.rpartition(":")
+        if colon and (os.path.exists(head) or _is_number(tail)):
+            path, strength = head, tail
+    if not os.path.exists(path):
+        raise UsageError(f"--{flag}: no file {path}")
+    if not _is_number(strength):
+        raise UsageError(f"--{flag} {path}: the strength must be a number, not {strength!r}")
+    return str(Path(path).resolve()), float(strength)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value)) and not isinstance(value, bool)
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_gguf(path: str) -> bool:

@@ -268,3 +268,121 @@ def test_a_tokenizer_beside_the_weights_is_taken_along(tmp_path, capsys):
     (tmp_path / "tokenizer" / "spiece.model").write_bytes(spiece_model()[0])
     assert convert(tmp_path, tmp_path / "t5.gguf", "--component", "t5") == 0
     assert len(open_source(tmp_path / "t5.gguf").array("tokenizer.ggml.tokens")) == spec.text.vocab
+
+
+# Folders with quantised weights
+
+
+def to_folder(checkpoint, output, *args):
+    return main(["--checkpoint-dir", str(checkpoint), "--output-dir", str(output), "--quiet", *args])
+
+
+def refuses(capsys, code, match, *args):
+    """The run of these arguments ends in `code` and one line that says `match`."""
+    assert main([*map(str, args), "--quiet"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and match in err
+
+
+def test_folder_of_mlx_video(checkpoint, tmp_path, capsys):
+    flags = ["--dtype", "float16", "--model-version", "auto", "--quantize", "--bits", "8", "--group-size", "32"]
+    fails_by_width = to_folder(checkpoint, tmp_path / "out", *flags)  # rows of 48
+    assert fails_by_width == 1 and "rows of 48 weights are no whole number of groups of 32" in capsys.readouterr().err
+    spec = shrunk("t2v-1.3B")
+    spec.dit.update(dim=64, ffn_dim=128)
+    folder = write_checkpoint(tmp_path / "checkpoint", spec)
+    assert to_folder(folder, tmp_path / "out", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["folder"], report["format"], report["quantized"]) == (str(tmp_path / "out"), "mlx", 20)
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    weights = {"model.safetensors", "t5_encoder.safetensors", "vae.safetensors"}
+    assert names == {*weights, "config.json", "google/umt5-xxl/tokenizer.json"}
+    assert report["files"].keys() == weights
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": 8}
+    assert (config["model_type"], config["model_version"], config["dual_model"], config["dim"]) == (
+        "t2v",
+        "2.1",
+        False,
+        64,
+    )
+
+
+def test_two_experts_in_one_folder(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "checkpoint", shrunk("t2v-A14B"))
+    assert to_folder(folder, tmp_path / "int8", "--to", "int8") == 0
+    assert to_folder(folder, tmp_path / "mlx") == 0
+    written = [json.loads(line)["files"].keys() for line in capsys.readouterr().out.splitlines()]
+    names = [f"{one}_noise_model/diffusion_pytorch_model.safetensors" for one in ("high", "low")]
+    assert written[0] == {*names, "models_t5_umt5-xxl-enc-int8.safetensors", "Wan2.1_VAE.safetensors"}
+    names = [f"{one}_noise_model.safetensors" for one in ("high", "low")]
+    assert written[1] == {*names, "t5_encoder.safetensors", "vae.safetensors"}
+    config = json.loads((tmp_path / "mlx/config.json").read_text())
+    assert (config["model_version"], config["dual_model"]) == ("2.2", True) and "quantization" not in config
+    for part in ("high", "low", "t5"):  # of such a folder, parts are found again
+        assert find_weights(tmp_path / "mlx", part)[0].parent == tmp_path / "mlx"
+    assert to_folder(tmp_path / "mlx", tmp_path / "fp8", "--to", "fp8") == 0
+    capsys.readouterr()
+    flags = ("--checkpoint-dir", folder, "--output-dir", tmp_path / "x", "--model-version", "2.1")
+    refuses(capsys, 2, "holds a model of Wan2.2", *flags)
+
+
+def test_one_file_of_a_folder_form(checkpoint, tmp_path, capsys):
+    assert to_folder(checkpoint / "models_t5_umt5-xxl-enc-bf16.pth", tmp_path / "out", "--to", "fp8") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["models_t5_umt5-xxl-enc-fp8.safetensors"]
+    capsys.readouterr()
+    folder = ["--checkpoint-dir", str(tmp_path / "out/models_t5_umt5-xxl-enc-fp8.safetensors")]
+    assert main([*folder, "--type", "Q8_0", "--output", str(tmp_path / "t5.gguf")]) == 0  # and from there to GGUF
+    assert "the weights are fp8 already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        (["--to", "fp8"], "--to fp8 needs --output-dir"),
+        (["--to", "gguf"], "--to gguf needs --type and --output"),
+        (["--to", "fp8", "--output-dir", "x", "--bits", "4"], "--bits has no meaning with --to fp8"),
+        (["--to", "fp8", "--output-dir", "x", "--component", "t5"], "--component has no meaning with --to fp8"),
+        (["--type", "Q8_0", "--output", "x.gguf", "--output-dir", "x"], "--output-dir has no meaning with --to gguf"),
+        (["--output-dir", "x", "--bits", "4"], "--bits goes with --quantize"),
+        (["--output-dir", "x", "--quantize", "--bits", "3"], "invalid choice: 3"),
+        (["--output-dir", "/no/such/folder/x"], "no folder /no/such/folder"),
+        (["--output-dir", "IN"], "holds the input"),
+        (["--output-dir", "FULL"], "is not empty; --overwrite replaces it"),
+        (["--output-dir", "FULL", "--overwrite"], "holds other things as well (thesis.doc)"),
+    ],
+)
+def test_usage_errors_of_folders(checkpoint, tmp_path, capsys, args, match, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.doc").touch()
+    places = {"IN": checkpoint, "FULL": tmp_path / "full"}
+    refuses(capsys, 2, match, "--checkpoint-dir", checkpoint, *(places.get(one, one) for one in args))
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.doc"]
+
+
+@pytest.mark.parametrize("flags", [("--to", "fp8"), ("--quantize", "--bits", "4", "--group-size", "64")])
+def test_video_from_a_folder(tmp_path, capsys, flags, monkeypatch):
+    """The embedded model, quantised, through the command line: the same video with packed and dequantised weights."""
+    from wan import cli
+    from wan.tasks import embedded_checkpoint, load_task
+
+    monkeypatch.chdir(tmp_path)
+    source = embedded_checkpoint(load_task("t2v-tiny"))
+    assert to_folder(source, tmp_path / "out", "--dtype", "float32", *flags) == 0
+    capsys.readouterr()
+    run = ["--task", "t2v-tiny", "--ckpt_dir", "out", "--prompt", "a red circle", "--seed", "1", "--sample_steps", "3"]
+    assert cli.main([*run, "--dry_run"]) == 0
+    capsys.readouterr()
+    made = []
+    for mode in ("stream", "resident"):
+        assert cli.main([*run, "--gguf_mode", mode, "--save_file", f"{mode}.mp4"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["gguf_mode"]["model"] == mode
+        made.append(report["sha256"])
+    assert made[0] == made[1]
+    gguf_file = tmp_path / "dit.gguf"
+    gguf_file.write_bytes(b"GGUF")
+    files = ["--dit", "out", "--gguf", str(gguf_file)]
+    assert cli.main([*run, *files]) == 2
+    assert "both name a file for the same component" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.quant.packed import PackedTensor
+from wan.quant.products import scaled_product
 
 
 class _Packed(nn.Module):
@@ -29,18 +30,30 @@ class _Packed(nn.Module):
 class QuantLinear(_Packed):
     """`nn.Linear` over packed blocks: the product with the weights dequantised to the type of the input.
 
-    It is bit for bit `F.linear` with the dequantised weights.
+    It is bit for bit `F.linear` with the dequantised weights, but for some on a GPU, see products.py. branches: modules
+    whose results are added to that; they are called with the input and `product`, see `wan.weights.lora_formulas`.
     """
 
     def __init__(self, weight: PackedTensor, bias: nn.Parameter | None = None):
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = bias
+        self.branches = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features] -> [..., out_features]`, in the type of `x`."""
+        y = self.product(x, self.bias)
+        for branch in self.branches:
+            y = y + branch(x, self.product)
+        return y
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same without bias and branches."""
+        scaled = scaled_product(x, self.weight, bias)
+        if scaled is not None:
+            return scaled
         weight = self.weight.dequantize(x.dtype, reuse=not torch.is_grad_enabled())  # autograd would keep it
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
 
 
 class QuantEmbedding(_Packed):

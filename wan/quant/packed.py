@@ -11,18 +11,19 @@ from torch import Tensor
 
 from wan.quant.dequantize import dequantize
 from wan.quant.ggml import GGMLType
+from wan.quant.schemes import Scheme, dequantize_rows
 from wan.quant.scratch import scratch
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """Rows of ggml blocks.
+    """Rows of ggml blocks, or of a scheme's codes and scales.
 
     blocks: uint8 [rows, bytes a row], contiguous; shape: of the tensor they stand for. guard: called with the blocks
     before they are used, raises where they lie in a mapped file that was cut.
     """
 
-    type: GGMLType
+    type: GGMLType | Scheme
     shape: tuple[int, ...]
     blocks: Tensor
     guard: Callable[[Tensor], None] | None = None
@@ -41,4 +42,6 @@ class PackedTensor:
         out = None
         if reuse and self.device.type == "cpu":
             out = scratch(len(self.blocks), math.prod(self.shape) // len(self.blocks), dtype)
+        if isinstance(self.type, Scheme):
+            return dequantize_rows(self.blocks, self.type, self.shape[-1], dtype, out).view(self.shape)
         return dequantize(self.blocks, self.type, dtype, out).view(self.shape)

@@ -17,8 +17,10 @@ from wan.errors import SwanError
 from wan.quant.blocks import UNPACK
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
+from wan.quant.schemes import Scheme
 from wan.weights.infer import looks_like, tensor_info
 from wan.weights.names import Rows, official_names
+from wan.weights.scaled import check_scales
 from wan.weights.source import Source, Span
 
 
@@ -102,7 +104,7 @@ def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device | 
         tensor = packed.blocks.to(device)
         model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = packed.guard
     else:
-        tensor = _read(source, slot.stored, tuple(old.shape), rows, slot.dtype)
+        tensor = read_tensor(source, slot.stored, tuple(old.shape), rows, slot.dtype)
         tensor = tensor.to(device=device, dtype=slot.dtype)
     if shared:
         value = with_rows(old, tensor)
@@ -139,7 +141,8 @@ def _packed_layer(model: nn.Module, name: str, weight: PackedTensor, dtype: torc
     """The layer that computes with packed weights in place of the one that holds parameter `name`, if there is one."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
-    if leaf != "weight" or weight.type.name not in UNPACK:  # other types are slow to dequantise
+    is_quick = isinstance(weight.type, Scheme) or weight.type.name in UNPACK  # other types are slow to dequantise
+    if leaf != "weight" or not is_quick:
         return None
     if isinstance(layer, nn.Linear):
         return QuantLinear(weight, layer.bias)
@@ -148,7 +151,7 @@ def _packed_layer(model: nn.Module, name: str, weight: PackedTensor, dtype: torc
     return None
 
 
-def _read(
+def read_tensor(
     source: Source, stored: str | Rows, shape: tuple[int, ...], rows: Span | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """A tensor of `shape`, or some of its rows; of a quantised one in `dtype`."""
@@ -158,7 +161,7 @@ def _read(
     if not is_whole:  # a part of a tensor that holds several
         wanted = (first, first + shape[0]) if rows is None else (first + rows[0], first + rows[1])
     elif rows is not None and source.info(name).shape != shape:  # folded: it has other rows than ours
-        return _read(source, stored, shape, None, dtype)[slice(*rows)].clone()
+        return read_tensor(source, stored, shape, None, dtype)[slice(*rows)].clone()
     packed = source.packed(name, rows=wanted)
     tensor = source.read(name, wanted) if packed is None else packed.dequantize(dtype)
     return tensor.reshape(shape if rows is None else (rows[1] - rows[0], *shape[1:]))
@@ -180,6 +183,7 @@ def _check(model: nn.Module, slots: list[list[str]], names: dict[str, str | Rows
         problem = "; ".join(filter(None, problems))
         looks = looks_like(source)
         raise SwanError(f"{source.describe()}: does not fit {type(model).__name__}: {problem}{looks}")
+    check_scales(source)
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:

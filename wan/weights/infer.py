@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from wan.errors import SwanError
 from wan.weights.names import Rows, official_names
-from wan.weights.source import Source, TensorInfo
+from wan.weights.source import Source, TensorInfo, config_beside
 
 CLIP_DIM = 1280
 HEAD_DIM = 128  # of every released Wan transformer
@@ -108,6 +107,7 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
 
     Raises SwanError that says what the file holds and what the task needs.
     """
+    _check_scales(source)
     held, wanted = infer_dit_config(source), dict(spec["dit"])
     compared = [key for key in held if key in wanted and key not in ("num_heads", "clip")]
     needs = [f"{key} {wanted[key]}" for key in compared if held[key] != wanted[key]]
@@ -125,6 +125,7 @@ def check_encoder(source: Source, component: str, spec: Mapping[str, Any]) -> No
 
     Raises SwanError that says what the file holds and what the task needs.
     """
+    _check_scales(source)
     kind, table = ("UMT5", "shared.weight") if component == "t5" else ("CLIP image", "embeddings.class_embedding")
     shape = our_shapes(source, component).get(table)
     if shape is None:
@@ -132,6 +133,12 @@ def check_encoder(source: Source, component: str, spec: Mapping[str, Any]) -> No
     dim = spec["dit"]["text_dim"] if component == "t5" else CLIP_DIM
     if shape[-1] != dim:
         raise SwanError(f"{source.describe()}: holds {identify(source)}; task {spec['name']} needs dim {dim}")
+
+
+def _check_scales(source: Source) -> None:
+    from wan.weights.scaled import check_scales  # needs torch, which this module is read without
+
+    check_scales(source)
 
 
 def _describe_dit(source: Source) -> str:
@@ -188,15 +195,6 @@ def count(names: Iterable[str], prefix: str) -> int:
     """Number of layers: one more than the largest index that follows `prefix`."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return max((int(match[1]) + 1 for name in names if (match := pattern.match(name))), default=0)
-
-
-def config_beside(source: Source) -> dict[str, Any]:
-    """The config.json next to the weights; empty if there is none. It may belong to another component."""
-    try:
-        config = json.loads((source.paths[0].parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, IndexError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def told_heads(source: Source, dim: int) -> int | None:

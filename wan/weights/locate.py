@@ -1,4 +1,5 @@
-"""Find the files of each component: an official folder, a diffusers folder, or a hub id. Imports no torch."""
+"""Find the files of each component: a folder in the layout of the official code, diffusers, LightX2V or mlx-video, or a
+hub id. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,6 +25,15 @@ _DIFFUSERS = {
     "clip": "image_encoder",
     "tokenizer": "tokenizer",
 }
+MLX_FILES = {  # of mlx-video, all in one folder
+    "model": "model.safetensors",
+    "high": "high_noise_model.safetensors",
+    "low": "low_noise_model.safetensors",
+    "vae": "vae.safetensors",
+    "t5": "t5_encoder.safetensors",
+}
+_MLX_VAE_ENCODER = "vae_encoder.safetensors"  # there in some versions
+_LIGHTX2V_BLOCK = re.compile(r"(non_)?block(_\d+)?\.safetensors")  # one file for each block
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
@@ -45,8 +55,9 @@ def locate(
 ) -> CheckpointFiles:
     """Find every file that task `spec` needs.
 
-    ckpt_dir: a folder in the official or the diffusers layout, or a hub id `org/name[@revision]`, which is downloaded
-    (or found in the cache) by huggingface_hub. None if `overrides` name everything.
+    ckpt_dir: a folder in the layout of the official code, diffusers, LightX2V or mlx-video, or a hub id
+    `org/name[@revision]`, which is downloaded (or found in the cache) by huggingface_hub. None if `overrides` name
+    everything.
     spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip`) and, for two experts,
     `experts` (`low`, `high` folder names).
     overrides: a file or folder for any of "dit" (one expert), "high", "low", "vae", "t5", "tokenizer", "clip".
@@ -126,7 +137,8 @@ def _patterns(spec: Mapping[str, Any], wanted: list[str]) -> list[str]:
     folders = {"tokenizer", *(spec.get("experts") or ())}
     patterns = ["config.json", "model_index.json"]
     patterns += [f"{official[part]}/*" if part in folders else official[part] for part in wanted]
-    return patterns + [f"{_DIFFUSERS[part]}/*" for part in wanted]
+    patterns += [f"{_DIFFUSERS[part]}/*" for part in wanted]
+    return patterns + [MLX_FILES[part] for part in wanted if part in MLX_FILES]
 
 
 def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
@@ -143,10 +155,16 @@ def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
     else:
         official = root / spec["files"][part]
         same = [official.with_suffix(suffix) for suffix in (official.suffix, *WEIGHT_SUFFIXES)]
-        found = [path for path in same if path.is_file()][:1]
+        found = [path for path in same if path.is_file()][:1] or _quantised_twins(official)
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise SwanError(f"{root}: cannot tell which of {names} to take; name it")
         looked_for = spec["files"][part]
     if not found and diffusers.is_dir():
         found = weight_files(diffusers)
+    if not found and part in MLX_FILES and (root / MLX_FILES[part]).is_file():
+        more = [root / _MLX_VAE_ENCODER] if part == "vae" else []
+        found = [root / MLX_FILES[part], *(path for path in more if path.is_file())]
     if not found:
         raise _missing(root, part, f"{looked_for} and {_DIFFUSERS[part]}/")
     return found
@@ -158,13 +176,28 @@ def _root_dit(root: Path, spec: Mapping[str, Any]) -> list[Path]:
     named = named or sorted(root.glob("diffusion_pytorch_model*.safetensors"))
     if named or (root / _DIFFUSERS["model"]).is_dir():
         return named
+    if indexes := sorted(root.glob("*.safetensors.index.json")):
+        return indexes[:1] if len(indexes) == 1 else weight_files(root)  # which refuses several
+    if (root / MLX_FILES["model"]).is_file():
+        return [root / MLX_FILES["model"]]
     others = {Path(name).stem for name in spec["files"].values()}
+    others |= {path.stem for name in spec["files"].values() for path in _quantised_twins(root / name)}
     rest = [path for path in sorted(root.glob("*.safetensors")) + sorted(root.glob("*.gguf"))]
     rest = [path for path in rest if path.stem not in others]
+    if rest and all(_LIGHTX2V_BLOCK.fullmatch(path.name) for path in rest):
+        return rest
     if len(rest) > 1:
         names = ", ".join(path.name for path in rest[:4])
         raise SwanError(f"{root}: cannot tell which file is the transformer ({names}); name it")
     return rest
+
+
+def _quantised_twins(official: Path) -> list[Path]:
+    """Files of LightX2V in place of an official one in bf16: `X-fp8.pth` or `X-int8.pth` for `X-bf16.pth`."""
+    stem = official.stem.removesuffix("-bf16")
+    if stem == official.stem:
+        return []
+    return sorted(path for path in official.parent.glob(f"{stem}-*") if path.suffix in WEIGHT_SUFFIXES)
 
 
 def _find_tokenizer(root: Path, spec: Mapping[str, Any]) -> Path:

@@ -220,6 +220,7 @@ _NATIVE = {
     "clip": Dialect("transformers", "", {}),
 }
 
+_DIT_TO_DIFFUSERS = Dialect("diffusers", "", {str(ours): path for path, ours in _DIT_DIFFUSERS.items()})
 _T5_TO_GGUF = Dialect("transformers", "", {str(ours): path for path, ours in _T5_GGUF.items()})
 
 # A single file for ComfyUI may hold every component, each under its prefix.
@@ -260,6 +261,14 @@ def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]
         embedding = result.pop("encoder.embed_tokens.weight")
         result.setdefault("shared.weight", embedding)
     return result
+
+
+def diffusers_dit_name(our_path: str) -> str:
+    """What diffusers calls a module or parameter of the transformer: `blocks.0.attn1.to_q` for `blocks.0.self_attn.q`.
+
+    A path that no rule knows stays as it is.
+    """
+    return _DIT_TO_DIFFUSERS.translate(our_path, {})[0]
 
 
 def gguf_t5_name(our_name: str) -> str:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan.errors import SwanError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from wan.quant.ggml import GGMLType
     from wan.quant.packed import PackedTensor
+    from wan.quant.schemes import Scheme
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -52,16 +54,16 @@ class Source:
         raise NotImplementedError
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
-        """The stored blocks of a quantised tensor (of some rows), else None. mapped: they may stay in the file, which
-        must last."""
+        """What is stored of a quantised tensor (of some rows), else None. mapped: it may stay in the file, which must
+        last."""
         return None
 
-    def block_type(self, name: str) -> GGMLType | None:
-        """The type of the blocks that a quantised tensor is stored in, else None."""
+    def block_type(self, name: str) -> GGMLType | Scheme | None:
+        """How a quantised tensor is stored, else None."""
         return None
 
     def is_quantized(self) -> bool:
-        """Whether some of the tensors are stored in blocks."""
+        """Whether some of the tensors are quantised."""
         return any(self.block_type(name) for name in self.keys())
 
     def describe(self) -> str:
@@ -91,23 +93,27 @@ class MergedSource(Source):
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         return self._owner[name].packed(name, mapped, rows)
 
-    def block_type(self, name: str) -> GGMLType | None:
+    def block_type(self, name: str) -> GGMLType | Scheme | None:
         return self._owner[name].block_type(name)
 
 
 def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Source:
     """Open a weight file, a `.safetensors.index.json`, a folder of weight files, or a list of files.
 
+    Matrices that are stored with scales beside them are one tensor, see `scaled`; files of mlx-video have official
+    names, see `mlx`.
+
     Raises SwanError, one line, for what cannot be a checkpoint: missing, empty, truncated, a Git-LFS pointer, a web
-    page, an unknown container, missing shards, or the same tensor in two files.
+    page, an unknown container, missing shards, the same tensor in two files, or scales that do not fit.
     """
-    if isinstance(path_or_paths, (str, PathLike)):
-        return _open_path(Path(path_or_paths))
-    paths = [Path(path) for path in path_or_paths]
+    from wan.weights.mlx import translate_mlx
+    from wan.weights.scaled import join_scales
+
+    paths = [path_or_paths] if isinstance(path_or_paths, (str, PathLike)) else list(path_or_paths)
     if not paths:
         raise SwanError("no weight files were given")
-    parts = [_open_path(path) for path in paths]
-    return parts[0] if len(parts) == 1 else MergedSource(parts)
+    parts = [_open_path(Path(path)) for path in paths]
+    return translate_mlx(join_scales(parts[0] if len(parts) == 1 else MergedSource(parts)))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,6 +128,15 @@ def weight_files(folder: Path) -> list[Path]:
         if files:
             return files
     return []
+
+
+def config_beside(source: Source) -> dict[str, Any]:
+    """The config.json next to the weights; empty if there is none. It may belong to another component."""
+    try:
+        config = json.loads((source.paths[0].parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, IndexError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def truncated(path: Path, expected: int, actual: int, qualifier: str = "") -> SwanError:

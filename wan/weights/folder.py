@@ -1,0 +1,360 @@
+"""Write a checkpoint folder with quantised matrices: plan every tensor, then stream them, one at a time.
+
+Three forms, each of which `--ckpt_dir` takes:
+
+    mlx         the files, names and config.json of mlx-video; affine codes in 4 or 8 bits, or none
+    fp8, int8   the official files and names, the codes and scales of LightX2V, a scale for each row
+
+Quantised are the matrices of attention and feed-forward networks; in fp8 and int8 the text encoder's as well. Other
+tensors get the type that was asked for, the VAE stays in fp32. The VAE of Wan2.2 keeps its official names in mlx, where
+mlx-video has others: that file is for Swan only.
+
+Format of the files: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from wan.errors import SwanError, UsageError
+from wan.media import one_line
+from wan.quant.rounding import quantize_affine, quantize_channels
+from wan.tasks import load_task, task_names
+from wan.weights.export import component_of, plan_tensors
+from wan.weights.infer import infer_dit_config
+from wan.weights.locate import MLX_FILES
+from wan.weights.mlx import mlx_name, to_mlx
+from wan.weights.names import _T5_OFFICIAL, Dialect, Rows, official_names
+from wan.weights.recipes import RECIPES
+from wan.weights.source import Source
+
+FORMATS = ("mlx", "fp8", "int8")
+PARTS = ("dit", "high", "low", "t5", "vae")
+_DIT_FILE = "diffusion_pytorch_model.safetensors"
+_OFFICIAL_FILES = {
+    "dit": _DIT_FILE,
+    "high": f"high_noise_model/{_DIT_FILE}",
+    "low": f"low_noise_model/{_DIT_FILE}",
+}
+_ATTENTION = r"(?:vace_)?blocks\.\d+\.(?:self_attn|cross_attn)\.[qkvo]\.weight"
+_QUANTISED = {
+    "dit": re.compile(_ATTENTION + r"|(?:vace_)?blocks\.\d+\.(?:ffn\.[02]|cross_attn\.[kv]_img)\.weight"),
+    "t5": re.compile(r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight"),
+}
+_MLX_QUANTISED = re.compile(_ATTENTION + r"|(?:vace_)?blocks\.\d+\.ffn\.[02]\.weight")
+_T5_TO_OFFICIAL = Dialect("transformers", "", {str(ours): path for path, ours in _T5_OFFICIAL.items()})
+_DTYPE_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint32: "U32",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is written. format: one of FORMATS; dtype: of all that is not quantised; bits: 4, 8, or 0 for none (mlx
+    only); group: columns that share a scale (mlx only)."""
+
+    format: str
+    dtype: torch.dtype = torch.bfloat16
+    bits: int = 0
+    group: int = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a file to write."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What becomes of one tensor of the source: `make` turns it into `pieces`."""
+
+    stored: str
+    pieces: tuple[Piece, ...]
+    make: Callable[[Tensor], tuple[Tensor, ...]]
+
+    @property
+    def is_quantised(self) -> bool:
+        return len(self.pieces) > 1
+
+
+# Planning
+
+
+def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
+    """Every tensor of a file. Nothing is read. Raises SwanError for what is no whole component of that kind."""
+    component = "dit" if part in ("dit", "high", "low") else part
+    if component != "vae":
+        if component_of(source) != component:
+            raise SwanError(f"{source.describe()}: does not hold the {part}")
+        plan_tensors(source, RECIPES["F32"])  # whole, and with no foreign tensors
+    planned = []
+    for ours, stored in official_names(source.keys(), component).items():
+        if isinstance(stored, Rows):
+            raise SwanError(f"{source.describe()}: {stored.name} holds several tensors and cannot be written")
+        official = _T5_TO_OFFICIAL.translate(ours, {})[0] if component == "t5" else ours
+        shape = source.info(stored).shape
+        try:
+            planned.append(_plan_tensor(stored, official, shape, component, form))
+        except ValueError as error:
+            raise SwanError(f"{source.describe()}: {stored}: {error}") from None
+    return planned
+
+
+def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], component: str, form: Form) -> Planned:
+    is_mlx = form.format == "mlx"
+    written = mlx_name(name, component) if is_mlx and component != "vae" else name
+    if len(shape) == 2 and _is_quantised(name, component, form):
+        plan = _plan_affine if is_mlx else _plan_channels
+        return plan(stored, written, (shape[0], shape[1]), form)
+    dtype = torch.float32 if component == "vae" else form.dtype
+    shape = to_mlx(torch.empty(shape, device="meta"), component, name).shape if is_mlx else shape
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        cast = (to_mlx(tensor, component, name) if is_mlx else tensor).to(dtype)
+        if not cast.isfinite().all():
+            whose = "it holds values that are not finite"
+            if tensor.float().isfinite().all():
+                whose = f"{str(dtype).removeprefix('torch.')} cannot hold its largest value"
+            raise ValueError(whose)
+        return (cast,)
+
+    return Planned(stored, (Piece(written, dtype, tuple(shape)),), make)
+
+
+def _is_quantised(name: str, component: str, form: Form) -> bool:
+    if form.format == "mlx":
+        return component == "dit" and form.bits > 0 and _MLX_QUANTISED.fullmatch(name) is not None
+    return component in _QUANTISED and _QUANTISED[component].fullmatch(name) is not None
+
+
+def _plan_channels(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
+    code_dtype = torch.int8 if form.format == "int8" else torch.float8_e4m3fn
+    scale = Piece(f"{name}_scale", torch.float32, (shape[0], 1))
+    pieces = (Piece(name, code_dtype, shape), scale)
+    return Planned(stored, pieces, lambda tensor: quantize_channels(tensor, form.format))
+
+
+def _plan_affine(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
+    rows, columns = shape
+    if columns % form.group:
+        sizes = "; take a smaller --group-size" if columns % 32 == 0 else ""
+        raise ValueError(f"rows of {columns} weights are no whole number of groups of {form.group}{sizes}")
+    path = name.removesuffix(".weight")
+    pieces = (
+        Piece(name, torch.uint32, (rows, columns * form.bits // 32)),
+        Piece(f"{path}.scales", form.dtype, (rows, columns // form.group)),
+        Piece(f"{path}.biases", form.dtype, (rows, columns // form.group)),
+    )
+    return Planned(stored, pieces, lambda tensor: quantize_affine(tensor, form.bits, form.group, form.dtype))
+
+
+def file_name(part: str, form: Form, source: Source) -> str:
+    """Where a part goes in the folder."""
+    if form.format == "mlx":
+        return MLX_FILES["model" if part == "dit" else part]
+    if part == "t5":
+        return f"models_t5_umt5-xxl-enc-{form.format}.safetensors"
+    return f"Wan{vae_version(source)}_VAE.safetensors" if part == "vae" else _OFFICIAL_FILES[part]
+
+
+def vae_version(source: Source) -> str:
+    """ "2.1" or "2.2": of the VAE in `source`, whose first kernel sees the pixels or, in 2.2, folds of four."""
+    stored = official_names(source.keys(), "vae").get("encoder.conv1.weight")
+    return "2.2" if stored is not None and source.info(str(stored)).shape[1] == 12 else "2.1"
+
+
+# Writing
+
+
+def export_folder(
+    parts: Mapping[str, Source],
+    output: Path,
+    form: Form,
+    *,
+    copies: Mapping[str, Path] | None = None,
+    config: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the folder `output` from `parts` ("dit", or "high" and "low"; "t5"; "vae").
+
+    copies: files and folders to copy, by their places in `output`. config: of config.json. replace: an `output` that
+    holds nothing else is replaced. on_progress: called with (bytes written, bytes in all). The folder appears whole or
+    not at all; in memory are one tensor and its codes. Returns a report: folder, bytes, format, files (name -> bytes),
+    tensors, quantized, seconds.
+
+    Raises SwanError where a source is not what can be written, holds values that are not finite, or the disk has no
+    room; UsageError where `output` exists.
+    """
+    started = time.perf_counter()
+    files = {file_name(part, form, source): (source, plan_part(source, part, form)) for part, source in parts.items()}
+    total = sum(one.size_bytes for _, plan in files.values() for entry in plan for one in entry.pieces)
+    _check_output(output, {*files, *(copies or ()), "config.json"}, replace)
+    free = shutil.disk_usage(output.parent).free
+    if total > free:
+        room = f"{output.parent} has {free / 1e9:.2f} GB free"
+        raise SwanError(f"{output} needs {total / 1e9:.2f} GB, and {room}")
+    done = 0
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        if on_progress:
+            on_progress(done, total)
+
+    with _appearing(output) as folder:
+        for name, (source, plan) in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("wb") as file:
+                _write_file(file, source, plan, form, advance)
+        for name, path in (copies or {}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(path, folder / name) if path.is_dir() else shutil.copyfile(path, folder / name)
+        if config:
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    sizes = {name: (output / name).stat().st_size for name in files}
+    plans = [entry for _, plan in files.values() for entry in plan]
+    return {
+        "folder": str(output),
+        "bytes": sum(sizes.values()),
+        "format": form.format,
+        "files": sizes,
+        "tensors": len(plans),
+        "quantized": sum(entry.is_quantised for entry in plans),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _write_file(
+    file: BinaryIO, source: Source, plan: list[Planned], form: Form, advance: Callable[[int], None]
+) -> None:
+    """A safetensors file; every tensor is written to its place as soon as it is made."""
+    # Larger elements first, so that every tensor lies at a multiple of its element size.
+    pieces = sorted((one for entry in plan for one in entry.pieces), key=lambda one: -one.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx" if form.format == "mlx" else "pt"}}
+    starts, end = {}, 0
+    for one in pieces:
+        starts[one.name], end = end, end + one.size_bytes
+        offsets = [starts[one.name], end]
+        header[one.name] = {"dtype": _DTYPE_CODES[one.dtype], "shape": one.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for entry in plan:
+        for one, tensor in zip(entry.pieces, _make(source, entry), strict=True):
+            if tuple(tensor.shape) != one.shape or tensor.dtype != one.dtype:
+                raise RuntimeError(f"{one.name} was planned as {one}, and is {tensor.dtype} {list(tensor.shape)}")
+            file.seek(8 + len(text) + starts[one.name])
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            advance(one.size_bytes)
+
+
+def _make(source: Source, entry: Planned) -> tuple[Tensor, ...]:
+    try:
+        return entry.make(source.read(entry.stored))
+    except OSError as error:
+        raise SwanError(f"{source.describe()}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise SwanError(f"{source.describe()}: tensor {entry.stored}: {error}") from None
+
+
+def _check_output(output: Path, written: set[str], replace: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output-dir: {output} is a file")
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if there and not replace:
+        raise UsageError(f"--output-dir: {output} is not empty; --overwrite replaces it")
+    # A folder is deleted only if all in it is what such a folder has.
+    if others := sorted(there - {Path(name).parts[0] for name in written}):
+        raise UsageError(f"--output-dir: {output} holds other things as well ({others[0]}): not replaced")
+
+
+@contextlib.contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place on success and is removed on any failure or Ctrl-C."""
+    token = secrets.token_hex(8)
+    temporary, old = (output.with_name(f".swan-{token}.{end}") for end in ("tmp", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        if output.exists():
+            os.replace(output, old)
+        try:
+            os.replace(temporary, output)
+        except OSError:
+            if old.exists():
+                os.replace(old, output)
+            raise
+    except OSError as error:
+        raise SwanError(f"cannot write {output}: {error.strerror or one_line(error)}") from error
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# The config
+
+
+def make_config(parts: Mapping[str, Source], form: Form, version: str) -> dict[str, Any]:
+    """The config.json of mlx-video, or of an official folder, for the transformer in `parts`; {} if there is none."""
+    transformer = next((parts[part] for part in ("dit", "high", "low") if part in parts), None)
+    if transformer is None:
+        return {}
+    config = infer_dit_config(transformer)
+    has_clip, is_dual = config.pop("clip"), "high" in parts
+    task = _task_like(config, has_clip, is_dual)
+    if task is not None:
+        config |= {"text_len": task.dit.text_len, "eps": task.dit.eps}
+    if form.format != "mlx":
+        return {"_class_name": "WanModel", **config}
+    stride = 16 if config["out_dim"] == 48 else 8
+    config |= {
+        "model_version": version,
+        "dual_model": is_dual,
+        "boundary": 0.0,
+        "vae_z_dim": config["out_dim"],
+        "vae_stride": [4, stride, stride],
+    }
+    if task is not None:
+        told = {"sample_shift": "shift", "sample_steps": "steps", "sample_guide_scale": "guide_scale"}
+        config |= {key: task.sampling[ours] for key, ours in (told | {"sample_fps": "fps"}).items()}
+        config["boundary"] = task.get("boundary", 0.0)
+    if form.bits:
+        config["quantization"] = {"group_size": form.group, "bits": form.bits}
+    return config
+
+
+def _task_like(config: Mapping[str, Any], has_clip: bool, is_dual: bool) -> Any | None:
+    """The task whose transformer has these shapes."""
+    for task in map(load_task, task_names()):
+        same = all(task.dit[key] == value for key, value in config.items() if key != "num_heads")
+        if same and ("clip" in task.files) == has_clip and ("experts" in task) == is_dual:
+            return task
+    return None

@@ -1,0 +1,331 @@
+"""LoRAs: small files of changes to a transformer, merged into its dense weights and put beside its packed ones.
+
+`open_lora` checks a file against a model by names and shapes; `set_loras` brings a loaded model from the LoRAs that it
+has to others, always from the checkpoint's own weights, so that nothing adds up and removal is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distributed.fsdp import own_rows
+from wan.errors import SwanError
+from wan.quant.linear import QuantLinear
+from wan.weights.assign import read_tensor
+from wan.weights.lora_file import AdapterConfig, Module, families, read_config, sort_keys
+from wan.weights.lora_formulas import Branch, Dense, Dora, dora_gain, fits_dora, product, product_branch, rank
+from wan.weights.names import Rows, official_names
+from wan.weights.source import Source, Span, open_source
+
+Shape = tuple[int, ...]
+ReadBase = Callable[["Span | None"], Tensor]  # a parameter as the checkpoint has it, or some of its rows; fp32
+_WIDTHS = {1536: "a 1.3B", 3072: "a 5B", 5120: "a 14B"}
+# Parts that stand alone -> the parameter of the module, and what they do to it. All others are factors of a product.
+_SINGLE = {
+    "diff": ("weight", "add"),
+    "diff_b": ("bias", "add"),
+    "diff_m": ("modulation", "add"),
+    "w_norm": ("weight", "add"),
+    "b_norm": ("bias", "add"),
+    "up_bias": ("bias", "add"),
+    "set": ("weight", "set"),
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What some tensors of a file do to one parameter.
+
+    kind: "product" (of factors), "add" (a tensor as it is) or "set" (the new value itself)
+    keys: part -> key; of "add" and "set" the one part is "value"
+    shape: of the parameter
+    scale: of what is added; alpha: key of a number that it is multiplied by
+    """
+
+    kind: str
+    source: Source
+    keys: Mapping[str, str]
+    shape: Shape
+    scale: float = 1.0
+    alpha: str | None = None
+
+    def held_shape(self) -> Shape:
+        """Of what the tensors make; by their headers. Raises KeyError, RuntimeError and such if they make nothing."""
+        shapes = {part: self.source.info(key).shape for part, key in self.keys.items()}
+        if self.kind != "product":
+            return shapes["value"]
+        return tuple(product({part: torch.empty(shape, device="meta") for part, shape in shapes.items()}).shape)
+
+    def delta(self, base: ReadBase, rows: Span | None, device: torch.device) -> Tensor:
+        """What strength 1 adds to the parameter, or to some of its rows; fp32."""
+        if self.kind != "product":
+            value = _cut(_fitted(self._read("value", device), self.shape), rows)
+            return value - base(rows) if self.kind == "set" else value * self._scale()
+        if "dora" not in self.keys:
+            return self._product(rows, device)
+        magnitude = self._read("dora", device)
+        by_row = magnitude.shape[0] == self.shape[0]
+        span = rows if by_row else None  # the norm of a column needs all rows
+        weight = base(span)
+        changed = self._product(span, device).add_(weight)
+        changed.mul_(dora_gain(changed, _cut(magnitude, span))).sub_(weight)
+        return changed if by_row else _cut(changed, rows)
+
+    def branch(self, base: ReadBase, strength: float, device: torch.device) -> Branch:
+        """The same for a matrix that stays packed: what its layer adds to its output."""
+        if self.kind != "product":
+            return Dense(self.delta(base, None, device) * strength)
+        parts = {part: self._read(part, device) for part in self.keys}
+        if "dora" not in self.keys:
+            return product_branch(parts, self._scale() * strength)
+        changed = self._product(None, device).add_(base(None))
+        return Dora(product_branch(parts, self._scale()), dora_gain(changed, parts["dora"]), strength)
+
+    def _product(self, rows: Span | None, device: torch.device) -> Tensor:
+        if self.keys.keys() - {"dora"} == {"up", "down"}:  # by far the most frequent: only the rows that are needed
+            up, down = self._read("up", device, rows), self._read("down", device)
+            shape = (len(up), *self.shape[1:])
+            return _fitted(product({"up": up, "down": down}), shape).mul_(self._scale())
+        whole = product({part: self._read(part, device) for part in self.keys})
+        return _cut(_fitted(whole, self.shape), rows).mul_(self._scale())
+
+    def _scale(self) -> float:
+        return self.scale * (self.source.read(self.alpha).item() if self.alpha else 1)
+
+    def _read(self, part: str, device: torch.device, rows: Span | None = None) -> Tensor:
+        return self.source.read(self.keys[part], rows).to(device, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA file that fits a model.
+
+    updates: parameter, by its official name -> what changes it; notes: lines to show
+    """
+
+    path: str
+    updates: Mapping[str, tuple[Update, ...]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> dict[str, Shape]:
+        """The parameters that it changes, with their shapes."""
+        return {name: updates[0].shape for name, updates in self.updates.items()}
+
+    def delta(self, name: str, base: ReadBase, rows: Span | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """What strength 1 adds to parameter `name`, or to some of its rows: fp32 on `device`.
+
+        base: reads the parameter (or rows of it) without any LoRA, fp32 on that device; only called for DoRA and
+        `set_weight`, which depend on it.
+        """
+        first, *others = (update.delta(base, rows, torch.device(device)) for update in self.updates[name])
+        return sum(others, first)
+
+
+def open_lora(path: str | PathLike, shapes: Mapping[str, Shape]) -> Lora:
+    """Open a LoRA for a model of parameters `shapes` (see `weight_shapes`): headers only, nothing is computed.
+
+    Raises SwanError, one line, for a file that is no LoRA, of which nothing fits, or whose shapes are another model's.
+    """
+    source = open_source(path)
+    config = read_config(source)
+    modules, unmatched = sort_keys(source, shapes)
+    updates: dict[str, list[Update]] = {}
+    wrong: list[str] = []
+    for name, module in modules.items():
+        if problem := _misses_reshape(source, name, module, shapes):
+            wrong.append(problem)
+        for parameter, update in _updates(source, name, module, shapes, config):
+            if parameter not in shapes or _has_more_channels(update):
+                unmatched += update.keys.values()
+            elif problem := _problem(update):
+                wrong.append(f"{parameter} {problem}")
+            else:
+                updates.setdefault(parameter, []).append(update)
+    where, unused = source.describe(), f"{len(unmatched)} of {len(source.keys())} keys"
+    if wrong:
+        raise SwanError(f"{where}: a LoRA that does not fit this model: {_some(wrong)} ({len(wrong)} in all)")
+    if not updates:
+        raise SwanError(f"{where}: a LoRA of which nothing fits this model ({unused} are foreign: {_some(unmatched)})")
+    note = f"warning: {where}: {unused} are not used: {families(unmatched, shapes)}"
+    return Lora(str(path), {name: tuple(found) for name, found in updates.items()}, (note,) if unmatched else ())
+
+
+def weight_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Official name -> shape of every parameter of `model`; of a packed one that of the matrix it stands for."""
+    shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            del shapes[f"{path}.blocks"]
+            shapes[f"{path}.weight"] = tuple(layer.shape)
+    return shapes
+
+
+@torch.inference_mode(False)  # branches may take part in autograd
+@torch.no_grad()
+def set_loras(model: nn.Module, source: Source, loras: Iterable[tuple[Lora, float]]) -> None:
+    """Give a transformer that was loaded from `source` exactly these (LoRA, strength), whatever it had before.
+
+    A dense parameter becomes round(base + sum of strength * delta), computed in fp32 from the checkpoint's own value;
+    one that no LoRA changes any more is read again, so that it has the bits it was loaded with. Packed layers get side
+    branches. Parameters whose LoRAs and strengths stay are left alone. Beside the model, one parameter and its delta
+    are in memory, in fp32; where ranks share weights out, the own rows of it.
+    """
+    wanted: dict[str, tuple[tuple[Lora, float], ...]] = {}
+    for lora, strength in loras:
+        for name in lora.updates if strength else ():
+            wanted[name] = (*wanted.get(name, ()), (lora, strength))
+    had = model.__dict__.setdefault("loras", {})  # parameter -> what it holds; true whenever this stops
+    stored = official_names(source.keys(), "dit")
+    for name in sorted(had.keys() | wanted.keys()):
+        now = wanted.get(name, ())
+        if had.get(name, ()) == now:
+            continue
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if leaf == "weight" and isinstance(layer, QuantLinear):
+            branches = _branches(layer, name, source, stored[name], now)
+            layer.branches = nn.ModuleList(branch.to(model.dtype) for branch in branches)
+        else:
+            _merge(getattr(layer, leaf), name, source, stored[name], now)
+        had[name] = now
+        if not now:
+            del had[name]
+
+
+def _merge(
+    parameter: nn.Parameter, name: str, source: Source, stored: str | Rows, loras: Iterable[tuple[Lora, float]]
+) -> None:
+    """Write the parameter anew, or the rows of it that this rank keeps."""
+    rows = own_rows(parameter) if hasattr(parameter, "device_mesh") else None
+    kept = parameter if rows is None else parameter.detach().to_local()
+    if rows and rows[0] == rows[1]:
+        return
+
+    def base(rows: Span | None) -> Tensor:
+        return read_tensor(source, stored, tuple(parameter.shape), rows, torch.float32).to(kept.device, torch.float32)
+
+    if loras:
+        value = base(rows)
+        for lora, strength in loras:
+            delta = lora.delta(name, base, rows, kept.device)
+            if delta.any():  # adding 0 would make 0 of -0
+                value.add_(delta, alpha=strength)
+    else:
+        value = read_tensor(source, stored, tuple(parameter.shape), rows, parameter.dtype)
+    with torch.inference_mode():  # which the parameter may have been made in
+        kept.copy_(value)
+
+
+def _branches(
+    layer: QuantLinear, name: str, source: Source, stored: str | Rows, loras: Iterable[tuple[Lora, float]]
+) -> Iterator[Branch]:
+    device = layer.blocks.device
+
+    def base(rows: Span | None) -> Tensor:
+        return read_tensor(source, stored, tuple(layer.shape), rows, torch.float32).to(device, torch.float32)
+
+    for lora, strength in loras:
+        for update in lora.updates[name]:
+            yield update.branch(base, strength, device)
+
+
+def _updates(
+    source: Source, path: str, module: Module, shapes: Mapping[str, Shape], config: AdapterConfig
+) -> Iterator[tuple[str, Update]]:
+    """(parameter, what the tensors of one module do to it); not all of them need be parameters of the model."""
+    factors = {part: key for part, key in module.keys.items() if part not in (*_SINGLE, "reshape", "alpha")}
+    found = [("weight", "product", factors, True)] if factors else []
+    for part, (leaf, kind) in _SINGLE.items():
+        if part in module.keys:
+            found.append((leaf, kind, {"value": module.keys[part]}, part == "up_bias"))
+    divisor = rank({part: source.info(key).shape for part, key in factors.items()})
+    scaling = {}
+    if divisor and "alpha" in module.keys:
+        scaling = {"scale": 1 / divisor, "alpha": module.keys["alpha"]}
+    elif divisor:
+        scaling = {"scale": config.scale(module.stem, divisor)}
+    for leaf, kind, keys, is_scaled in found:
+        name = path if path in shapes else f"{path}.{leaf}"
+        yield name, Update(kind, source, keys, shapes.get(name, ()), **(scaling if is_scaled else {}))
+
+
+def _problem(update: Update) -> str:
+    """Why the tensors do not fit the parameter; "" if they do."""
+    infos = {part: update.source.info(key) for part, key in update.keys.items()}
+    if odd := [info.dtype for info in infos.values() if not info.dtype.is_floating_point]:
+        return f"is {str(odd[0]).removeprefix('torch.')}, not a float"
+    if update.alpha and math.prod(update.source.info(update.alpha).shape) != 1:
+        return f"has an alpha of shape {list(update.source.info(update.alpha).shape)}"
+    if sum(any(part.startswith(one) for part in infos) for one in ("up", "lokr", "hada")) > 1:
+        return f"has factors of two kinds: {', '.join(infos)}"
+    try:
+        held = update.held_shape()
+    except KeyError as error:
+        return f"is incomplete (no {error.args[0]})"
+    except (RuntimeError, IndexError, ValueError):
+        factors = ", ".join(f"{part} {list(info.shape)}" for part, info in infos.items())
+        return f"has factors that do not go together: {factors}"
+    if not _fits(held, update.shape):
+        widths = [_WIDTHS.get(shape[0]) if shape else None for shape in (held, update.shape)]
+        is_told = all(widths) and widths[0] != widths[1]
+        hint = f" (it was made for {widths[0]} model, this is {widths[1]} model)" if is_told else ""
+        return f"{list(held)} for {list(update.shape)}{hint}"
+    if "dora" in infos and not fits_dora(infos["dora"].shape, update.shape):
+        return f"has a magnitude of {list(infos['dora'].shape)} for {list(update.shape)}"
+    return ""
+
+
+def _misses_reshape(source: Source, path: str, module: Module, shapes: Mapping[str, Shape]) -> str:
+    """What is wrong where the weight should first be padded to another shape, which this model's layers cannot be."""
+    if "reshape" not in module.keys or f"{path}.weight" not in shapes:
+        return ""
+    asked = source.read(module.keys["reshape"]).flatten().tolist()
+    has = list(shapes[f"{path}.weight"])
+    return "" if asked == has else f"{path}.weight is to be reshaped to {asked}, from {has}"
+
+
+def _fits(held: Shape, shape: Shape) -> bool:
+    """Equal up to axes of size 1; a convolution's may be folded, and may lack the last of its input channels."""
+    if [size for size in held if size != 1] == [size for size in shape if size != 1]:
+        return True
+    if len(shape) != 5 or not held or held[0] != shape[0]:
+        return False
+    return math.prod(held) == math.prod(shape) or (_but_channels(held) == _but_channels(shape) and held[1] < shape[1])
+
+
+def _fitted(tensor: Tensor, shape: Shape) -> Tensor:
+    """In the shape that it fits. The channels a convolution lacks, which are those of conditions, get zeros."""
+    if tensor.numel() == math.prod(shape):
+        return tensor.reshape(shape)
+    return F.pad(tensor, (*[0, 0] * (len(shape) - 2), 0, shape[1] - tensor.shape[1]))
+
+
+def _has_more_channels(update: Update) -> bool:
+    """Whether it belongs to a patch embedding with further input channels: conditions that this model does not take."""
+    if len(update.shape) != 5 or _problem(update) == "":
+        return False
+    try:
+        held = update.held_shape()
+    except (KeyError, RuntimeError, IndexError, ValueError):
+        return False
+    return _but_channels(held) == _but_channels(update.shape) and held[1] > update.shape[1]
+
+
+def _but_channels(shape: Shape) -> Shape:
+    return (*shape[:1], *shape[2:])
+
+
+def _cut(tensor: Tensor, rows: Span | None) -> Tensor:
+    return tensor if rows is None else tensor[slice(*rows)]
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
