@@ -88,7 +88,8 @@ def _prepare(
     if isinstance(old, nn.Parameter):
         if old.is_floating_point():
             target = torch.float32 if keeps_fp32 else dtype or tensor_info(source, stored).dtype
-        empty = nn.Parameter(torch.empty_like(old, dtype=target, device="meta"), requires_grad=False)
+        # Not by empty_like, which on the meta device imports sympy: a third of a second.
+        empty = nn.Parameter(torch.empty(old.shape, dtype=target, device="meta"), requires_grad=False)
         for alias in aliases:
             _set(model, alias, empty)
     return _Slot(aliases, stored, target, packed=False)
