@@ -1,7 +1,7 @@
 """The processes of a job, their beginning and their end. Knows nothing of Wan; imports torch in `start`.
 
 They are started by torchrun, or by anything that sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT, such as srun. The first error of any rank ends all, in bounded time, and one rank says why in one line:
+MASTER_PORT. The first error of any rank ends all, in bounded time, and one rank says why in one line:
 see `watchdog.py`.
 """
 

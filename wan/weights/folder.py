@@ -38,7 +38,7 @@ from wan.weights.export import component_of, plan_tensors
 from wan.weights.infer import infer_dit_config
 from wan.weights.locate import MLX_FILES
 from wan.weights.mlx import mlx_name, to_mlx
-from wan.weights.names import _T5_OFFICIAL, Dialect, Rows, official_names
+from wan.weights.names import Rows, official_names, official_t5_name
 from wan.weights.recipes import RECIPES
 from wan.weights.source import Source
 
@@ -56,7 +56,6 @@ _QUANTISED = {
     "t5": re.compile(r"blocks\.\d+\.(?:attn\.[qkvo]|ffn\.(?:gate\.0|fc1|fc2))\.weight"),
 }
 _MLX_QUANTISED = re.compile(_ATTENTION + r"|(?:vace_)?blocks\.\d+\.ffn\.[02]\.weight")
-_T5_TO_OFFICIAL = Dialect("transformers", "", {str(ours): path for path, ours in _T5_OFFICIAL.items()})
 _DTYPE_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -118,7 +117,7 @@ def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
     for ours, stored in official_names(source.keys(), component).items():
         if isinstance(stored, Rows):
             raise SwanError(f"{source.describe()}: {stored.name} holds several tensors and cannot be written")
-        official = _T5_TO_OFFICIAL.translate(ours, {})[0] if component == "t5" else ours
+        official = official_t5_name(ours) if component == "t5" else ours
         shape = source.info(stored).shape
         try:
             planned.append(_plan_tensor(stored, official, shape, component, form))

@@ -221,6 +221,7 @@ _NATIVE = {
 }
 
 _DIT_TO_DIFFUSERS = Dialect("diffusers", "", {str(ours): path for path, ours in _DIT_DIFFUSERS.items()})
+_T5_TO_OFFICIAL = Dialect("transformers", "", {str(ours): path for path, ours in _T5_OFFICIAL.items()})
 _T5_TO_GGUF = Dialect("transformers", "", {str(ours): path for path, ours in _T5_GGUF.items()})
 
 # A single file for ComfyUI may hold every component, each under its prefix.
@@ -269,6 +270,11 @@ def diffusers_dit_name(our_path: str) -> str:
     A path that no rule knows stays as it is.
     """
     return _DIT_TO_DIFFUSERS.translate(our_path, {})[0]
+
+
+def official_t5_name(our_name: str) -> str:
+    """What the official file calls a tensor of the T5 encoder: `token_embedding.weight` for `shared.weight`."""
+    return _T5_TO_OFFICIAL.translate(our_name, {})[0]
 
 
 def gguf_t5_name(our_name: str) -> str:
