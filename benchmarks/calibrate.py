@@ -36,7 +36,8 @@ from cache.coefficients import read_coefficients, write_coefficients
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
 from wan.pipeline import WanPipeline
-from wan.request import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS, Request, build_request, check_device
+from wan.request import Request, build_request, check_device
+from wan.request.options import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS
 from wan.tasks import load_task
 
 SIGNALS = ("embedding", "projection")

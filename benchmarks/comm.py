@@ -46,10 +46,10 @@ from distributed.parallel import Parallel
 from wan.command import Parser, run_command
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
-from wan.memory import forward_flops
 from wan.models import rope
 from wan.models.attention import BackEnd
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.plan import forward_flops
 from wan.tasks import load_task
 
 PARTS = ("linear", "self_attention", "cross_attention")

@@ -26,18 +26,8 @@ from distributed.launch import World
 from wan import __version__, media
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
-from wan.request import (
-    DEFAULT_TASK,
-    DTYPE_NAMES,
-    GGUF_FLAGS,
-    OPTIONS,
-    SOLVER_NAMES,
-    VAE_DTYPE_NAMES,
-    Request,
-    build_request,
-    check_device,
-    replay_options,
-)
+from wan.request import Request, build_request, check_device, replay_options
+from wan.request.options import DEFAULT_TASK, DTYPE_NAMES, GGUF_FLAGS, OPTIONS, SOLVER_NAMES, VAE_DTYPE_NAMES
 from wan.tasks import load_task, preset_names, task_names
 
 if TYPE_CHECKING:
@@ -136,12 +126,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vae_dtype", metavar="NAME", help=f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32")
     add("--attention", metavar="NAME", help="attention back end; default sdpa")
     add(
+        "--offload",
+        metavar="NAME",
+        help="none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
+        " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
+    )
+    add(
         "--offload_model",
         metavar="BOOL",
         type=_boolean,
-        help="release each model after its stage; default true, with several processes false",
+        help="true: --offload auto; false: --offload none; default true, with several processes false",
     )
+    add("--resident_blocks", metavar="N", help="blocks that stay on the device with block and phase; default auto")
+    add("--vae_offload", metavar="BOOL", type=_boolean, help="release the VAE after use; default: as the other models")
     add("--t5_cpu", action="store_true", default=None, help="run the text encoder on the CPU")
+    add("--vram_gb", metavar="X", help="the most GPU memory to use, in GB; default: what is free")
+    add("--ram_gb", metavar="X", help="the most memory of the machine to use, in GB; default: what is free")
     add("--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; default 0: whole frames")
 
     add = parser.add_argument_group("several processes, started by torchrun").add_argument
@@ -191,7 +191,7 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
         for warning in request.warnings:
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
-        return _dry_run(request, spec, args.json) if world.rank == 0 else 0
+        return _dry_run(request, spec, args.json, world.local_size) if world.rank == 0 else 0
     if not quiet:
         print(f"{request.task}, seed {request.seed}", file=sys.stderr)
     report = run(request, spec, quiet=quiet, world=world)
@@ -200,10 +200,10 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     return 0
 
 
-def _dry_run(request: Request, spec: EasyDict, as_json: bool) -> int:
-    from wan.memory import format_plan, make_plan, missing_files
+def _dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -> int:
+    from wan.plan import format_plan, look, make_plan, missing_files
 
-    plan = make_plan(request, spec)
+    plan = make_plan(request, spec, look(request, local_size))
     print(json.dumps(plan) if as_json else format_plan(plan), flush=True)
     if missing := missing_files(plan):
         raise SwanError(f"missing: {', '.join(missing)}")
@@ -256,6 +256,7 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World |
         cached = {"cache": pipe.cache.telemetry.report()}
         _report_cache(request, pipe.cache, quiet)
     ended = time.perf_counter()
+    packed = pipe.placement.packed
     seconds = dict(result.seconds) | {"save": ended - saving, "total": ended - started}
     frames, height, width, _ = result.frames.shape
     return {
@@ -266,7 +267,8 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World |
         "fps": request.fps,
         "steps": request.steps,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        **({"gguf_mode": modes} if (modes := {name: mode for name, mode in pipe.gguf_modes.items() if mode}) else {}),
+        "offload": pipe.placement.offload,
+        **({"gguf_mode": modes} if (modes := {name: mode for name, mode in packed.items() if mode}) else {}),
         **cached,
         **({"grid": request.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
         **peaks[0],
@@ -308,11 +310,15 @@ def _peak_memory() -> dict[str, int]:
     import torch
 
     peak = {}
-    with contextlib.suppress(ImportError):  # Windows has no resource module
-        import resource
+    try:  # Linux; its ru_maxrss would count what the parent process held when it started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak["peak_memory_bytes"] = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        with contextlib.suppress(ImportError):  # Windows has no resource module
+            import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
     return peak

@@ -1,40 +1,141 @@
-"""Which network of a task runs at a step, and which ones are in memory."""
+"""Which network of a task runs at a step, which ones are in memory, and how they come there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor
+
+from wan.models.dit import WanModel
+from wan.models.encoders import Shard
+from wan.offload import Resident, Streamed, is_streamed, make_device, streamed_modules
+from wan.weights.assign import ModelWeights
+from wan.weights.lora import Lora, read_with_loras, set_loras
+from wan.weights.source import Source
 
 _PIECE_BYTES = 512 << 10  # the kernel reads no more than some MB for each request
+CPU = torch.device("cpu")
 
 
 class Experts:
     """The networks of a task by name ("model", or "high" and "low"), each loaded when it is first asked for.
 
-    `keep_all` False: asking for one lets go of the other first, so that two experts never share the memory.
+    load(name, device): reads one. device(): where they compute. `keep_all` False: asking for one lets go of the other
+    first, so that two experts never share the memory.
     """
 
-    def __init__(self, load: Callable[[str], nn.Module], keep_all: bool):
-        self._load, self._keep_all = load, keep_all
-        self._models: dict[str, nn.Module] = {}
+    def __init__(
+        self, load: Callable[[str, torch.device], WanModel], device: Callable[[], torch.device], keep_all: bool
+    ):
+        self._load, self._device, self._keep_all = load, device, keep_all
+        self._models: dict[str, WanModel] = {}
+        self._coming: dict[str, Future[WanModel]] = {}
+        self._seconds: dict[str, float] = {}
+        self._waited_before = 0.0  # for blocks of experts that were let go
 
-    def __getitem__(self, name: str) -> nn.Module:
+    def __getitem__(self, name: str) -> WanModel:
         if name not in self._models:
+            started = time.perf_counter()
+            coming = self._coming.pop(name, None)
             if not self._keep_all:
-                self._models.clear()
-            self._models[name] = self._load(name)
+                self.release()
+            device = self._device()
+            self._models[name] = coming.result().to(device) if coming else self._load(name, device)
+            self._seconds[name] = time.perf_counter() - started
         return self._models[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._models
 
+    def prepare(self, name: str) -> None:
+        """Load one into RAM, in the background; it is moved to the device when it is asked for."""
+        if name in self._models or name in self._coming:
+            return
+        self._coming[name] = future = Future()
+
+        def load() -> None:
+            try:
+                future.set_result(self._load(name, CPU))
+            except BaseException as error:  # told to whoever asks for it
+                future.set_exception(error)
+
+        threading.Thread(target=load, name=f"expert {name}", daemon=True).start()  # no exit waits for it
+
+    def forget_prepared(self) -> None:
+        """What is being loaded ahead is not used any more."""
+        self._coming.clear()
+
     def release(self) -> None:
+        """Let go of all of them."""
+        self.forget_prepared()
+        self._waited_before = self._waited()
+        for offload in self._offloads():
+            offload.close()
         self._models.clear()
+
+    def take_seconds(self) -> dict[str, float]:
+        """What was waited for since the last such call: to "load" the first expert, to "swap" it for the other, and, by
+        the host, for streamed blocks ("wait_for_blocks")."""
+        first, *others = [*self._seconds.values(), 0.0]
+        taken = {"load": first, "swap": sum(others), "wait_for_blocks": self._waited()}
+        self._seconds, self._waited_before = {}, 0.0
+        for offload in self._offloads():
+            offload.waited_seconds = 0.0
+        return {what: seconds for what, seconds in taken.items() if seconds}
+
+    def _waited(self) -> float:
+        return self._waited_before + sum(offload.waited_seconds for offload in self._offloads())
+
+    def _offloads(self) -> list[Resident]:
+        return [getattr(model, "offload", Resident()) for model in self._models.values()]  # a caller's may have none
+
+
+def load_expert(
+    model: WanModel,
+    source: Source,
+    *,
+    device: torch.device,
+    compute_device: torch.device,
+    dtype: torch.dtype,
+    packed: bool,
+    loras: Sequence[tuple[Lora, float]] = (),
+    shard: Shard | None = None,
+    granularity: str | None = None,
+    resident_blocks: Collection[int] = (),
+    blocks_from: str = "ram",
+) -> WanModel:
+    """Fill a transformer that was built on the meta device. packed: quantised weights stay so.
+
+    granularity: "block" or "phase" to stream the blocks to `device`, see `wan.offload`, from "ram" or "disk", but for
+    those of the indices `resident_blocks`. compute_device: where LoRAs are merged.
+    """
+    share = shard and (lambda model: shard(model, model.blocks))
+    weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)
+    units = streamed_modules(model.blocks, granularity, resident_blocks) if granularity else []
+    prefixes = tuple(f"{path}." for path, _ in units)
+    at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
+
+    def place(name: str) -> torch.device:
+        travels = name.startswith(prefixes) and is_streamed(name, model.get_parameter(name))
+        return at_rest if travels else device
+
+    weights.fill(place if units else device)
+    set_loras(model, source, loras, compute_device)
+    if units:
+
+        def read(name: str, out: Tensor) -> None:
+            changed = read_with_loras(model, name, source, weights.stored(name), compute_device)
+            weights.read(name, out) if changed is None else out.copy_(changed)
+
+        model.offload = Streamed(units, make_device(device), read)
+    return model
 
 
 def read_ahead(paths: Sequence[Path]) -> threading.Thread:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,15 +26,16 @@ from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise
-from wan.experts import Experts, read_ahead
+from wan.experts import Experts, load_expert, read_ahead
 from wan.media import read_image
-from wan.memory import available_bytes
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
-from wan.quant.scratch import free_scratch
-from wan.request import LoraChoice, Request, check_loras
+from wan.plan import Placement, free_ram, look_with_torch, make_plan, resident_indices, start_lines
+from wan.quant.scratch import free_scratch, return_freed_memory
+from wan.request import Request, check_loras
+from wan.request.options import LoraChoice
 from wan.solvers import make_solver
 from wan.weights.assign import check_weights, load_weights
 from wan.weights.infer import check_dit, check_encoder
@@ -46,13 +45,16 @@ from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-RESIDENT_MARGIN = 1.25  # free memory over that of the dequantised weights: activations, and one packed tensor
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 
 
 @dataclass(frozen=True)
 class Result:
-    """`frames` uint8 [T, H, W, 3]; `latents` fp32 [z, T', h, w]; `seconds` by stage."""
+    """`frames` uint8 [T, H, W, 3]; `latents` fp32 [z, T', h, w]; `seconds` by stage.
+
+    Within "denoise" lie "load" (of the first expert), "swap" (waiting for the second) and "wait_for_blocks" (the host,
+    for blocks that are streamed), where there were such.
+    """
 
     frames: np.ndarray
     latents: Tensor
@@ -73,14 +75,14 @@ class WanPipeline:
         self.dit_fsdp, self.t5_fsdp = request.dit_fsdp, request.t5_fsdp
         self.device = torch.device(request.device)
         self.dtype, self.vae_dtype = DTYPES[request.dtype], DTYPES[request.vae_dtype]
-        self.text_device = torch.device("cpu") if request.t5_cpu else self.device
-        self.attention, self.offload = request.attention, request.offload_model
-        self.notes: list[str] = []
+        self.attention = request.attention
+        self.plan = self._make_plan(request)
+        self.placement = Placement(**self.plan["placement"])
+        self.notes: list[str] = start_lines(self.plan)
         self.loras = self._open_loras(request.loras)  # by expert
-        self.gguf_modes = self._choose_gguf_modes(request.gguf_mode)
         self.latents: Tensor | None = None
         self.cache: NoCache = NO_CACHE
-        self.experts = Experts(self._load_expert, keep_all=not self.offload)
+        self.experts = Experts(self._load_expert, lambda: self.device, keep_all=self.placement.offload == "none")
         self._loaded: weakref.WeakValueDictionary[str, WanModel] = weakref.WeakValueDictionary()  # experts
         self._models: dict[str, Any] = {}
         self._meshes: dict[str, DeviceMesh] = {}
@@ -120,9 +122,11 @@ class WanPipeline:
         self.loras = self._open_loras(
             check_loras(self.spec, {"lora": lora, "lora_high": lora_high, "lora_low": lora_low})
         )
+        self.experts.forget_prepared()
         try:
             for name, model in self._loaded.items():
-                set_loras(model, open_source(self.files.dit[name]), self.loras[name])
+                set_loras(model, open_source(self.files.dit[name]), self.loras[name], self.device)
+                model.offload.forget()
         except BaseException:
             self.experts.release()  # some have them, others not: they will be loaded anew
             raise
@@ -134,9 +138,11 @@ class WanPipeline:
         with _timed("encode", seconds, report):
             texts = self._encode_texts(request)
             condition, clip_fea = self._encode_images(request)
+        self.experts.take_seconds()
         with _timed("denoise", seconds, report, request.steps):
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
+        seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report):
             frames = self._decode(latents, request.vae_tile_px)[request.trim_first_frames :]
         return Result(frames, self.latents, seconds)
@@ -150,7 +156,9 @@ class WanPipeline:
 
         def encode() -> list[Tensor]:
             with self._model("t5") as encoder:
-                return [row.to(self.device) for row in encoder(list(texts.values()))]
+                rows = [row.to(self.device) for row in encoder(list(texts.values()))]
+                del encoder  # or its memory could not be given back on leaving
+            return rows
 
         # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
         embeddings = encode() if self.t5_fsdp else self.parallel.once(encode, self.device)
@@ -226,18 +234,22 @@ class WanPipeline:
         if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
-        if self.offload:
+        if self.placement.offload != "none":
             self.experts.release()
             _empty_cache()
         return latents
 
     def _read_ahead(self, running: str) -> None:
-        """The files of the expert whose turn comes later, while this one computes, if free memory can hold them."""
+        """The expert whose turn comes later, while this one computes: into RAM, or into the system's cache of files, if
+        free memory can hold it."""
         for name, paths in self.files.dit.items():
+            if name == running or name in self.experts:
+                continue
             files = open_source(paths).paths
-            if name != running and name not in self.experts:
-                if sum(path.stat().st_size for path in files) <= available_bytes(torch.device("cpu")):
-                    read_ahead(files)
+            if self.placement.next_expert == "ram":
+                self.experts.prepare(name)
+            elif sum(path.stat().st_size for path in files) <= free_ram():
+                read_ahead(files)
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae:
@@ -256,21 +268,24 @@ class WanPipeline:
         try:
             yield self._models[name]
         finally:
-            if self.offload:
+            if name in self.placement.released:
                 self._models.pop(name)
                 if name in ("t5", "clip"):
                     gc.collect()  # transformers' models hold themselves in a cycle
                 _empty_cache()
 
     def _load_t5(self):
+        where = self.placement.text
+        device = self.device if where == "device" else torch.device("cpu")
         return load_text_encoder(
             open_source(self.files.t5),
             self.files.tokenizer,
             text_len=self.spec.dit.text_len,
-            device=self.text_device,
+            device=device,
             dtype=self.dtype,
-            stream=self.gguf_modes["t5"] == "stream",
-            shard=self._shard(self.text_device) if self.t5_fsdp else None,
+            stream=self.placement.packed["t5"] == "stream",
+            shard=self._shard(device) if self.t5_fsdp else None,
+            stream_to=self.device if where == "stream" else None,
         )
 
     def _load_clip(self):
@@ -281,22 +296,24 @@ class WanPipeline:
             _empty_vae(self.spec), open_source(self.files.vae), "vae", device=self.device, dtype=self.vae_dtype
         )
 
-    def _load_expert(self, name: str) -> WanModel:
+    def _load_expert(self, name: str, device: torch.device) -> WanModel:
         _empty_cache()
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
-        shard = self._shard(self.device) if self.dit_fsdp else None
-        source = open_source(self.files.dit[name])
-        load_weights(
+        offload = self.placement.offload
+        load_expert(
             model,
-            source,
-            "dit",
-            device=self.device,
+            open_source(self.files.dit[name]),
+            device=device,
+            compute_device=self.device,
             dtype=self.dtype,
-            stream=self.gguf_modes[name] == "stream",
-            shard=shard and (lambda model: shard(model, model.blocks)),
+            packed=self.placement.packed[name] == "stream",
+            loras=self.loras[name],
+            shard=self._shard(self.device) if self.dit_fsdp else None,
+            granularity=offload if offload in ("block", "phase") else None,
+            resident_blocks=resident_indices(len(model.blocks), self.placement.resident_blocks),
+            blocks_from=self.placement.blocks_from,
         )
-        set_loras(model, source, self.loras[name])
         self._loaded[name] = model
         return model
 
@@ -319,28 +336,10 @@ class WanPipeline:
             self._meshes[device.type] = weight_mesh(device.type, self.parallel.local_size)
         return lambda model, blocks: shard_model(model, blocks, self._meshes[device.type])
 
-    def _choose_gguf_modes(self, asked: str) -> dict[str, str]:
-        """Component -> "resident" or "stream" for quantised weights, "" for others. `notes` say what "auto" became."""
-        modes: dict[str, str] = {}
-        held: Counter[torch.device] = Counter()  # by the models that stay, without offloading
-        for name, paths in {"t5": self.files.t5, **self.files.dit}.items():
-            source, device = open_source(paths), self.text_device if name == "t5" else self.device
-            is_shared = self.t5_fsdp if name == "t5" else self.dit_fsdp
-            dense = sum(math.prod(source.info(key).shape) for key in source.keys()) * self.dtype.itemsize
-            dense //= self.parallel.world.size if is_shared else 1
-            modes[name] = asked if source.is_quantized() else ""
-            if modes[name] == "auto":
-                free = available_bytes(device) // (self.parallel.local_size if device.type == "cpu" else 1)
-                free = min(self.parallel.gather_objects(free)) - held[device]  # all ranks choose the same
-                modes[name] = "resident" if RESIDENT_MARGIN * dense <= free else "stream"
-                self.notes.append(
-                    f"{source.describe()}: {DTYPE_NAMES[self.dtype]} weights would take {dense / 1e9:.1f} GB of"
-                    f" {free / 1e9:.1f} GB free, so gguf_mode is {modes[name]}"
-                )
-            if not self.offload:
-                stored = sum(path.stat().st_size for path in source.paths)
-                held[device] += stored if modes[name] == "stream" else dense
-        return modes
+    def _make_plan(self, request: Request) -> dict[str, Any]:
+        """What lies where. All ranks plan for the one that has the least memory."""
+        machines = self.parallel.gather_objects(look_with_torch(self.device, request, self.parallel.local_size))
+        return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 
 
 def _empty_vae(spec: Any) -> WanVAE:
@@ -361,5 +360,6 @@ def _timed(stage: str, seconds: dict[str, float], report: Progress, total: int =
 
 def _empty_cache() -> None:
     free_scratch()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

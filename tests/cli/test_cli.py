@@ -24,7 +24,7 @@ class StandIn:
 
     fail = None  # raised after denoising
     early = None  # raised before
-    notes, gguf_modes = (), {}
+    notes, placement = (), types.SimpleNamespace(offload="none", packed={})
 
     @classmethod
     def from_request(cls, request, spec, parallel):

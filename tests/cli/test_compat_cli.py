@@ -69,7 +69,7 @@ def test_defaults(run, tmp_path, monkeypatch):
     settings = read_settings(tmp_path / "output_gguf.mp4")
     assert code == 0 and report["seed"] == 42 and report["frames"] == 17
     assert settings["sample_guide_scale"] == 7.5 and settings["negative_prompt"] == "" and settings["dtype"] == "fp32"
-    assert settings["sample_solver"] == "unipc" and settings["offload_model"] is True
+    assert settings["sample_solver"] == "unipc" and report["offload"] == "model"
 
 
 def test_flags_act(run, tmp_path):
@@ -89,7 +89,7 @@ def test_flags_act(run, tmp_path):
     code, report, err = run(**{"no-smart_memory": True, "fps": 12, "device": "cpu", "gguf_mode": "stream"})
     assert (code, report["sha256"], report["fps"], report["gguf_mode"]) == (0, base, 12, {"model": "stream"})
     settings = read_settings(report["file"])
-    assert settings["offload_model"] is False and settings["device"] == "cpu"
+    assert report["offload"] == "none" and settings["device"] == "cpu"
     run(enable_vae_tiling=True)
     assert read_settings(report["file"])["vae_tile_px"] == 256
 

@@ -70,9 +70,9 @@ def test_auto_decides_from_memory_and_says_so(tiny, tmp_path, capsys, monkeypatc
     flags = ("--gguf", tiny / "dit.gguf", "--sample_steps", 1, "--frame_num", 1, "--seed", 0)
     code, report, err = generate(capsys, *flags, "--save_file", "a.png")
     assert report["gguf_mode"] == {"model": "resident"} and "gguf_mode is resident" in err
-    monkeypatch.setattr("wan.pipeline.available_bytes", lambda device: 1000)
-    code, report, err = generate(capsys, *flags, "--save_file", "b.png")
-    assert report["gguf_mode"] == {"model": "stream"}
+    monkeypatch.setattr("wan.plan.machine._ram_of_one", lambda local_size: 1000)
+    code, report, err = generate(capsys, *flags, "--offload", "model", "--save_file", "b.png")
+    assert report["gguf_mode"] == {"model": "stream"} and "GB that are free; " in err
     assert "fp32 weights would take 0.0 GB of 0.0 GB free, so gguf_mode is stream" in err
 
 
@@ -172,5 +172,5 @@ def test_dry_run_names_the_file(tiny, capsys):
     assert str(tiny / "dit.gguf") in [row["path"] for row in plan["files"]]
     main(["--dry_run", "--json", "--gguf", str(tiny / "dit.gguf"), "--gguf_mode", "resident"])
     resident = json.loads(capsys.readouterr().out)
-    assert plan["memory_bytes"]["denoise"] < resident["memory_bytes"]["denoise"]
+    assert plan["memory_bytes"]["denoise"]["ram"] < resident["memory_bytes"]["denoise"]["ram"]
     assert cli.make_parser().parse_args(["--gguf", "a"]).gguf == "a"

@@ -73,8 +73,8 @@ def test_what_cannot_be_shared_is_one_line(world, options, message):
 )
 def test_an_axis_that_is_not_given_takes_what_is_left(options, grid):
     request = build_request(options, 8)
-    assert request.grid == grid and request.offload_model is False
-    assert build_request({}).offload_model is True
+    assert request.grid == grid and request.offload == "none"
+    assert build_request({}).offload == "auto"
 
 
 def test_more_ulysses_ranks_than_heads_are_warned_of():

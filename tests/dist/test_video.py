@@ -19,6 +19,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "wan/assets"
 T2V, I2V = {"task": "t2v-tiny", "seed": 3}, {"task": "i2v-tiny", "seed": 3}
 TEACACHE, FBCACHE = {"teacache": True, "teacache_thresh": 0.3}, {"fbcache": True, "fb_thresh": 0.15}
 FSDP = {"dit_fsdp": True, "t5_fsdp": True}
+BLOCK = {"offload": "block", "resident_blocks": 1}
 ULYSSES, RING, CFG = {}, {"ring_size": 2}, {"cfg_parallel": True}
 # What makes the video (compared with one process) -> how the work is shared. 3 heads, 80 and 48 tokens.
 CASES = {
@@ -26,12 +27,12 @@ CASES = {
         (T2V, [ULYSSES, ULYSSES | FSDP, RING, CFG | FSDP]),
         (T2V | FBCACHE, [ULYSSES | FSDP, CFG, CFG | FSDP]),
         (I2V | TEACACHE, [RING | FSDP, CFG]),
-        (T2V | {"gguf": "model.gguf", "gguf_mode": "stream"}, [ULYSSES | FSDP, CFG]),
+        (T2V | {"gguf": "model.gguf", "gguf_mode": "stream"}, [ULYSSES | FSDP, CFG | BLOCK]),
     ],
     4: [
         (T2V | {"size": "80*48"}, [ULYSSES, RING, CFG | RING | FSDP]),
         (T2V | TEACACHE, [ULYSSES | FSDP, CFG]),
-        (I2V | FBCACHE, [ULYSSES | CFG | FSDP, RING]),
+        (I2V | FBCACHE, [ULYSSES | CFG | FSDP, RING, ULYSSES | {"offload": "phase"}]),
         (I2V, [RING | FSDP | {"offload_model": True}, ULYSSES]),
         (I2V | TEACACHE | {"gguf_high": "high.gguf", "gguf_low": "low.gguf", "gguf_mode": "stream"}, [ULYSSES | FSDP]),
     ],

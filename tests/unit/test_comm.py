@@ -21,8 +21,8 @@ from benchmarks.comm import (
 )
 from benchmarks.roofline import Published, Tally, Transfer, best, check, fake_rank, step_seconds, transfer_seconds
 from distributed.grid import Grid
-from wan.memory import forward_flops, parameters
 from wan.models.rope import rope_table
+from wan.plan import forward_flops, parameters
 
 SMALL = Case("t2v-1.3B", 208, 112, 9)  # 273 tokens, 12 heads: 8 ranks divide neither
 CASE = CASES["1.3B 480p"]

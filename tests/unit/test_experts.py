@@ -3,11 +3,15 @@
 import ctypes
 import mmap
 import os
+import threading
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 from wan import pipeline
+from wan.errors import SwanError
 from wan.experts import read_ahead
 from wan.pipeline import WanPipeline
 from wan.request import build_request
@@ -45,9 +49,49 @@ def test_files_are_read_into_the_cache(tmp_path):
 def test_only_what_comes_later_and_fits(monkeypatch, tmp_path, free_bytes, ahead):
     asked, steps = [], []
     monkeypatch.setattr(pipeline, "read_ahead", lambda paths: asked.append((len(steps), paths)))
-    monkeypatch.setattr(pipeline, "available_bytes", lambda device: free_bytes)
+    monkeypatch.setattr(pipeline, "free_ram", lambda: free_bytes)
     options = {"task": "i2v-tiny", "sample_steps": 4, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
     request = build_request(options)
     pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
     pipe(request, progress=lambda stage, done, total: steps.append(done) if stage == "denoise" and done else None)
     assert [path.parent.name for _, [path] in asked] == ahead and all(done == 1 for done, _ in asked)
+
+
+def test_the_next_expert_is_loaded_while_the_first_one_runs(tmp_path):
+    options = {"task": "i2v-tiny", "sample_steps": 4, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
+    request, spec = build_request(options), load_task("i2v-tiny")
+    wanted = WanPipeline.from_request(request, spec)(request)
+    pipe = WanPipeline.from_request(request, spec)
+    pipe.placement = replace(pipe.placement, next_expert="ram")  # as with a GPU
+    loaded, real = [], pipe.experts._load
+
+    def load(name, device):
+        loaded.append((name, threading.current_thread().name))
+        return real(name, device)
+
+    pipe.experts._load = load
+    result = pipe(request)
+    assert torch.equal(result.latents, wanted.latents)
+    [(first, main), (second, thread)] = loaded
+    assert (first, second) == ("high", "low") and main == "MainThread" and thread.startswith("expert")
+    for seconds in (result.seconds, wanted.seconds):
+        assert 0 < seconds["swap"] < seconds["denoise"] and 0 < seconds["load"] < seconds["denoise"]
+
+
+def test_an_expert_that_cannot_be_loaded_ahead_fails_in_its_turn(tmp_path):
+    options = {"task": "i2v-tiny", "sample_steps": 4, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
+    request = build_request(options)
+    pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
+    pipe.placement = replace(pipe.placement, next_expert="ram")
+    real = pipe.experts._load
+
+    def load(name, device):
+        if name == "low":
+            raise SwanError("low.safetensors: gone")
+        return real(name, device)
+
+    pipe.experts._load = load
+    steps = []
+    with pytest.raises(SwanError, match=r"low.safetensors: gone"):
+        pipe(request, progress=lambda stage, done, total: steps.append(done) if stage == "denoise" else None)
+    assert max(steps) > 0

@@ -10,7 +10,7 @@ from easydict import EasyDict
 pytest.importorskip("diffusers")
 from benchmarks import common, peers
 from benchmarks.peers import Case, alternate, compare, products
-from wan.memory import forward_flops
+from wan.plan import forward_flops
 
 DIT = peers.DIT | {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "text_dim": 32, "text_len": 16}
 VAE = peers.VAE | {"dim": 8, "z_dim": 4}

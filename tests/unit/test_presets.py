@@ -5,7 +5,7 @@ import torch
 
 from wan.denoise import denoise
 from wan.errors import UsageError
-from wan.memory import make_plan
+from wan.plan import look, make_plan
 from wan.request import build_request, replay_options
 from wan.solvers import make_solver
 from wan.tasks import load_preset, load_task, preset_names
@@ -64,4 +64,7 @@ def test_the_low_noise_expert_begins_at_the_boundary_step(index):
     latent = torch.zeros(1, 1, 1, 2, 2)
     denoise(predict, solver, latent, guide_scale=1, boundary=0.9, boundary_step_index=request.boundary_step_index)
     assert experts == ["high"] * index + ["low"] * (4 - index)
-    assert make_plan(request, load_task("i2v-tiny"))["steps_by_expert"] == {"high": index, "low": 4 - index}
+    assert make_plan(request, load_task("i2v-tiny"), look(request))["steps_by_expert"] == {
+        "high": index,
+        "low": 4 - index,
+    }

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from wan.errors import SwanError, UsageError
-from wan.request import OPTIONS, SOLVER_NAMES, build_request, check_device, replay_options
+from wan.request import build_request, check_device, replay_options
+from wan.request.options import OPTIONS, SOLVER_NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def test_defaults_of_the_embedded_task(tmp_path):
     request = build_request({})
     assert (request.task, request.prompt) == ("t2v-tiny", "a red circle moving right on a black background")
     assert (request.width, request.height, request.frame_num) == (64, 64, 17)
-    assert request.ckpt_dir.endswith("tiny") and request.device == "auto" and request.offload_model is True
+    assert request.ckpt_dir.endswith("tiny") and request.device == "auto" and request.offload == "auto"
     assert request.save_file.startswith(str(tmp_path)) and request.save_file.endswith(".mp4")
 
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
 from wan.models.vae import WanVAE
 from wan.pipeline import DTYPE_NAMES, Progress, WanPipeline
-from wan.request import MAX_SEED, Request, check_device
+from wan.request import Request, check_device
+from wan.request.options import MAX_SEED
 from wan.weights.locate import CheckpointFiles
 
 # Options of build_request -> arguments of a call, for messages.
@@ -90,7 +91,7 @@ class GGUFPipeline(WanPipeline):
 
     def __init__(self, spec: EasyDict, files: CheckpointFiles, request: Request, parallel: Parallel | None = None):
         super().__init__(spec, files, request, parallel)
-        self.experts = _Expert(self._load_expert, keep_all=True)
+        self.experts = _Expert(self._load_expert, lambda: self.device, keep_all=True)
         self.scheduler: Any = None
         self.vae_tile_px = 0
         self.request_of: Callable[[dict[str, Any]], Request]  # options of a call -> request
@@ -130,7 +131,7 @@ class GGUFPipeline(WanPipeline):
         for arg in args:
             device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
         if device is not None:
-            self.device = self.text_device = torch.device(device)
+            self.device = torch.device(device)
         self.dtype = dtype or self.dtype
         for part in [*self._models.values(), *self.experts.loaded()]:
             part.to(device=device, dtype=None if isinstance(part, WanVAE) else dtype)
@@ -139,7 +140,7 @@ class GGUFPipeline(WanPipeline):
     def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
         """Keep one model at a time on `device` (default: the first accelerator)."""
         self.to(device or check_device("auto"))
-        self.offload = True
+        self.placement = replace(self.placement, offload="model", released=("t5", "model", "vae"))
 
     def __call__(
         self,
@@ -213,8 +214,8 @@ class GGUFPipeline(WanPipeline):
             return solver, None
         return solver_of(self.scheduler)
 
-    def _load_expert(self, name: str) -> WanTransformerGGUF:
-        model = super()._load_expert(name)
+    def _load_expert(self, name: str, device: torch.device) -> WanTransformerGGUF:
+        model = super()._load_expert(name, device)
         return WanTransformerGGUF(model, {**self.spec.dit, **diffusers_config(model, self.spec.dit)})
 
 

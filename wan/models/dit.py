@@ -6,6 +6,9 @@ Shape legend: B batch, L video tokens, M context tokens, C width, H heads, D hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +18,12 @@ from distributed.parallel import Parallel, TokenShards
 from wan.models.attention import get_attention
 from wan.models.fused import gated_add, gelu_tanh, modulated_norm, norm_rope
 from wan.models.rope import rope_table
+from wan.offload import Resident
 
 CLIP_DIM = 1280
 CLIP_TOKENS = 257  # per image
 Segments = list[tuple[int, int]]
+Hold = Callable[[nn.Module], AbstractContextManager]  # stands around the use of a block or part: its weights are there
 
 
 class RMSNorm(nn.Module):
@@ -75,15 +80,27 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(_random_modulation(6, dim))
 
     def forward(
-        self, x_BLC: Tensor, temb_R6C: Tensor, segments: Segments, text, image, rope_LD, attention, tokens: TokenShards
+        self,
+        x_BLC: Tensor,
+        temb_R6C: Tensor,
+        segments: Segments,
+        text,
+        image,
+        rope_LD,
+        attention,
+        tokens: TokenShards,
+        hold: Hold,
     ) -> Tensor:
         """One block; `temb_R6C` is the projected time embedding (fp32) of each distinct timestep."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (temb_R6C + self.modulation.float()).unbind(1)
-        y = self.self_attn(modulated_norm(x_BLC, shift1, scale1, segments, self.eps), rope_LD, attention, tokens)
+        with hold(self.self_attn):
+            y = self.self_attn(modulated_norm(x_BLC, shift1, scale1, segments, self.eps), rope_LD, attention, tokens)
         x_BLC = gated_add(x_BLC, y, gate1, segments)
-        x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), text, image, attention)
-        y = self.ffn["0"](modulated_norm(x_BLC, shift2, scale2, segments, self.eps))
-        return gated_add(x_BLC, self.ffn["2"](gelu_tanh(y)), gate2, segments)
+        with hold(self.cross_attn):
+            x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), text, image, attention)
+        with hold(self.ffn):
+            y = self.ffn["0"](modulated_norm(x_BLC, shift2, scale2, segments, self.eps))
+            return gated_add(x_BLC, self.ffn["2"](gelu_tanh(y)), gate2, segments)
 
 
 class ImageEmbedding(nn.Module):
@@ -119,7 +136,8 @@ class WanModel(nn.Module):
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
     `wan.models.attention`. Activations have the type of the weights; what `keep_fp32` names stays in fp32. `parallel`:
-    the processes that share the work; by default this one alone.
+    the processes that share the work; by default this one alone. `offload`: brings the weights of blocks that are not
+    on the device, see `wan.offload`.
     """
 
     def __init__(
@@ -145,6 +163,7 @@ class WanModel(nn.Module):
         self.head_dim, self.out_dim = dim // num_heads, out_dim
         self.attention = get_attention(attention)
         self.parallel = parallel or Parallel()
+        self.offload = Resident()
         clip = model_type in ("i2v", "flf2v") if clip is None else clip
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
@@ -220,11 +239,13 @@ class WanModel(nn.Module):
         image_BMC = self.img_emb(clip_fea.to(self.dtype)) if self.img_emb is not None else None
         x_BLC = tokens.shard(x_BLC, dim=1)
         rope_LD = tokens.shard(rope_table(grid, self.head_dim, x_BLC.device), dim=0)
+        hold = self.offload.hold
 
         def run(x_BLC: Tensor, first: int, last: int) -> Tensor:
             """Blocks first..last-1: the only loop over blocks."""
             for block in self.blocks[first:last]:
-                x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention, tokens)
+                with hold(block):
+                    x_BLC = block(x_BLC, temb_R6C, segments, text_BMC, image_BMC, rope_LD, self.attention, tokens, hold)
             return x_BLC
 
         x_BLC = cache.blocks(ctx, x_BLC, run, len(self.blocks), self.embed_step)

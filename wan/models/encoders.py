@@ -28,11 +28,23 @@ Shard = Callable[[nn.Module, Sequence[nn.Module]], None]
 class TextEncoder(nn.Module):
     """Prompts -> text embeddings of the UMT5 encoder."""
 
-    def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, text_len: int = 512):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PromptTokenizer,
+        text_len: int = 512,
+        stream_to: torch.device | str | None = None,
+    ):
+        """stream_to: the device to compute on, to which each layer's weights come when it is their turn."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self._device = stream_to
+        if stream_to is not None:
+            from accelerate import cpu_offload
+
+            cpu_offload(self.model, torch.device(stream_to))
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> list[torch.Tensor]:
@@ -43,7 +55,7 @@ class TextEncoder(nn.Module):
         if not texts:
             return []
         ids, mask = self.tokenizer(texts, self.text_len)
-        device = self.model.shared.weight.device
+        device = self._device or self.model.shared.weight.device
         mask_BL = torch.tensor(mask)
         lengths = mask_BL.sum(1).tolist()
         longest = max(lengths)
@@ -87,12 +99,13 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     stream: bool = False,
     shard: Shard | None = None,
+    stream_to: torch.device | str | None = None,
 ) -> TextEncoder:
     """UMT5 from an official `.pth`, a transformers checkpoint or a GGUF file of any size; shapes come from the file.
 
     dtype None keeps the type of the file; stream: as in `load_weights`; shard: called with the model and its blocks, to
-    share their weights out among ranks, see `distributed.fsdp`. Raises SwanError if `source` is no T5 encoder
-    or the folder has no tokenizer.
+    share their weights out among ranks, see `distributed.fsdp`; stream_to: see TextEncoder. Raises SwanError if
+    `source` is no T5 encoder or the folder has no tokenizer.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -123,7 +136,7 @@ def load_text_encoder(
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
     share = shard and (lambda model: shard(model, model.encoder.block))
     load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream, shard=share)
-    return TextEncoder(model, tokenizer, text_len)
+    return TextEncoder(model, tokenizer, text_len, stream_to)
 
 
 def load_clip_encoder(

@@ -1,6 +1,7 @@
 """The tensor types of ggml, as GGUF files hold them: how many weights a block has, and how many bytes.
 
-Source: ggml's block structs (ggml-common.h); the numbers are checked against the `gguf` package in the tests.
+Source: ggml's block structs (ggml-common.h); the numbers are checked against the `gguf` package in the tests. torch is
+imported only by what makes tensors.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class GGMLType:
     """One tensor type.
 
-    scale_offsets: the bytes of a block at which its fp16 scales are. torch_dtype: None for block formats, whose rows
-    are whole numbers of blocks.
+    scale_offsets: the bytes of a block at which its fp16 scales are. torch_name: of the type of plain numbers; None for
+    block formats, whose rows are whole numbers of blocks.
     """
 
     id: int
@@ -25,7 +28,13 @@ class GGMLType:
     block_weights: int
     block_bytes: int
     scale_offsets: tuple[int, ...] = ()
-    torch_dtype: torch.dtype | None = None
+    torch_name: str | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        import torch
+
+        return self.torch_name and getattr(torch, self.torch_name)
 
     def row_bytes(self, weights: int) -> int:
         """Bytes of a row of `weights` weights; ValueError if that is no whole number of blocks."""
@@ -39,8 +48,8 @@ class GGMLType:
 
 
 _TYPES = (
-    GGMLType(0, "F32", 1, 4, torch_dtype=torch.float32),
-    GGMLType(1, "F16", 1, 2, torch_dtype=torch.float16),
+    GGMLType(0, "F32", 1, 4, torch_name="float32"),
+    GGMLType(1, "F16", 1, 2, torch_name="float16"),
     GGMLType(2, "Q4_0", 32, 18, (0,)),
     GGMLType(3, "Q4_1", 32, 20, (0, 2)),
     GGMLType(6, "Q5_0", 32, 22, (0,)),
@@ -59,13 +68,13 @@ _TYPES = (
     GGMLType(21, "IQ3_S", 256, 110, (0,)),
     GGMLType(22, "IQ2_S", 256, 82, (0,)),
     GGMLType(23, "IQ4_XS", 256, 136, (0,)),
-    GGMLType(24, "I8", 1, 1, torch_dtype=torch.int8),
-    GGMLType(25, "I16", 1, 2, torch_dtype=torch.int16),
-    GGMLType(26, "I32", 1, 4, torch_dtype=torch.int32),
-    GGMLType(27, "I64", 1, 8, torch_dtype=torch.int64),
-    GGMLType(28, "F64", 1, 8, torch_dtype=torch.float64),
+    GGMLType(24, "I8", 1, 1, torch_name="int8"),
+    GGMLType(25, "I16", 1, 2, torch_name="int16"),
+    GGMLType(26, "I32", 1, 4, torch_name="int32"),
+    GGMLType(27, "I64", 1, 8, torch_name="int64"),
+    GGMLType(28, "F64", 1, 8, torch_name="float64"),
     GGMLType(29, "IQ1_M", 256, 56),
-    GGMLType(30, "BF16", 1, 2, torch_dtype=torch.bfloat16),
+    GGMLType(30, "BF16", 1, 2, torch_name="bfloat16"),
     GGMLType(34, "TQ1_0", 256, 54, (52,)),
     GGMLType(35, "TQ2_0", 256, 66, (64,)),
     GGMLType(39, "MXFP4", 32, 17),
@@ -79,6 +88,8 @@ _UNUSUAL_SCALES = {"MXFP4": (0, 0x7F), "IQ1_M": (55, 0xBF)}  # byte and mask tha
 
 def random_blocks(type: GGMLType, count: int, seed: int = 0) -> torch.Tensor:
     """`count` blocks of random bytes with finite scales, uint8 [count, bytes a block]."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (count, type.block_bytes), dtype=torch.uint8, generator=generator)
     for offset in type.scale_offsets:

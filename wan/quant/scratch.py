@@ -6,6 +6,7 @@ A fresh buffer of small pages is zeroed by the system page by page, which costs 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 
@@ -34,6 +35,12 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if buffer is None or len(buffer) < size_bytes:
         _kept.buffer = buffer = empty_bytes(size_bytes)
     return buffer[:size_bytes].view(dtype).view(rows, columns)
+
+
+def return_freed_memory() -> None:
+    """Has the C library give back what was freed in small pieces: a released tokenizer leaves 600 MB otherwise."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_scratch() -> None:

@@ -34,38 +34,83 @@ class _Slot:
     packed: bool
 
 
+Place = torch.device | str | Callable[[str], torch.device]  # or the device of each parameter, by its name
+
+
 def load_weights(
     model: nn.Module,
     source: Source,
     component: str,
     *,
-    device: torch.device | str = "cpu",
+    device: Place = "cpu",
     dtype: torch.dtype | None = None,
     stream: bool = False,
     shard: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Replace every parameter and persistent buffer of `model` by the tensor of its name in `source`.
+    """`ModelWeights(...).fill(device)`: the parameters and persistent buffers of `model`. Returns `model`."""
+    return ModelWeights(model, source, component, dtype=dtype, stream=stream, shard=shard).fill(device)
+
+
+class ModelWeights:
+    """The weights of a model, built on the meta device, in a file: each by its name in the model and as it has it.
 
     component: "dit", "vae", "t5" or "clip", see `official_names`. Parameters become `dtype` (None: as in the file),
     except where the model has a method `keep_fp32(name) -> bool` that says True. Buffers keep their own dtype, and
     buffers that are not in files must hold their values already (build them with device="cpu"). Quantised tensors are
     dequantised; with `stream`, those of linear layers and embeddings stay packed and the layers become QuantLinear and
     QuantEmbedding. shard: called with the model, still on the meta device, to share its parameters out among ranks, see
-    `distributed.fsdp`; each rank then reads its own rows. At most one tensor is in memory beside the model. All checks
-    come before the first read. Returns `model`, frozen.
+    `distributed.fsdp`; each rank then reads its own rows.
 
-    Raises SwanError, one line, naming the tensors that are missing, unexpected or mis-shaped.
+    Making one checks everything and reads nothing. Raises SwanError, one line, naming the tensors that are missing,
+    unexpected or mis-shaped.
     """
-    names = official_names(source.keys(), component)
-    groups = _slots(model)
-    _check(model, groups, names, source)
-    slots = [_prepare(model, aliases, names, source, dtype, stream) for aliases in groups]
-    if shard is not None:
-        shard(model)
-    for slot in slots:
-        _fill(model, slot, source, device, is_sharded=shard is not None)
-    _place_other_buffers(model, device)
-    return model
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        component: str,
+        *,
+        dtype: torch.dtype | None = None,
+        stream: bool = False,
+        shard: Callable[[nn.Module], None] | None = None,
+    ):
+        names = official_names(source.keys(), component)
+        groups = _slots(model)
+        _check(model, groups, names, source)
+        self._model, self._source, self._is_sharded = model, source, shard is not None
+        self._slots = [_prepare(model, aliases, names, source, dtype, stream) for aliases in groups]
+        self._by_name = {alias: slot for slot in self._slots for alias in slot.aliases}
+        if shard is not None:
+            shard(model)
+
+    def fill(self, device: Place) -> nn.Module:
+        """Read the weights, one at a time in memory beside the model, and freeze it; on the meta device, leave them
+        unread. Returns the model."""
+        place = device if callable(device) else lambda name: torch.device(device)
+        for slot in self._slots:
+            where = place(slot.aliases[0])
+            if where.type != "meta":
+                _fill(self._model, slot, self._source, where, self._is_sharded)
+        _place_other_buffers(self._model, place)
+        return self._model
+
+    def read(self, name: str, out: torch.Tensor) -> None:
+        """A weight as the model has it, of a packed one its blocks, into memory of its type and shape on the CPU."""
+        slot, source = self._by_name[name], self._source
+        is_as_stored = slot.packed
+        if not slot.packed and isinstance(slot.stored, str) and source.block_type(slot.stored) is None:
+            is_as_stored = source.info(slot.stored).dtype == slot.dtype
+        if is_as_stored and source.read_into(slot.stored, out):
+            return
+        if slot.packed:
+            out.copy_(source.packed(slot.stored).blocks)
+        else:
+            out.copy_(read_tensor(source, slot.stored, tuple(out.shape), None, slot.dtype))
+
+    def stored(self, name: str) -> str | Rows:
+        """Where the file has a weight."""
+        return self._by_name[name].stored
 
 
 def _prepare(
@@ -95,13 +140,13 @@ def _prepare(
     return _Slot(aliases, stored, target, packed=False)
 
 
-def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device | str, is_sharded: bool) -> None:
+def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device, is_sharded: bool) -> None:
     old = _get(model, slot.aliases[0])
     shared = is_sharded and isinstance(old, nn.Parameter)
     rows = own_rows(old) if shared else None
     if slot.packed:
         # On a CPU, weights that stay packed can stay in the file.
-        packed = source.packed(slot.stored, mapped=not shared and torch.device(device).type == "cpu", rows=rows)
+        packed = source.packed(slot.stored, mapped=not shared and device.type == "cpu", rows=rows)
         tensor = packed.blocks.to(device)
         model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = packed.guard
     else:
@@ -202,7 +247,7 @@ def _report(problem: str, names: list[str], limit: int = 3) -> str:
     return f"{len(names)} {problem} ({', '.join(names[:limit])}{', ...' if len(names) > limit else ''})"
 
 
-def _place_other_buffers(model: nn.Module, device: torch.device | str) -> None:
+def _place_other_buffers(model: nn.Module, place: Callable[[str], torch.device]) -> None:
     """Move the buffers that are in no file, such as tables computed by the constructor."""
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
@@ -210,4 +255,4 @@ def _place_other_buffers(model: nn.Module, device: torch.device | str) -> None:
                 continue
             if buffer.is_meta:
                 raise RuntimeError(f"buffer {path}.{leaf} has no values: build it with device='cpu'")
-            module._buffers[leaf] = buffer.to(device)
+            module._buffers[leaf] = buffer.to(place(f"{path}.{leaf}"))

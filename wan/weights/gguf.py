@@ -82,6 +82,10 @@ class GGUFSource(Source):
         self._in_pieces(self._fill, tensor, self._entries[name], start)
         return tensor.view(info.dtype).view(shape)
 
+    def read_into(self, name: str, out: torch.Tensor) -> bool:
+        self._in_pieces(self._fill, out.view(-1).view(torch.uint8), self._entries[name])
+        return True
+
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         entry, guard = self._entries[name], None
         if entry.type.torch_dtype is not None:

@@ -170,13 +170,19 @@ def weight_shapes(model: nn.Module) -> dict[str, Shape]:
 
 @torch.inference_mode(False)  # branches may take part in autograd
 @torch.no_grad()
-def set_loras(model: nn.Module, source: Source, loras: Iterable[tuple[Lora, float]]) -> None:
+def set_loras(
+    model: nn.Module,
+    source: Source,
+    loras: Iterable[tuple[Lora, float]],
+    device: torch.device | None = None,
+) -> None:
     """Give a transformer that was loaded from `source` exactly these (LoRA, strength), whatever it had before.
 
     A dense parameter becomes round(base + sum of strength * delta), computed in fp32 from the checkpoint's own value;
     one that no LoRA changes any more is read again, so that it has the bits it was loaded with. Packed layers get side
     branches. Parameters whose LoRAs and strengths stay are left alone. Beside the model, one parameter and its delta
-    are in memory, in fp32; where ranks share weights out, the own rows of it.
+    are in memory, in fp32; where ranks share weights out, the own rows of it. device: where this is computed and where
+    branches are put (None: where the parameter is). Parameters on the meta device are left to `read_with_loras`.
     """
     wanted: dict[str, tuple[tuple[Lora, float], ...]] = {}
     for lora, strength in loras:
@@ -191,44 +197,80 @@ def set_loras(model: nn.Module, source: Source, loras: Iterable[tuple[Lora, floa
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path)
         if leaf == "weight" and isinstance(layer, QuantLinear):
-            branches = _branches(layer, name, source, stored[name], now)
+            branches = _branches(layer, name, source, stored[name], now, device or layer.blocks.device)
             layer.branches = nn.ModuleList(branch.to(model.dtype) for branch in branches)
-        else:
-            _merge(getattr(layer, leaf), name, source, stored[name], now)
+        elif not getattr(layer, leaf).is_meta:
+            _merge(getattr(layer, leaf), name, source, stored[name], now, device)
         had[name] = now
         if not now:
             del had[name]
 
 
+def read_with_loras(
+    model: nn.Module, name: str, source: Source, stored: str | Rows, device: torch.device
+) -> Tensor | None:
+    """The value of a parameter on the meta device with the LoRAs that the model was given last, computed on `device`;
+    None where none of them changes it. stored: its place in `source`."""
+    loras = model.__dict__.get("loras", {}).get(name)
+    if not loras:
+        return None
+    parameter = model.get_parameter(name)
+    with torch.no_grad():
+        return _merged(name, tuple(parameter.shape), source, stored, loras, None, device).to(parameter.dtype)
+
+
 def _merge(
-    parameter: nn.Parameter, name: str, source: Source, stored: str | Rows, loras: Iterable[tuple[Lora, float]]
+    parameter: nn.Parameter,
+    name: str,
+    source: Source,
+    stored: str | Rows,
+    loras: Iterable[tuple[Lora, float]],
+    device: torch.device | None,
 ) -> None:
     """Write the parameter anew, or the rows of it that this rank keeps."""
     rows = own_rows(parameter) if hasattr(parameter, "device_mesh") else None
     kept = parameter if rows is None else parameter.detach().to_local()
     if rows and rows[0] == rows[1]:
         return
-
-    def base(rows: Span | None) -> Tensor:
-        return read_tensor(source, stored, tuple(parameter.shape), rows, torch.float32).to(kept.device, torch.float32)
-
+    shape = tuple(parameter.shape)
     if loras:
-        value = base(rows)
-        for lora, strength in loras:
-            delta = lora.delta(name, base, rows, kept.device)
-            if delta.any():  # adding 0 would make 0 of -0
-                value.add_(delta, alpha=strength)
+        value = _merged(name, shape, source, stored, loras, rows, device or kept.device)
     else:
-        value = read_tensor(source, stored, tuple(parameter.shape), rows, parameter.dtype)
+        value = read_tensor(source, stored, shape, rows, parameter.dtype)
     with torch.inference_mode():  # which the parameter may have been made in
         kept.copy_(value)
 
 
-def _branches(
-    layer: QuantLinear, name: str, source: Source, stored: str | Rows, loras: Iterable[tuple[Lora, float]]
-) -> Iterator[Branch]:
-    device = layer.blocks.device
+def _merged(
+    name: str,
+    shape: Shape,
+    source: Source,
+    stored: str | Rows,
+    loras: Iterable[tuple[Lora, float]],
+    rows: Span | None,
+    device: torch.device,
+) -> Tensor:
+    """A parameter, or rows of it, as the checkpoint has it with the LoRAs added: fp32 on `device`."""
 
+    def base(rows: Span | None) -> Tensor:
+        return read_tensor(source, stored, shape, rows, torch.float32).to(device, torch.float32)
+
+    value = base(rows)
+    for lora, strength in loras:
+        delta = lora.delta(name, base, rows, device)
+        if delta.any():  # adding 0 would make 0 of -0
+            value.add_(delta, alpha=strength)
+    return value
+
+
+def _branches(
+    layer: QuantLinear,
+    name: str,
+    source: Source,
+    stored: str | Rows,
+    loras: Iterable[tuple[Lora, float]],
+    device: torch.device,
+) -> Iterator[Branch]:
     def base(rows: Span | None) -> Tensor:
         return read_tensor(source, stored, tuple(layer.shape), rows, torch.float32).to(device, torch.float32)
 

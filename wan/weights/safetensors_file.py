@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
+from wan.weights.safetensors_header import read_header
 from wan.weights.source import MergedSource, Source, Span, TensorInfo, truncated
-
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -44,7 +43,7 @@ class SafetensorsSource(Source):
 
     def __init__(self, path: Path):
         self._path = path
-        header, self._data_start = _read_header(path)
+        header, self._data_start = read_header(path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         infos, self._offsets = _check_entries(path, header, self._data_start)
         super().__init__([path], infos)
@@ -56,8 +55,17 @@ class SafetensorsSource(Source):
             start += rows[0] * ((end - start) // shape[0])
             shape = (rows[1] - rows[0], *shape[1:])
         tensor = torch.empty(shape, dtype=info.dtype)
+        self._fill(name, tensor, start)
+        return tensor
+
+    def read_into(self, name: str, out: torch.Tensor) -> bool:
+        self._fill(name, out, self._offsets[name][0])
+        return True
+
+    def _fill(self, name: str, tensor: torch.Tensor, start: int) -> None:
+        """Read from byte `start` of the data."""
         if tensor.numel() == 0:
-            return tensor
+            return
         view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._data_start + start)
@@ -67,7 +75,6 @@ class SafetensorsSource(Source):
                 if not count:
                     raise SwanError(f"{self._path}: the file ended inside tensor {name}; it changed while being read")
                 filled += count
-        return tensor
 
 
 def open_index(path: Path) -> Source:
@@ -87,26 +94,6 @@ def open_index(path: Path) -> Source:
     if lost:
         raise SwanError(f"{path}: {len(lost)} tensors of the index are in no shard: {_some(lost)}")
     return source
-
-
-def _read_header(path: Path) -> tuple[dict, int]:
-    """Parsed header and the offset at which the data begins."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
-            raise SwanError(f"{path}: not a safetensors file (header length {header_bytes:,} of {size_bytes:,} bytes)")
-        data_start = 8 + header_bytes
-        if data_start > size_bytes:
-            raise truncated(path, data_start, size_bytes, "at least ")
-        text = file.read(header_bytes)
-    try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise SwanError(f"{path}: the safetensors header is damaged ({error})") from None
-    if not isinstance(header, dict):
-        raise SwanError(f"{path}: the safetensors header is damaged (not a JSON object)")
-    return header, data_start
 
 
 def _check_entries(path: Path, header: dict, data_start: int) -> tuple[dict[str, TensorInfo], dict]:
@@ -139,14 +126,6 @@ def _check_entries(path: Path, header: dict, data_start: int) -> tuple[dict[str,
     if data_start + data_end < size_bytes:
         raise SwanError(f"{path}: {size_bytes - data_start - data_end:,} bytes follow the last tensor")
     return infos, offsets
-
-
-def _without_duplicates(pairs: list[tuple]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate name {next(name for name in names if names.count(name) > 1)}")
-    return result
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -1,0 +1,490 @@
+"""The plan's numbers against the published tables and the real checkpoints' sizes."""
+
+import json
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wan.errors import UsageError
+from wan.plan import (
+    Machine,
+    Placement,
+    Workload,
+    check_one_quantised,
+    choose,
+    format_plan,
+    forward_flops,
+    look,
+    make_plan,
+    missing_files,
+    parameters,
+    start_lines,
+)
+from wan.plan.transfers import exposed_seconds
+from wan.request import build_request
+from wan.tasks import load_task, task_names
+
+# TFLOP of one forward: tokens, linear, self-attention, cross-attention, total
+WORK = [
+    ("t2v-1.3B", 32_760, 82, 198, 3, 283),
+    ("t2v-14B", 32_760, 785, 879, 14, 1678),
+    ("t2v-14B", 75_600, 1810, 4682, 32, 6523),
+    ("ti2v-5B", 27_280, 238, 274, 5, 517),
+]
+# Parameters of the real state dicts
+PARAMETERS = {
+    "t2v-1.3B": 1_418_996_800,
+    "t2v-14B": 14_288_491_584,
+    "i2v-14B": 16_394_878_784,
+    "flf2v-14B": 16_395_536_704,
+    "t2v-A14B": 14_288_491_584,
+    "i2v-A14B": 14_288_901_184,
+    "ti2v-5B": 4_999_787_712,
+}
+
+
+@pytest.mark.parametrize("task, tokens, linear, self_attention, cross, total", WORK)
+def test_work_matches_the_table(task, tokens, linear, self_attention, cross, total):
+    work = forward_flops(load_task(task), tokens)
+    assert work["linear"] / 1e12 == pytest.approx(linear, rel=0.01)
+    assert work["self_attention"] / 1e12 == pytest.approx(self_attention, rel=0.01)
+    assert round(work["cross_attention"] / 1e12) == cross
+    assert sum(work.values()) / 1e12 == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("task", PARAMETERS)
+def test_parameters_are_those_of_the_checkpoints(task):
+    counts = parameters(load_task(task))
+    assert counts["dit"] == PARAMETERS[task]
+    assert counts["text"] == 5_680_910_336
+    assert counts["vae"] == (704_688_668 if task == "ti2v-5B" else 126_892_531)
+    assert counts.get("clip", 0) == (632_076_800 if task in ("i2v-14B", "flf2v-14B") else 0)
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_parameters_are_those_of_our_models(task):
+    import torch
+
+    from wan.models.dit import WanModel
+    from wan.models.vae import WanVAE
+
+    spec = load_task(task)
+    with torch.device("meta"):
+        models = {"dit": WanModel(**spec.dit), "vae": WanVAE(**spec.vae)}
+    for component, model in models.items():
+        assert sum(weight.numel() for weight in model.parameters()) == parameters(spec)[component]
+
+
+CPU = Machine("cpu", 1 << 40, None, 1e11)
+GB = 10**9
+
+
+def gpu(vram, ram=64, **rates):
+    return Machine("cuda", int(ram * GB), int(vram * GB), **{"flops": 120e12, **rates})
+
+
+def request_of(tmp_path, monkeypatch, **options):
+    monkeypatch.chdir(tmp_path)
+    request = build_request({"prompt": "a cat", "ckpt_dir": str(tmp_path), **options})
+    return request, load_task(request.task)
+
+
+def plan_of(tmp_path, monkeypatch, machine=CPU, **options):
+    return make_plan(*request_of(tmp_path, monkeypatch, **options), machine)
+
+
+def test_plan_of_two_experts(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, monkeypatch, task="t2v-A14B", size="1280*720")
+    assert (plan["latent_shape"], plan["tokens"]) == ([16, 21, 90, 160], 75_600)
+    assert (plan["steps"], plan["forwards"]) == (40, 80)
+    assert sum(plan["steps_by_expert"].values()) == 40
+    assert plan["tflop_total"] == pytest.approx(80 * 6523, rel=0.01)
+    assert len(missing_files(plan)) == 5 and "MISSING" in format_plan(plan)
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B"])
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_steps_by_expert_are_those_of_the_solver(tmp_path, monkeypatch, task, solver):
+    from PIL import Image
+
+    from wan.solvers import make_solver
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    image = str(tmp_path / "a.png") if task.startswith("i2v") else None
+    plan = plan_of(tmp_path, monkeypatch, task=task, sample_solver=solver, image=image)
+    timesteps = make_solver(solver, steps=plan["steps"], shift=plan["shift"]).timesteps
+    assert plan["steps_by_expert"]["high"] == int((timesteps >= load_task(task).boundary * 1000).sum())
+
+
+def test_guidance_of_one_halves_the_forwards(tmp_path, monkeypatch):
+    assert plan_of(tmp_path, monkeypatch, task="ti2v-5B", sample_guide_scale=1)["forwards"] == 50
+
+
+def test_files_are_found_with_their_sizes(tmp_path, monkeypatch):
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"x" * 50)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"x" * 7)
+    plan = plan_of(tmp_path, monkeypatch, task="t2v-1.3B", vae=str(other))
+    sizes = {row["component"]: row["bytes"] for row in plan["files"]}
+    assert sizes == {"dit": 100, "t5": 50, "vae": 7, "tokenizer": None}
+
+
+def test_hub_files_are_not_missing(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, monkeypatch, task="t2v-1.3B", ckpt_dir="Wan-AI/Wan2.1-T2V-1.3B")
+    assert not missing_files(plan) and all(row["hub"] for row in plan["files"])
+
+
+def peaks(plan):
+    return {stage: max(sizes.values()) for stage, sizes in plan["memory_bytes"].items()}
+
+
+def test_bigger_videos_need_more(tmp_path, monkeypatch):
+    small = peaks(plan_of(tmp_path, monkeypatch, task="t2v-14B", size="832*480"))
+    large = peaks(plan_of(tmp_path, monkeypatch, task="t2v-14B", size="1280*720"))
+    kept = peaks(plan_of(tmp_path, monkeypatch, task="t2v-14B", size="832*480", offload="none"))
+    tiled = peaks(plan_of(tmp_path, monkeypatch, task="t2v-14B", size="832*480", vae_tile_px=256))
+    halved = peaks(plan_of(tmp_path, monkeypatch, task="t2v-14B", size="832*480", vae_dtype="bf16"))
+    assert large["denoise"] > small["denoise"] and large["decode"] > small["decode"]
+    assert kept["decode"] > small["decode"] > max(tiled["decode"], halved["decode"])
+
+
+# What is stored
+
+
+def write_safetensors(path, tensors):
+    """tensors: name -> (type, shape, bytes a value). The data is a hole."""
+    header, end = {}, 0
+    for name, (kind, shape, size) in tensors.items():
+        start = end
+        for one in shape:
+            size *= one
+        end += size
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def write_gguf(path, tensors, keys=()):
+    """tensors: name -> (shape as stored, ggml type, bytes)."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
+    for key in keys:
+        data += (
+            struct.pack("<Q", len(key))
+            + key.encode()
+            + struct.pack("<IIQ", 9, 8, 2)
+            + 2 * struct.pack("<Q2s", 2, b"ab")
+        )
+    offset = 0
+    for name, (shape, kind, size) in tensors.items():
+        data += struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        data += struct.pack("<IQ", kind, offset)
+        offset += -(-size // 32) * 32
+    data += bytes(-len(data) % 32)
+    with path.open("wb") as file:
+        file.write(data)
+        file.truncate(len(data) + offset)
+    return path
+
+
+def matrices(spec):
+    """Name -> shape of the matrices of the DiT's blocks."""
+    dit, shapes = spec.dit, {}
+    for block in range(dit.num_layers):
+        for attention in ("self_attn", "cross_attn"):
+            for one in "qkvo":
+                shapes[f"blocks.{block}.{attention}.{one}.weight"] = [dit.dim, dit.dim]
+        shapes[f"blocks.{block}.ffn.0.weight"] = [dit.ffn_dim, dit.dim]
+        shapes[f"blocks.{block}.ffn.2.weight"] = [dit.dim, dit.ffn_dim]
+    return shapes
+
+
+def rest(spec):
+    shapes = matrices(spec)
+    return parameters(spec)["dit"] - sum(rows * columns for rows, columns in shapes.values())
+
+
+@pytest.mark.parametrize("scheme, bits", [("Q8_0", 8.5), ("Q4_K", 4.5), ("fp8", 8), ("int8", 8), ("affine4", 5)])
+def test_packed_weights_count_as_stored(tmp_path, monkeypatch, scheme, bits):
+    spec = load_task("t2v-1.3B")
+    shapes, outside = matrices(spec), rest(spec)
+    if scheme.startswith("Q"):
+        kind = {"Q8_0": 8, "Q4_K": 12}[scheme]
+        tensors = {name: ([c, r], kind, int(r * c * bits / 8)) for name, (r, c) in shapes.items()}
+        path = write_gguf(
+            tmp_path / "model.gguf", tensors | {"other.bias": ([outside], 1, 2 * outside)}, keys=["a", "b"]
+        )
+    else:
+        tensors = {"other.bias": ("BF16", [outside], 2)}
+        for name, (rows, columns) in shapes.items():
+            if scheme == "affine4":
+                tensors[name] = ("U32", [rows, columns // 8], 4)
+                tensors |= {
+                    name.replace("weight", one): ("BF16", [rows, columns // 32], 2) for one in ("scales", "biases")
+                }
+            else:
+                tensors[name] = ({"fp8": "F8_E4M3", "int8": "I8"}[scheme], [rows, columns], 1)
+                tensors[name + "_scale"] = ("F32", [rows, 1], 4)
+        path = write_safetensors(tmp_path / "model.safetensors", tensors)
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-1.3B", dit=str(path), gguf_mode="stream")
+    component = Workload(request, spec).components["model"]
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    assert component.packed.total == pytest.approx(weights * bits / 8 + 2 * outside, rel=2e-3)
+    assert sum(map(sum, component.packed.blocks)) == pytest.approx(weights * bits / 8, rel=2e-3)
+    assert component.packed.unpacked == 2 * spec.dit.dim * spec.dit.ffn_dim
+    assert len(component.packed.blocks) == spec.dit.num_layers and len(set(component.packed.blocks)) == 1
+    stream, resident = (
+        make_plan(replace(request, gguf_mode=mode), spec, CPU)["memory_bytes"]["denoise"]["ram"]
+        for mode in ("stream", "resident")
+    )
+    assert stream < resident
+
+
+@pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B", "ti2v-5B"])
+def test_dense_weights_are_those_of_our_model(tmp_path, monkeypatch, task):
+    """What stays in fp32 included, and what is streamed of a block."""
+    import torch
+    from PIL import Image
+
+    from wan.models.dit import WanModel
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    request, spec = request_of(
+        tmp_path, monkeypatch, task=task, image=None if task[0] == "t" else str(tmp_path / "a.png")
+    )
+    with torch.device("meta"):
+        model = WanModel(**spec.dit)
+    sizes = Workload(request, spec).components["model"].dense
+    assert sizes.total == sum(
+        one.numel() * (4 if model.keep_fp32(name) else 2) for name, one in model.named_parameters()
+    )
+    matrices = {part: 0 for part in ("self_attn", "cross_attn", "ffn")}
+    for name, one in model.blocks[0].named_parameters():
+        if one.ndim == 2:
+            matrices[name.split(".")[0]] += 2 * one.numel()
+    assert sizes.blocks == (tuple(matrices.values()),) * spec.dit.num_layers
+
+
+@pytest.mark.parametrize("version", ["t2v-1.3B", "ti2v-5B"])
+def test_activations_of_the_vae_grow_with_the_picture(version):
+    from wan.plan.activations import decode_values
+
+    vae = load_task(version).vae
+    later, first = (decode_values(vae, 32, 32, is_first) for is_first in (False, True))
+    assert first < later
+    assert decode_values(vae, 64, 64) == pytest.approx(4 * later, rel=1e-6)
+
+
+def test_caches_count(tmp_path, monkeypatch):
+    def size(**options):
+        request, spec = request_of(tmp_path, monkeypatch, task="t2v-1.3B", size="832*480", **options)
+        return Workload(request, spec).cache_bytes()
+
+    one = 32_760 * 1536 * 2  # a residual
+    assert size() == (0, True)
+    assert size(teacache=True) == (one, True)  # of the branch that does not run
+    assert size(teacache=True, sample_guide_scale=1) == (0, True)
+    assert size(teacache=True, cache_predictor="first") == (3 * one, True)
+    assert size(fbcache=True) == (3 * one, True)  # and the reference of each branch
+    assert size(fbcache=True, fb_downsample=2) == (2 * one, True)
+    assert size(fbcache=True, fb_cfg_sep_diff=False) == (2 * one, True)
+    assert size(teacache=True, cache_device="cpu") == (one, False)
+    latent = 16 * 21 * 60 * 104 * 4  # bytes
+    assert size(easycache=True) == (7 * latent, True)  # three for each branch, and a residual
+
+
+def test_loras_are_listed_and_counted_beside_packed_weights(tmp_path, monkeypatch):
+    path = write_safetensors(tmp_path / "a.safetensors", {"x.lora_A.weight": ("BF16", [1000, 1000], 2)})
+    plan = plan_of(tmp_path, monkeypatch, task="t2v-1.3B", lora=f"{path}:0.5")
+    row = next(row for row in plan["files"] if row["component"] == "lora")
+    assert row == {"component": "lora", "path": str(path), "bytes": path.stat().st_size, "hub": False}
+    assert str(path) in format_plan(plan)
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-1.3B", lora=str(path))
+    assert Workload(request, spec).lora_bytes("model") == 4_000_000
+
+
+# The choice
+
+
+ORDER = ["model", "block ram", "block disk", "phase ram", "phase disk"]
+
+
+@pytest.mark.parametrize("task", ["t2v-14B", "t2v-A14B"])
+def test_more_memory_is_never_slower(tmp_path, monkeypatch, task):
+    request, spec = request_of(tmp_path, monkeypatch, task=task, size="832*480", vae_dtype="bf16")
+
+    def rank(vram, ram):
+        placement = choose(request, spec, gpu(vram, ram))
+        return -ORDER.index(f"{placement.offload} {placement.blocks_from}".strip()), placement.resident_blocks
+
+    ranks = {(vram, ram): rank(vram, ram) for vram in (80, 24, 12, 8) for ram in (64, 16)}
+    for (vram, ram), here in ranks.items():
+        for (more, too), there in ranks.items():
+            if more >= vram and too >= ram:
+                assert there >= here, ((vram, ram), (more, too))
+    assert ranks[80, 64] == (0, 40) and ranks[24, 64][0] == -1 and 0 < ranks[12, 64][1] < ranks[24, 64][1]
+
+
+def test_what_lies_where(tmp_path, monkeypatch):
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-A14B", size="832*480")
+    assert choose(request, spec, gpu(80, 64)).next_expert == "ram"
+    assert choose(request, spec, gpu(80, 16)).next_expert == "disk"
+    assert choose(request, spec, gpu(80, 64)).text == "device" and choose(request, spec, gpu(8, 64)).text == "stream"
+    assert choose(replace(request, t5_cpu=True), spec, gpu(80, 64)).text == "cpu"
+    none = choose(replace(request, offload="none"), spec, gpu(200))
+    assert (none.next_expert, none.released, none.resident_blocks) == ("device", (), 40)
+    assert choose(replace(request, offload="none", vae_offload=True), spec, gpu(200)).released == ("vae",)
+    assert "vae" not in choose(replace(request, vae_offload=False), spec, gpu(80)).released
+    on_cpu = choose(replace(request, offload="phase"), spec, CPU)
+    assert (on_cpu.offload, on_cpu.blocks_from, on_cpu.resident_blocks) == ("phase", "disk", 39)
+    all_blocks = choose(replace(request, offload="block", resident_blocks=40), spec, gpu(80))
+    assert (all_blocks.offload, all_blocks.blocks_from) == ("model", "")
+    some = choose(replace(request, offload="block", resident_blocks=3), spec, gpu(80))
+    assert (some.offload, some.blocks_from, some.resident_blocks) == ("block", "ram", 3)
+
+
+def test_quantised_weights_stay_packed_where_memory_is_short(tmp_path, monkeypatch):
+    spec = load_task("t2v-14B")
+    tensors = {name: ([c, r], 8, r * c // 32 * 34) for name, (r, c) in matrices(spec).items()}
+    path = write_gguf(tmp_path / "model.gguf", tensors | {"other.bias": ([rest(spec)], 1, 2 * rest(spec))})
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-14B", size="832*480", gguf=str(path))
+    assert choose(request, spec, gpu(80)).packed == {"t5": "", "model": "resident"}
+    assert (
+        choose(request, spec, gpu(24)).packed["model"] == "stream" and choose(request, spec, gpu(24)).offload == "model"
+    )
+    assert choose(replace(request, offload="block"), spec, gpu(80)).packed["model"] == "stream"
+    assert choose(replace(request, gguf_mode="stream"), spec, gpu(80)).packed["model"] == "stream"
+    notes = make_plan(request, spec, gpu(24))["notes"]
+    assert len(notes) == 1 and notes[0].startswith(f"{path}: bf16 weights would take 28.") and "is stream" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "budget, stage, remedies",
+    [
+        ({"vram_gb": 1.5, "size": "832*480"}, "decode", ["--vae_dtype bf16", "--vae_tile_px 256", "--size"]),
+        (
+            {"vram_gb": 3, "vae_dtype": "bf16", "vae_tile_px": 256, "size": "1280*720"},
+            "denoise",
+            ["832*480 or smaller"],
+        ),
+        ({"vram_gb": 20, "offload": "model", "size": "832*480"}, "denoise", ["--offload block", "GGUF"]),
+        ({"ram_gb": 8, "size": "832*480", "vae_tile_px": 128}, "encode_text", ["--t5_gguf"]),
+    ],
+)
+def test_a_budget_that_is_too_small_is_refused(tmp_path, monkeypatch, budget, stage, remedies):
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-14B", **budget)
+    machine = gpu((request.vram_bytes or 80 * GB) / GB, (request.ram_bytes or 64 * GB) / GB)
+    if "ram_gb" in budget:
+        machine = replace(CPU, ram_bytes=request.ram_bytes)
+    with pytest.raises(UsageError) as caught:
+        choose(request, spec, machine)
+    line = str(caught.value)
+    flag = "--vram_gb" if "vram_gb" in budget else "--ram_gb"
+    assert line.startswith(f"{stage} needs ") and f"more than {flag} {budget[flag[2:]]}" in line and "\n" not in line
+    assert all(one in line for one in remedies)
+    plan = make_plan(replace(request, vram_bytes=None, ram_bytes=None), spec, machine)
+    assert any(note.startswith(f"warning: {stage} needs") and "that are free" in note for note in plan["notes"])
+
+
+def test_vram_is_of_a_gpu(tmp_path, monkeypatch):
+    request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", vram_gb=8, device="cpu")
+    with pytest.raises(UsageError, match="^--vram_gb is for a GPU, this run is on the CPU: use --ram_gb$"):
+        look(request)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    asked = look(replace(request, device="auto"))  # a dry run elsewhere
+    assert (asked.device, asked.vram_bytes, asked.is_measured) == ("cuda", 8 * GB, False)
+
+
+def test_the_machine_by_nvidia_smi(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$1" >> asked\necho "10240, 24576"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", ram_gb=7)
+    seen = look(request)
+    assert (seen.device, seen.vram_bytes, seen.ram_bytes) == ("cuda", 10240 << 20, 7 * GB)
+    assert look(replace(request, device="cuda:1")).vram_bytes == 10240 << 20
+    assert look(replace(request, device="cuda:2")).vram_bytes is None
+    assert Path("asked").read_text().split() == ["--id=3", "--id=5"]
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert look(request).device == "cpu"
+
+
+# Transfers
+
+
+def test_transfers_are_those_of_the_table(tmp_path, monkeypatch):
+    """14B in bf16 at 480p: a block of 703 MB takes 29 ms of 349 ms on a 4090, 14 of 73 ms on an H200."""
+    request, spec = request_of(
+        tmp_path, monkeypatch, task="t2v-14B", size="832*480", offload="block", resident_blocks=0
+    )
+    for rate, flops, sent, computed in ((24e9, 120e12, 0.029, 0.349), (50e9, 573e12, 0.014, 0.073)):
+        told = make_plan(request, spec, gpu(80, transfer_rate=rate, flops=flops))["transfers"]
+        assert told["bytes_per_forward"] / 40 == pytest.approx(703e6, rel=0.01)
+        assert told["seconds_per_forward"] / 40 == pytest.approx(sent, rel=0.05)
+        assert told["compute_seconds_per_forward"] / 40 == pytest.approx(computed, rel=0.02)
+        assert told["is_hidden"] and told["exposed_seconds_per_forward"] == 0
+    slow = make_plan(request, spec, gpu(80, transfer_rate=1e9))["transfers"]
+    assert not slow["is_hidden"] and slow["exposed_seconds_per_forward"] == pytest.approx(
+        40 * (0.703 - 0.349), rel=0.02
+    )
+    half = make_plan(replace(request, resident_blocks=20), spec, gpu(80))["transfers"]
+    assert half["bytes_per_forward"] / 20 == pytest.approx(703e6, rel=0.01)
+
+
+def test_what_is_not_hidden_adds_up():
+    assert exposed_seconds([1, 5, 0], [2, 2, 2]) == 3
+
+
+# Files, text
+
+
+def test_two_quantised_networks_contradict_each_other(tmp_path, monkeypatch):
+    folder = tmp_path / "quantised"
+    folder.mkdir()
+    tensors = {"blocks.0.ffn.0.weight": ("I8", [8, 8], 1), "blocks.0.ffn.0.weight_scale": ("F32", [8, 1], 4)}
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    gguf = write_gguf(tmp_path / "a.gguf", {"blocks.0.ffn.0.weight": ([32, 8], 8, 272)})
+    given = request_of(tmp_path, monkeypatch, task="t2v-1.3B", ckpt_dir=str(folder), gguf=str(gguf))
+    with pytest.raises(UsageError, match="^--gguf .* and --ckpt_dir .* both hold quantised weights") as caught:
+        check_one_quantised(*given)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError):
+        make_plan(*given, CPU)
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", {"blocks.0.ffn.0.weight": ("BF16", [8, 8], 2)})
+    check_one_quantised(*given)
+    (folder / "config.json").write_text('{"quantization": {"bits": 4, "group_size": 64}}')
+    with pytest.raises(UsageError):
+        check_one_quantised(*given)
+
+
+@pytest.mark.parametrize("machine", [CPU, gpu(12), gpu(8, 16)], ids=["cpu", "12 GB", "8 GB"])
+def test_plans_are_plain_data_and_read_well(tmp_path, monkeypatch, machine):
+    plan = plan_of(tmp_path, monkeypatch, machine, task="t2v-A14B", size="832*480")
+    assert json.loads(json.dumps(plan)) == plan
+    placement = Placement(**plan["placement"])
+    assert placement == choose(*request_of(tmp_path, monkeypatch, task="t2v-A14B", size="832*480"), machine)
+    text, lines = format_plan(plan), start_lines(plan)
+    assert "placement   offload" in text and "memory      denoise" in text and "(estimate)" in text
+    assert ("transfers " in text) == (placement.offload == "block") and ("assumed" in text)
+    assert 2 <= len(lines) <= 4 and all("\n" not in line for line in lines)
+    assert lines[0].startswith("placement: offload")
+
+
+def test_plans_import_no_torch(tmp_path):
+    code = (
+        "import sys; from wan.plan import *; from wan.request import build_request; from wan.tasks import load_task\n"
+        "request = build_request({'seed': 1}); plan = make_plan(request, load_task(request.task), look(request))\n"
+        "format_plan(plan); print('torch' in sys.modules)"
+    )
+    repo = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

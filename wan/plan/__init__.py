@@ -1,0 +1,33 @@
+"""The plan of a run: files, work, memory and what lies where. Printed by --dry_run, followed by every run. No torch.
+
+Work and parameters are exact counts from the shapes in the task file; memory is an estimate, see
+`benchmarks.plan_memory`. Only `look_with_torch` imports torch.
+"""
+
+from wan.plan.files import check_one_quantised, find_files, missing_files
+from wan.plan.machine import Machine, free_ram, look, look_with_torch
+from wan.plan.make import make_plan
+from wan.plan.memory import Workload
+from wan.plan.placement import Placement, choose, resident_indices
+from wan.plan.text import format_plan, start_lines
+from wan.plan.work import forward_flops, high_noise_steps, parameters
+
+__all__ = [
+    "Machine",
+    "Placement",
+    "Workload",
+    "check_one_quantised",
+    "choose",
+    "find_files",
+    "format_plan",
+    "forward_flops",
+    "free_ram",
+    "high_noise_steps",
+    "look",
+    "look_with_torch",
+    "make_plan",
+    "missing_files",
+    "parameters",
+    "resident_indices",
+    "start_lines",
+]

@@ -1,0 +1,155 @@
+"""What this machine has: memory that a process may use, and rates. Only what is named so imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from wan.errors import UsageError
+from wan.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+# Assumed where nothing is measured: an RTX 4090 in bf16 behind PCIe 4 x16, an NVMe disk, a few cores of a server.
+GPU_FLOPS, CPU_FLOPS, TRANSFER_RATE, DISK_RATE = 120e12, 0.1e12, 24e9, 2e9
+# Memory of the device that the driver takes before the first tensor; assumed, it differs by GPU and driver.
+CONTEXT_BYTES = 500_000_000
+_SMI_QUERY = ("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
+_SMI_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Machine:
+    """device: "cpu", "cuda" or "mps".
+
+    ram_bytes: the most of the machine's memory that this process may hold in all, as its peak RSS; vram_bytes: of
+    device memory, the driver's part included; None: the device is the CPU, or its memory is unknown.
+    flops: of matrix products, a second; transfer_rate: from host to device; disk_rate: of reading files; both bytes/s.
+    is_measured: whether flops and transfer_rate are of this machine.
+    """
+
+    device: str
+    ram_bytes: int
+    vram_bytes: int | None
+    flops: float
+    transfer_rate: float = TRANSFER_RATE
+    disk_rate: float = DISK_RATE
+    is_measured: bool = False
+
+
+def look(request: Request, local_size: int = 1) -> Machine:
+    """The machine as far as it can be known without torch. local_size: processes of this run on it."""
+    ram = request.ram_bytes or _ram_of_one(local_size)
+    kind = request.device.partition(":")[0]
+    vram = _free_vram(request.device) if kind in ("auto", "cuda") else None
+    if kind == "auto":
+        is_mac = sys.platform == "darwin" and os.uname().machine == "arm64"
+        kind = "cuda" if vram or request.vram_bytes else "mps" if is_mac else "cpu"
+    if kind == "cpu":
+        _refuse_vram(request)
+        return Machine("cpu", ram, None, CPU_FLOPS)
+    return Machine(kind, ram, request.vram_bytes or (ram if kind == "mps" else vram), GPU_FLOPS)
+
+
+def look_with_torch(device: torch.device, request: Request, local_size: int = 1) -> Machine:
+    """The machine at the start of a run, with what it can do as measured. Imports torch."""
+    import torch
+
+    ram = request.ram_bytes or _ram_of_one(local_size)
+    if device.type == "cpu":
+        _refuse_vram(request)
+        return Machine("cpu", ram, None, _cpu_flops(request.dtype), is_measured=True)
+    if device.type != "cuda":
+        return Machine(device.type, ram, request.vram_bytes or ram, GPU_FLOPS)
+    # The driver's part and what torch holds by now are in use already, and count.
+    held = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    vram = request.vram_bytes or torch.cuda.mem_get_info(device)[0] + held
+    flops, rate = _gpu_rates(device, request.dtype)
+    torch.cuda.empty_cache()
+    return Machine("cuda", ram, vram, flops, rate, is_measured=True)
+
+
+def free_ram() -> int:
+    """Bytes of memory that are free, of the machine's or of the container's."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int((group / "memory.max").read_text()) - used + int(stat.get("file", 0)))  # files can go
+    return free
+
+
+def _ram_of_one(local_size: int) -> int:
+    """What each of the processes of this machine may hold in all."""
+    return (free_ram() + local_size * psutil.Process().memory_info().rss) // local_size
+
+
+def _refuse_vram(request: Request) -> None:
+    if request.vram_bytes is not None:
+        raise UsageError("--vram_gb is for a GPU, this run is on the CPU: use --ram_gb")
+
+
+def _free_vram(device: str) -> int | None:
+    """Free bytes of the GPU that a run on `device` would take, by nvidia-smi; None if it says nothing."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = int(device.partition(":")[2] or 0)
+    tool = shutil.which("nvidia-smi")
+    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+    if tool is None or (names is not None and (index >= len(names) or names[index] == "-1")):
+        return None
+    wanted = str(index) if names is None else names[index]  # a number or a UUID, as nvidia-smi takes them too
+    try:
+        done = subprocess.run(
+            [tool, f"--id={wanted}", *_SMI_QUERY], capture_output=True, text=True, timeout=_SMI_SECONDS, check=True
+        )
+        return int(done.stdout.split(",")[0]) << 20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _timed(call: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> float:
+    """Seconds of one call, after one to warm up."""
+    call()
+    wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.perf_counter() - started) / repeats
+
+
+def _cpu_flops(dtype: str) -> float:
+    """Of one matrix product of some 15 ms on slow machines, in the type of the run."""
+    import torch
+
+    size = 768
+    one = torch.ones(size, size, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
+    return 2 * size**3 / _timed(lambda: one @ one, 1)
+
+
+def _gpu_rates(device: torch.device, dtype: str) -> tuple[float, float]:
+    """(FLOP/s of a matrix product, bytes/s from pinned memory)."""
+    import torch
+
+    def wait() -> None:
+        torch.cuda.synchronize(device)
+
+    size = 4096
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    one = torch.ones(size, size, dtype=kind, device=device)
+    flops = 2 * size**3 / _timed(lambda: one @ one, 4, wait)
+    host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return flops, len(host) / _timed(lambda: there.copy_(host, non_blocking=True), 2, wait)

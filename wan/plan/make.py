@@ -1,0 +1,97 @@
+"""The plan of a run as plain JSON data. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from easydict import EasyDict
+
+from distributed.grid import attention_bytes, split
+from wan.plan.files import check_one_quantised, find_files
+from wan.plan.machine import Machine
+from wan.plan.memory import Workload
+from wan.plan.placement import Placement, decide
+from wan.plan.transfers import transfers
+from wan.plan.weights import ITEMSIZE, expert_names
+from wan.plan.work import forward_flops, high_noise_steps, parameters
+from wan.request import Request
+
+
+def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, Any]:
+    """Everything that --dry_run tells. `files` rows have bytes = None for a file that is missing.
+
+    tflop_per_forward: by part; memory_bytes: by stage, {"device", "ram"} (on a CPU "ram" alone), of each process.
+    Raises UsageError where a budget is too small, see `decide`, or where two files hold the same quantised network.
+    """
+    check_one_quantised(request, spec)
+    load = Workload(request, spec)
+    decision = decide(load, machine)
+    high_steps = high_noise_steps(request, spec)
+    low_scale, high_scale = request.guide_scale
+    forwards = high_steps * (1 if high_scale == 1 else 2) + (request.steps - high_steps) * (1 if low_scale == 1 else 2)
+    work = forward_flops(spec, load.all_tokens)
+    total = sum(work.values())
+    plan = {
+        "task": spec.name,
+        "title": spec.title,
+        "size": f"{request.width}x{request.height}",
+        "frames": request.frame_num,
+        "fps": request.fps,
+        "seed": request.seed,
+        "solver": request.solver,
+        "shift": request.shift,
+        "guide_scale": list(request.guide_scale),
+        "files": find_files(request, spec),
+        "latent_shape": list(load.latent),
+        "tokens": load.all_tokens,
+        "steps": request.steps,
+        "forwards": forwards,
+        "tflop_per_forward": {name: flops / 1e12 for name, flops in work.items()} | {"total": total / 1e12},
+        "tflop_total": forwards * total / 1e12,
+        "parameters": parameters(spec),
+        "blocks": spec.dit.num_layers,
+        "machine": asdict(machine),
+        "placement": asdict(decision.placement) | {"released": list(decision.placement.released)},
+        "memory_bytes": decision.memory,
+        "weights": weight_rows(load, machine, decision.placement),
+        "transfers": transfers(load, machine, decision.placement),
+        "notes": list(decision.notes),
+        "save_file": request.save_file,
+    }
+    if "experts" in spec:
+        plan["steps_by_expert"] = {"high": high_steps, "low": request.steps - high_steps}
+    if request.grid.size > 1:
+        plan["ranks"] = share_of_ranks(request, spec, load.all_tokens)
+    return plan
+
+
+def weight_rows(load: Workload, machine: Machine, placement: Placement) -> list[dict[str, Any]]:
+    """One row for each component and place: component, where ("GPU", "RAM" or "disk"), bytes, until when."""
+    experts, rows = expert_names(load.spec), []
+    here = "RAM" if machine.device in ("cpu", "mps") else "GPU"
+    stage_of = {"t5": "encode_text", "clip": "encode_image", "vae": "decode"}
+    for name, component in load.components.items():
+        sizes = component.sizes(placement.packed.get(name, ""))
+        until = f"for {stage_of.get(name, 'denoise')}" if name in placement.released else "to the end"
+        where = "RAM" if name == "t5" and placement.text != "device" else here
+        parts = {where: sizes.total}
+        if name in experts and placement.blocks_from:
+            streamed = sum(sizes.units("block")) * (len(sizes.blocks) - placement.resident_blocks) // len(sizes.blocks)
+            parts = {where: sizes.total - streamed, "RAM" if placement.blocks_from == "ram" else "disk": streamed}
+        rows += [{"component": name, "where": place, "bytes": size, "until": until} for place, size in parts.items()]
+    return rows
+
+
+def share_of_ranks(request: Request, spec: EasyDict, tokens: int) -> dict[str, Any]:
+    """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis."""
+    grid, dit = request.grid, spec.dit
+    sent = attention_bytes(grid, tokens, dit.dim, ITEMSIZE[request.dtype])
+    shared = (("dit", request.dit_fsdp), ("t5", request.t5_fsdp))
+    return {
+        "grid": grid._asdict(),
+        "tokens": split(tokens, grid.sequence),
+        "heads": split(dit.num_heads, grid.ulysses),
+        "sent_bytes": {axis: round(size) * dit.num_layers for axis, size in sent.items()},
+        "weights_shared": [name for name, is_shared in shared if is_shared],
+    }

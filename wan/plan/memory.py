@@ -1,0 +1,255 @@
+"""Peak bytes of each stage of a run, on the device and in the machine's memory, for a given placement. No torch.
+
+The peak of a stage is what it keeps, and the larger of what loading and what computing needs besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from easydict import EasyDict
+
+from cache.options import policy_of
+from distributed.grid import split
+from wan.conditioning.sizes import latent_shape
+from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
+from wan.plan.machine import CONTEXT_BYTES
+from wan.plan.weights import ITEMSIZE, Component, components, expert_names, lora_bytes, share
+from wan.request import Request
+
+# Resident memory of a process that has made a video with the tiny task, whose models take next to nothing: Python,
+# torch, transformers, tokenizers and the code of the kernels. Measured: 460 to 525 MB, torch 2.13 for CPUs, Linux.
+PROCESS_BYTES = 475_000_000
+CUDA_PROCESS_BYTES = 1_500_000_000  # the same with the libraries of CUDA; assumed
+TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
+# The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150
+# to 380 MB more than its tensors, and hardly any more where every block was given back.
+HEAP_BYTES = 300_000_000  # at most
+GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
+SLOTS = 2  # units of streamed blocks in device memory: one computes, one arrives
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run computes with, whatever lies where."""
+
+    request: Request
+    spec: EasyDict
+
+    @cached_property
+    def components(self) -> dict[str, Component]:
+        return components(self.request, self.spec)
+
+    @cached_property
+    def latent(self) -> tuple[int, int, int, int]:
+        size = self.request.frame_num, self.request.height, self.request.width
+        return latent_shape(self.spec.vae.z_dim, *size, self.spec.vae_stride[1])
+
+    @cached_property
+    def all_tokens(self) -> int:
+        return math.prod(size // patch for size, patch in zip(self.latent[1:], self.spec.dit.patch_size))
+
+    @property
+    def tokens(self) -> int:
+        """Of the rank that has most."""
+        return split(self.all_tokens, self.request.grid.sequence)[0]
+
+    @property
+    def branches(self) -> int:
+        """That one process computes: cond and uncond."""
+        is_guided = any(scale != 1 for scale in self.request.guide_scale)
+        return 2 if is_guided and self.request.grid.cfg == 1 else 1
+
+    @cached_property
+    def stages(self) -> list[str]:
+        has_image = self.request.image is not None
+        return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
+
+    @cached_property
+    def loras(self) -> dict[str, int]:
+        return lora_bytes(self.request)
+
+    def lora_bytes(self, expert: str) -> int:
+        return self.loras.get("lora", 0) + self.loras.get(f"lora_{expert}", 0)
+
+    def cache_bytes(self) -> tuple[int, bool]:
+        """(bytes, whether they are on the device) of what a cache keeps while the network runs."""
+        options, itemsize = self.request.cache, ITEMSIZE[self.request.dtype]
+        if not options:
+            return 0, True
+        policy = policy_of(options)
+        residuals = 1 if options["cache_predictor"] == "zero" else 2
+        if policy.level == "prediction":  # latents: the last input, and input and output of the last computed step
+            one, itemsize, extra = math.prod(self.latent), 4, 3 * self.branches
+        else:
+            one = self.tokens * self.spec.dit.dim
+            measured = self.branches if options.get("fb_cfg_sep_diff", True) else 1
+            extra = measured / options.get("fb_downsample", 1) if policy.probe_blocks else 0
+        kept = self.branches * residuals - 1  # the branch that runs has let go of the one that will be replaced
+        on_device = options["cache_device"] != "cpu"
+        # What the policy measures against stays where it was made.
+        return int((kept + extra) * one * itemsize), on_device
+
+    @cached_property
+    def activations(self) -> dict[str, tuple[int, int]]:
+        """Stage -> bytes on a CPU and on a GPU."""
+        request, spec = self.request, self.spec
+        itemsize = ITEMSIZE[request.dtype]
+        texts = [request.prompt] + [request.negative_prompt] * (self.branches == 2 or request.grid.cfg == 2)
+        # Not tokenized here; no token is shorter than a letter, and the end has one of its own.
+        words = min(spec.dit.text_len, max(map(len, texts)) + 2)
+        text = text_bytes(spec, len(texts), words, itemsize)
+        # Sample, noise, two predictions and the solver's history in fp32; the input with its condition.
+        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * spec.dit.in_dim // spec.vae.z_dim)
+        hidden = [dit_bytes(spec, self.tokens, self.all_tokens, itemsize, on_cpu) for on_cpu in (True, False)]
+        decoding = self._vae_bytes(decode_values, spec.vae_stride[1]) + self._video_bytes(4)
+        found = {
+            "encode_text": (text, text),
+            "denoise": (hidden[0] + latents, hidden[1] + latents),
+            "decode": (decoding, decoding),
+        }
+        if "encode_image" in self.stages:
+            # The video that is encoded, as it is given and cut up for the encoder.
+            video = self._video_bytes(4 + ITEMSIZE[request.vae_dtype])
+            encoding = self._vae_bytes(encode_values, 1) + video
+            looking = clip_bytes(2 if request.last_image else 1) if "clip" in self.components else 0
+            found["encode_image"] = (max(encoding, looking), max(encoding, looking))
+        return found
+
+    def _video_bytes(self, value_bytes: int) -> int:
+        request = self.request
+        tiles = 2 if self._tile(1) else 1  # blended in a video of their own
+        return 3 * request.frame_num * request.width * request.height * value_bytes * tiles
+
+    def _tile(self, stride: int) -> int:
+        """Side of a tile in units of `stride` px; 0 if the picture is not cut up."""
+        tile = self.request.vae_tile_px
+        return tile // stride if tile and max(self.request.width, self.request.height) > tile else 0
+
+    def _vae_bytes(self, values, stride: int) -> int:
+        """Of one chunk. Processes share the rows, where there are enough of them."""
+        tile = self._tile(stride)
+        rows, columns = (
+            min(tile or side, side) for side in (self.request.height // stride, self.request.width // stride)
+        )
+        cells, ranks = rows * stride // self.spec.vae_stride[1], self.request.grid.size
+        if 1 < ranks <= cells:
+            halo = 2 * self.spec.vae_stride[1] // stride if stride > 1 else 2
+            rows = split(cells, ranks)[0] * self.spec.vae_stride[1] // stride + halo
+        is_single = self.request.frame_num == 1
+        return values(self.spec.vae, rows, columns, is_single) * ITEMSIZE[self.request.vae_dtype]
+
+
+def memory_by_stage(load: Workload, device: str, placement) -> dict[str, dict[str, int]]:
+    """Stage -> {"device": bytes, "ram": bytes} of one process; on a CPU only "ram"."""
+    on_cpu = device == "cpu"
+    held = _Held(load, on_cpu, placement)
+    found = {}
+    for stage in load.stages:
+        keeps, working, loading = held.stage(stage)
+        if on_cpu:
+            found[stage] = {"ram": PROCESS_BYTES + keeps["device"] + keeps["ram"] + max(working, loading)}
+        else:
+            found[stage] = {
+                "device": CONTEXT_BYTES + int(GPU_SLACK * (keeps["device"] + working)),
+                "ram": CUDA_PROCESS_BYTES + keeps["ram"] + loading,
+            }
+    return found
+
+
+class _Held:
+    """What is in memory as the stages of one run go by."""
+
+    def __init__(self, load: Workload, on_cpu: bool, placement):
+        self.load, self.on_cpu, self.placement = load, on_cpu, placement
+        self.kept = {"device": 0, "ram": 0}  # by models of earlier stages
+
+    def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
+        """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
+        load, cpu_work, gpu_work = self.load, *self.load.activations[stage]
+        work = cpu_work if self.on_cpu else gpu_work
+        if stage == "encode_text":
+            own, work, names = *self._text(work), ["t5"]
+        elif stage == "denoise":
+            own, work, names = *self._denoise(work), expert_names(load.spec)
+        else:
+            names = ["vae"] + ["clip"] * (stage == "encode_image" and "clip" in load.components)
+            sizes = [load.components[name].dense.total for name in names]
+            stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]
+            own = {"device": max(sum(stay), max(sizes)), "ram": 0}
+            work += min(HEAP_BYTES, work) if self.on_cpu else 0  # no more than there was to free
+        before = dict(self.kept)
+        if stage == "decode" and "encode_image" in load.stages and "vae" not in self.placement.released:
+            before["device"] -= load.components["vae"].dense.total  # it is there already
+        keeps = {where: before[where] + own[where] for where in own}
+        models = [load.components[name] for name in names]
+        loading = max(one.load_bytes + (0 if self.on_cpu else one.largest) for one in models)
+        self._leave(names)
+        return keeps, work, loading
+
+    def _leave(self, names: list[str]) -> None:
+        """What stays for the stages that follow."""
+        for name in names:
+            if name in self.placement.released:
+                continue
+            where = "ram" if name == "t5" and self.placement.text != "device" else "device"
+            size = self.load.components[name].sizes(self.placement.packed.get(name, "")).total
+            self.kept[where] += self._shared(name, size)
+
+    def _shared(self, name: str, size: int) -> int:
+        request = self.load.request
+        is_shared = request.t5_fsdp if name == "t5" else request.dit_fsdp and name in expert_names(self.load.spec)
+        return share(size, request.grid.size) if is_shared else size
+
+    def _text(self, work: int) -> tuple[dict[str, int], int]:
+        load, placement = self.load, self.placement
+        sizes = load.components["t5"].sizes(placement.packed.get("t5", ""))
+        tokenizer = TOKENIZER_BYTES * load.spec.text.vocab
+        whole = self._shared("t5", sizes.total)
+        if load.request.t5_fsdp:
+            whole += 2 * max(sizes.units("block"), default=0)
+        if self.on_cpu or placement.text == "cpu":
+            where = "device" if self.on_cpu else "ram"
+            own = {"device": 0, "ram": 0} | {where: whole + sizes.unpacked}
+            own["ram"] += tokenizer + (0 if self.on_cpu else work)
+            return own, work if self.on_cpu else 0
+        if placement.text == "stream":
+            return {"device": SLOTS * max(sizes.units("block"), default=0), "ram": whole + tokenizer}, work
+        return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
+
+    def _denoise(self, work: int) -> tuple[dict[str, int], int]:
+        """One expert at a time, but where both are kept; the larger counts."""
+        each = [self._expert(name) for name in expert_names(self.load.spec)]
+        if self.placement.offload == "none":
+            own = {where: sum(one[where] for one in each) for where in ("device", "ram")}
+        else:
+            own = {where: max(one[where] for one in each) for where in ("device", "ram")}
+        if self.placement.next_expert == "ram":
+            last = self.load.components[expert_names(self.load.spec)[-1]]
+            own["ram"] += last.sizes(self.placement.packed.get(last.name, "")).total
+        size, on_device = self.load.cache_bytes()
+        own["device" if on_device or self.on_cpu else "ram"] += size
+        return own, work
+
+    def _expert(self, name: str) -> dict[str, int]:
+        load, placement = self.load, self.placement
+        mode = placement.packed.get(name, "")
+        sizes = load.components[name].sizes(mode)
+        beside = sizes.unpacked + (load.lora_bytes(name) if mode == "stream" else 0)
+        if placement.offload not in ("block", "phase"):
+            whole = self._shared(name, sizes.total)
+            if load.request.dit_fsdp:  # two blocks are whole, one at work and one on the way
+                whole += 2 * max(sizes.units("block"))
+            return {"device": whole + beside, "ram": 0}
+        units, layers = sizes.units(placement.offload), len(sizes.blocks)
+        streamed = sum(units) * (layers - placement.resident_blocks) // layers
+        count = len(units) * (layers - placement.resident_blocks) // layers
+        slots = min(SLOTS, count) * max(units)
+        own = {"device": sizes.total - streamed + slots + beside, "ram": 0}
+        if not self.on_cpu:
+            at_rest = streamed if placement.blocks_from == "ram" else max(units)
+            own["ram"] = slots + at_rest
+        return own

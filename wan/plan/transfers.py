@@ -1,0 +1,57 @@
+"""How long streamed blocks travel, and how much of that computing hides. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wan.plan.machine import Machine
+from wan.plan.memory import Workload
+from wan.plan.placement import Placement, resident_indices
+from wan.plan.weights import expert_names
+from wan.plan.work import forward_flops, part_flops
+
+
+def exposed_seconds(transfer: Sequence[float], compute: Sequence[float]) -> float:
+    """What is waited for, in all: a unit travels while the one before it computes, so the longer of the two counts."""
+    return sum(max(0.0, sent - computed) for sent, computed in zip(transfer, compute, strict=True))
+
+
+def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[str, Any]:
+    """Of one forward. A pipeline of disk, RAM and device is as fast as its slowest part."""
+    ranks = load.request.grid.sequence
+    whole = sum(forward_flops(load.spec, load.all_tokens).values()) / ranks / machine.flops
+    found = {
+        "bytes_per_forward": 0,
+        "seconds_per_forward": 0.0,
+        "compute_seconds_per_forward": whole,
+        "exposed_seconds_per_forward": 0.0,
+        "is_hidden": True,
+        "is_measured": machine.is_measured,
+    }
+    if placement.offload not in ("block", "phase"):
+        return found
+    rate = machine.disk_rate if machine.device == "cpu" else machine.transfer_rate
+    if placement.blocks_from == "disk":
+        rate = min(rate, machine.disk_rate)
+    name = expert_names(load.spec)[0]
+    sizes = load.components[name].sizes(placement.packed.get(name, ""))
+    stay = resident_indices(len(sizes.blocks), placement.resident_blocks)
+    flops = part_flops(load.spec, load.all_tokens)
+    sent, computed = [], []
+    for block, parts in enumerate(sizes.blocks):
+        travels = [0] * len(parts) if block in stay else parts
+        if placement.offload == "block":
+            travels, work = [sum(travels)], [sum(flops)]
+        else:
+            work = flops
+        sent += [size / rate for size in travels]
+        computed += [one / ranks / machine.flops for one in work]
+    bytes_sent = sum(sum(one) for block, one in enumerate(sizes.blocks) if block not in stay)
+    exposed = exposed_seconds(sent, computed)
+    return found | {
+        "bytes_per_forward": bytes_sent,
+        "seconds_per_forward": sum(sent),
+        "exposed_seconds_per_forward": exposed,
+        "is_hidden": exposed == 0,
+    }

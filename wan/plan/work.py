@@ -1,0 +1,162 @@
+"""How much there is to compute, and how many parameters: exact counts from the shapes of a task. No torch."""
+
+from __future__ import annotations
+
+import math
+
+from easydict import EasyDict
+
+from wan.plan.activations import CLIP_DIM, CLIP_TOKENS
+from wan.request import Request
+
+CLIP_PARAMS = 632_076_800  # ViT-H/14 of open-clip, the image tower alone
+
+
+def high_noise_steps(request: Request, spec: EasyDict) -> int:
+    """How many steps the high-noise expert takes; 0 for a task with one expert."""
+    if "experts" not in spec:
+        return 0
+    if request.boundary_step_index is not None:
+        return min(request.boundary_step_index, request.steps)
+    if request.denoising_step_list:
+        sigmas = [step / 1000 for step in request.denoising_step_list]
+    else:
+        start = 0.999 if request.solver == "unipc" else 1.0  # where each solver's schedule begins
+        sigmas = [start * (1 - step / request.steps) for step in range(request.steps)]
+    shifted = [request.shift * sigma / (1 + (request.shift - 1) * sigma) for sigma in sigmas]
+    return sum(sigma >= spec.boundary for sigma in shifted)
+
+
+# Work
+
+
+def forward_flops(spec: EasyDict, tokens: int) -> dict[str, float]:
+    """FLOPs of one DiT forward on one sample: linear layers, self-attention, cross-attention. 2 per multiply-add."""
+    dit = spec.dit
+    image_tokens = _image_tokens(spec)
+    patch_values = math.prod(dit.patch_size)
+    per_token = dit.num_layers * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)  # q k v o, cross q o, ffn
+    per_token += patch_values * dit.dim * (dit.in_dim + dit.out_dim)  # patch embedding and head
+    per_text_token = dit.num_layers * 2 * dit.dim**2 + dit.text_dim * dit.dim + dit.dim**2  # cross k v, embedding
+    per_image_token = dit.num_layers * 2 * dit.dim**2 + CLIP_DIM**2 + CLIP_DIM * dit.dim
+    linear = tokens * per_token + dit.text_len * per_text_token + image_tokens * per_image_token
+    pairs = tokens * dit.dim * dit.num_layers  # times keys: the products with k and with v
+    return {
+        "linear": 2.0 * linear,
+        "self_attention": 4.0 * pairs * tokens,
+        "cross_attention": 4.0 * pairs * (dit.text_len + image_tokens),
+    }
+
+
+def _image_tokens(spec: EasyDict) -> int:
+    if "clip" not in spec.files:
+        return 0
+    return CLIP_TOKENS * (2 if spec.kind == "flf2v" else 1)
+
+
+# Parameters
+
+
+def parameters(spec: EasyDict) -> dict[str, int]:
+    """Number of parameters by component; `dit` is one expert."""
+    counts = {"text": _text_params(spec.text), "dit": _dit_params(spec), "vae": _vae_params(spec.vae)}
+    if "clip" in spec.files:
+        counts["clip"] = CLIP_PARAMS
+    return counts
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _dit_params(spec: EasyDict) -> int:
+    dit = spec.dit
+    dim = dit.dim
+    block = 8 * _linear(dim, dim) + _linear(dim, dit.ffn_dim) + _linear(dit.ffn_dim, dim)
+    block += 4 * dim + 2 * dim + 6 * dim  # q and k norms of both attentions, norm3, modulation
+    total = _linear(dit.in_dim * math.prod(dit.patch_size), dim)
+    total += _linear(dit.text_dim, dim) + _linear(dim, dim)
+    total += _linear(dit.freq_dim, dim) + _linear(dim, dim) + _linear(dim, 6 * dim)
+    total += _linear(dim, dit.out_dim * math.prod(dit.patch_size)) + 2 * dim
+    if "clip" in spec.files:
+        block += 2 * _linear(dim, dim) + dim
+        total += 2 * CLIP_DIM + _linear(CLIP_DIM, CLIP_DIM) + _linear(CLIP_DIM, dim) + 2 * dim
+        total += 2 * CLIP_TOKENS * CLIP_DIM if spec.kind == "flf2v" else 0
+    return total + dit.num_layers * block
+
+
+def _text_params(text: EasyDict) -> int:
+    block = (
+        4 * text.dim * text.dim_attn + 3 * text.dim * text.dim_ffn + 2 * text.dim + text.num_buckets * text.num_heads
+    )
+    return text.vocab * text.dim + text.num_layers * block + text.dim
+
+
+def _conv(inputs: int, outputs: int, taps: int) -> int:
+    return inputs * outputs * taps + outputs
+
+
+def _residual(inputs: int, outputs: int) -> int:
+    shortcut = _conv(inputs, outputs, 1) if inputs != outputs else 0
+    return inputs + _conv(inputs, outputs, 27) + outputs + _conv(outputs, outputs, 27) + shortcut
+
+
+def _vae_params(vae: EasyDict) -> int:
+    pixels = 12 if vae.version == "2.2" else 3  # 2.2 folds 2x2 pixels into channels
+    widths = [vae.dim * mult for mult in [1, *vae.dim_mult]]
+    encoder = _conv(pixels, widths[0], 27) + _vae_ends(widths[-1], 2 * vae.z_dim)
+    for stage, temporal in enumerate([*vae.temporal_downsample, None]):
+        encoder += _vae_stage(widths[stage], widths[stage + 1], vae.num_res_blocks)
+        if temporal is not None:
+            encoder += _conv(widths[stage + 1], widths[stage + 1], 9)
+            encoder += _conv(widths[stage + 1], widths[stage + 1], 3) if temporal else 0
+    widths = [vae.get("dec_dim", vae.dim) * mult for mult in [vae.dim_mult[-1], *reversed(vae.dim_mult)]]
+    decoder = _conv(vae.z_dim, widths[0], 27) + _vae_ends(widths[0], 0) + widths[-1] + _conv(widths[-1], pixels, 27)
+    for stage, temporal in enumerate([*reversed(vae.temporal_downsample), None]):
+        # The upsampling of 2.1 halves the channels, that of 2.2 keeps them.
+        halves = vae.version == "2.1"
+        inputs = widths[stage] // 2 if halves and stage else widths[stage]
+        out = widths[stage + 1]
+        decoder += _vae_stage(inputs, out, vae.num_res_blocks + 1)
+        if temporal is not None:
+            decoder += _conv(out, out // 2 if halves else out, 9) + (_conv(out, 2 * out, 3) if temporal else 0)
+    return encoder + decoder + _conv(2 * vae.z_dim, 2 * vae.z_dim, 1) + _conv(vae.z_dim, vae.z_dim, 1)
+
+
+def _vae_stage(inputs: int, outputs: int, blocks: int) -> int:
+    return _residual(inputs, outputs) + (blocks - 1) * _residual(outputs, outputs)
+
+
+def _vae_ends(width: int, head_out: int) -> int:
+    """The middle (two residual blocks around one attention) and, for the encoder, the head."""
+    attention = width + _conv(width, 3 * width, 1) + _conv(width, width, 1)
+    return 2 * _residual(width, width) + attention + (width + _conv(width, head_out, 27) if head_out else 0)
+
+
+def kept_fp32(spec: EasyDict) -> int:
+    """Parameters of a DiT that stay in fp32 whatever the compute type, see `WanModel.keep_fp32`."""
+    dit = spec.dit
+    time = _linear(dit.freq_dim, dit.dim) + _linear(dit.dim, dit.dim) + _linear(dit.dim, 6 * dit.dim)
+    return time + (6 * dit.num_layers + 2) * dit.dim
+
+
+def block_matrices(spec: EasyDict) -> tuple[int, int, int]:
+    """Weights in the matrices of one block, by its parts: self-attention, cross-attention, feed-forward."""
+    dit = spec.dit
+    square = dit.dim**2
+    return 4 * square, (6 if "clip" in spec.files else 4) * square, 2 * dit.dim * dit.ffn_dim
+
+
+def part_flops(spec: EasyDict, tokens: int) -> tuple[float, float, float]:
+    """FLOPs of one block by the same parts. tokens: of one forward."""
+    dit = spec.dit
+    square, context = dit.dim**2, dit.text_len + _image_tokens(spec)
+    attended = 4.0 * tokens * dit.dim
+    self_attention = 8.0 * tokens * square + attended * tokens
+    cross_attention = 4.0 * tokens * square + 4.0 * context * square + attended * context
+    return self_attention, cross_attention, 4.0 * tokens * dit.dim * dit.ffn_dim
+
+
+def text_layer_params(spec: EasyDict) -> int:
+    """Parameters of one layer of the text encoder."""
+    return (_text_params(spec.text) - (spec.text.vocab + 1) * spec.text.dim) // spec.text.num_layers

@@ -1,0 +1,150 @@
+"""What computes: device, types, processes, where weights lie, the cache."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from easydict import EasyDict
+
+from cache.options import OPTIONS as CACHE_OPTIONS
+from cache.options import check_coefficients, check_options
+from distributed.grid import Grid, choose_grid
+from wan.conditioning.sizes import latent_shape
+from wan.errors import UsageError
+from wan.request.options import AREA_BELOW_720P, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES
+from wan.request.values import absolute, choice, number, or_default, whole
+
+
+def make_grid(get: Mapping[str, Any], world_size: int) -> Grid:
+    sizes = {
+        flag: None if get[flag] is None else whole(get[flag], 1, flag, 1, MAX_RANKS)
+        for flag in ("ring_size", "ulysses_size")
+    }
+    for flag in ("dit_fsdp", "t5_fsdp"):
+        if get[flag] and world_size == 1:
+            raise UsageError(f"--{flag} shares weights out over several processes, there is 1: start with torchrun")
+    try:
+        return choose_grid(world_size, bool(get["cfg_parallel"]), *sizes.values())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_grid(
+    grid: Grid, spec: EasyDict, size: tuple[int, int, int], guide_scale: tuple[float, float], warnings: list[str]
+) -> None:
+    width, height, frame_num = size
+    shape = latent_shape(spec.vae.z_dim, frame_num, height, width, spec.vae_stride[1])
+    tokens = math.prod(side // patch for side, patch in zip(shape[1:], spec.dit.patch_size))
+    if tokens < grid.sequence:
+        raise UsageError(f"{tokens} tokens cannot be shared by {grid.sequence} processes: make a larger video")
+    if grid.cfg == 2 and all(scale == 1 for scale in guide_scale):
+        raise UsageError(
+            "--cfg_parallel shares out the two branches of guidance, which --sample_guide_scale 1 turns off"
+        )
+    if grid.ulysses > spec.dit.num_heads:
+        idle = grid.ulysses - spec.dit.num_heads
+        heads = f"{spec.dit.num_heads} heads on --ulysses_size {grid.ulysses}"
+        warnings.append(f"{heads}: {idle} of these processes have no attention to do; a --ring_size of 2 or more helps")
+
+
+def check_offload(get: Mapping[str, Any], world_size: int) -> str:
+    name, releases = get["offload"], get["offload_model"]
+    if name is None:
+        return "auto" if or_default(releases, world_size == 1) else "none"  # the official code's defaults
+    name = choice(name, "auto", "offload", OFFLOAD_NAMES)
+    if releases is not None and releases != (name != "none"):
+        raise UsageError(f"--offload_model {str(releases).lower()} contradicts --offload {name}; give one")
+    if get["dit_fsdp"] and name in ("block", "phase"):
+        raise UsageError(f"--dit_fsdp shares the weights out, and --offload {name} streams them: give one of the two")
+    return name
+
+
+def check_resident_blocks(spec: EasyDict, get: Mapping[str, Any]) -> int | None:
+    value = get["resident_blocks"]
+    if value in (None, "auto"):
+        return None
+    if get["offload"] not in ("block", "phase"):
+        raise UsageError("--resident_blocks is for --offload block and phase")
+    return whole(value, 0, "resident_blocks", 0, spec.dit.num_layers)
+
+
+def check_budget(value: Any, flag: str) -> int | None:
+    if value is None:
+        return None
+    return int(1e9 * number(value, flag, float, "a number of GB (of 10^9 bytes) above 0", lambda n: 0 < n < math.inf))
+
+
+def check_device_name(value: Any, flag: str = "device", ranks: int = 1) -> str:
+    value = or_default(value, "auto")
+    if ranks > 1 and (value == "mps" or str(value).startswith("cuda:")):
+        raise UsageError(f"--{flag} {value} is one device, for {ranks} processes; choose auto, cpu or cuda")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", str(value)):
+        raise UsageError(f"unknown --{flag} {value!r}; choose one of: auto, cpu, cuda, cuda:N, mps")
+    return value
+
+
+def check_device(name: str, flag: str = "device") -> str:
+    """The torch device for --`flag` NAME ("auto": the first accelerator, else the CPU). Imports torch.
+
+    Raises UsageError when this machine does not have it.
+    """
+    import torch
+
+    has_mps = torch.backends.mps.is_available()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if count else "mps" if has_mps else "cpu"
+    there = ["cpu", *(f"cuda:{index}" for index in range(count)), *(["mps"] if has_mps else [])]
+    if name not in there and not (name == "cuda" and count):
+        raise UsageError(f"--{flag} {name} is not on this machine; there is: {', '.join(there)}")
+    return name
+
+
+def check_dtype(spec: EasyDict, value: Any, convert: bool | None) -> str:
+    """The type asked for; "auto" is the task's own, bf16 unless its file says otherwise."""
+    dtype = choice(value, "auto", "dtype", DTYPE_NAMES)
+    if convert and dtype not in ("auto", "bf16"):
+        raise UsageError(f"--convert_model_dtype casts the weights to bf16, which contradicts --dtype {dtype}")
+    if dtype == "auto":
+        return "bf16" if convert else spec.get("dtype", "bf16")
+    return dtype
+
+
+def check_tile(value: Any, stride: int) -> int:
+    tile = whole(value, 0, "vae_tile_px", 0, 100_000)
+    if tile and (tile % stride or tile < 8 * stride):
+        raise UsageError(
+            f"--vae_tile_px must be 0 (no tiles) or a multiple of {stride} from {8 * stride} up, not {tile}"
+        )
+    return tile
+
+
+def check_cache(
+    spec: EasyDict, get: Mapping[str, Any], steps: int, area: int, from_image: bool, warnings: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the cache, and the coefficients that it needs."""
+    key = "coefficients_image" if from_image and "coefficients_image" in spec else "coefficients"
+    if area > AREA_BELOW_720P and "coefficients_720p" in spec:
+        key = "coefficients_720p"
+    try:
+        options, notes = check_options({name: get[name] for name in CACHE_OPTIONS}, steps)
+        found = check_coefficients(options, spec.get(key), tuple(spec.get("experts", ["model"]))) if options else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if options:
+        device = check_device_name(options["cache_device"], "cache_device")
+        options |= {"cache_device": device} | {name: absolute(options[name]) for name in CACHE_FILES}
+        if trace := options["cache_trace"]:
+            if os.path.isdir(trace):
+                raise UsageError(f"--cache_trace: {trace} is a folder")
+            if not Path(trace).absolute().parent.is_dir():
+                raise UsageError(f"--cache_trace: no folder {Path(trace).absolute().parent}")
+            if get["save_file"] and Path(trace).absolute() == Path(get["save_file"]).absolute():
+                raise UsageError(f"--cache_trace and --save_file both name {trace}")
+    warnings += notes
+    return options, found

@@ -1,0 +1,76 @@
+"""What is sampled: prompt, frames, steps, schedule, guidance."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import Any
+
+from easydict import EasyDict
+
+from wan.conditioning.sizes import latent_frames
+from wan.errors import UsageError
+from wan.request.options import MAX_SEED
+from wan.request.values import number, or_default, text, whole
+
+
+def check_prompt(spec: EasyDict, prompt: str | None) -> str:
+    prompt = text(or_default(prompt, spec.get("prompt", "")), "prompt")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: give --prompt TEXT")
+    return prompt
+
+
+def check_frame_num(spec: EasyDict, value: Any) -> int:
+    least = 5 if spec.kind == "flf2v" else 1  # flf2v needs a first and a last latent frame
+    frame_num = whole(value, spec.sampling.frame_num, "frame_num", least, 100_000)
+    try:
+        latent_frames(frame_num)
+    except UsageError as error:
+        raise UsageError(f"--frame_num: {error}") from error
+    return frame_num
+
+
+def check_seed(value: Any) -> int:
+    allowed = f"a whole number from 0 to {MAX_SEED}, or -1 for a random one"
+    seed = number(or_default(value, -1), "seed", int, allowed, lambda n: -1 <= n <= MAX_SEED)
+    return secrets.randbelow(2**32) if seed == -1 else seed
+
+
+def check_shift(spec: EasyDict, value: Any, size: str) -> float:
+    if value is None:
+        at_480p = size in ("832*480", "480*832")
+        value = spec.sampling.get("shift_480p", spec.sampling.shift) if at_480p else spec.sampling.shift
+    return number(value, "sample_shift", float, "a number above 0", lambda n: 0 < n < math.inf)
+
+
+def check_guide_scale(spec: EasyDict, value: Any) -> tuple[float, float]:
+    value = or_default(value, spec.sampling.guide_scale)
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    if len(parts) > 2 or (len(parts) == 2 and "experts" not in spec):
+        allowed = "one number, or LOW,HIGH" if "experts" in spec else "one number (this task has one expert)"
+        raise UsageError(f"--sample_guide_scale must be {allowed}, not {value!r}")
+    allowed = "a number of at least 0"
+    scales = [number(part, "sample_guide_scale", float, allowed, lambda n: 0 <= n < math.inf) for part in parts]
+    return scales[0], scales[-1]
+
+
+def check_step_list(value: Any, steps: Any) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    parts = value.replace(",", " ").split() if isinstance(value, str) else value
+    allowed = "falling timesteps from at most 1000 to above 0, such as 1000,750,500,250"
+    listed = [number(part, "denoising_step_list", float, allowed, lambda n: 0 < n <= 1000) for part in parts]
+    if not listed or any(later >= earlier for earlier, later in zip(listed, listed[1:])):
+        raise UsageError(f"--denoising_step_list must be {allowed}, not {value!r}")
+    if steps is not None and str(steps) != str(len(listed)):
+        raise UsageError(f"--sample_steps {steps} contradicts --denoising_step_list, which has {len(listed)} steps")
+    return tuple(listed)
+
+
+def check_boundary_step(spec: EasyDict, value: Any, steps: int) -> int | None:
+    if value is None:
+        return None
+    if "experts" not in spec:
+        raise UsageError(f"--boundary_step_index is for tasks with two experts; {spec.name} has one")
+    return whole(value, 0, "boundary_step_index", 0, steps)
