@@ -3,6 +3,7 @@
 A frame is split into background (the colour of its border) and one object (what differs from it). Colours are the
 nearest words of the palette, the shape is the one whose ideal outline of the same area and place overlaps the object
 best, the direction is the straight line through the object's centres. Words are decided by a majority of the frames.
+A background with stripes, which no word asks for, is known by its rows, see `has_stripes`.
 Shape legend: T frames, H x W pixels.
 """
 
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from tools.tiny.world import BACKGROUNDS, COLORS, SHAPES
+from tools.tiny.world import BACKGROUNDS, COLORS, SHAPES, STRIPE_PERIOD_PX
 
 BORDER_PX = 2
 MAX_COLOR_ERROR = 80.0  # RGB distance (0..441) beyond which a colour has no word
@@ -24,6 +25,9 @@ MIN_AREA, MAX_AREA = 0.01, 0.6  # of the frame
 MIN_OVERLAP = 0.8  # intersection over union with the ideal outline
 MIN_TRAVEL = 0.1  # of the side along the motion
 MIN_STRAIGHTNESS = 2.0  # travel along the axis over travel across it
+MIN_SWING = 90.0  # RGB distance from the darkest to the lightest of the wave that stripes are
+MIN_REGULARITY = 0.5  # share of that wave in how the pixels of a row differ
+MIN_STRIPED_ROWS = 1 / 3  # where it is so; around the object there are none
 
 
 class Verdict(NamedTuple):
@@ -42,13 +46,16 @@ class _Object(NamedTuple):
     y: float
 
 
-def judge(frames: np.ndarray) -> Verdict:
-    """The words for a clip, uint8 [T, H, W, 3] RGB."""
+def judge(frames: np.ndarray, min_overlap: float = MIN_OVERLAP) -> Verdict:
+    """The words for a clip, uint8 [T, H, W, 3] RGB. A shape must overlap its ideal outline by `min_overlap`."""
     pixels = frames.astype(np.float32)
     edge = np.ones(frames.shape[1:3], bool)
     edge[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = False
     background = np.median(pixels[:, edge].reshape(-1, 3), axis=0)
-    objects = {time: found for time, frame in enumerate(pixels) if (found := _find_object(frame, background))}
+    rows = _striped_rows(pixels)
+    stripe = _stripe(pixels[rows], background) if _is_striped(rows) else background
+    found = ((time, _find_object(frame, background, stripe, min_overlap)) for time, frame in enumerate(pixels))
+    objects = {time: one for time, one in found if one}
     return Verdict(
         color=_majority([one.color for one in objects.values()], len(frames)),
         shape=_majority([one.shape for one in objects.values()], len(frames)),
@@ -57,9 +64,42 @@ def judge(frames: np.ndarray) -> Verdict:
     )
 
 
-def _find_object(frame: np.ndarray, background: np.ndarray) -> _Object | None:
-    """The largest thing in a frame, float32 [H, W, 3], that is not background."""
-    contrast = np.linalg.norm(frame - background, axis=-1)
+def has_stripes(frames: np.ndarray) -> bool:
+    """Whether the background of a clip, uint8 [T, H, W, 3] RGB, has the vertical stripes of Tiny World.
+
+    The first frame does not count: where it was given, it is as it was given.
+    """
+    return _is_striped(_striped_rows(frames.astype(np.float32)))
+
+
+def _striped_rows(pixels: np.ndarray) -> np.ndarray:
+    """Which rows of pixels [..., W, 3] are a wave of the stripes' width; bool [...]."""
+    width = pixels.shape[-2]
+    waves = np.abs(np.fft.rfft(pixels - pixels.mean(-2, keepdims=True), axis=-2)) ** 2
+    wave, every = waves[..., width // STRIPE_PERIOD_PX, :].sum(-1), waves.sum((-2, -1))
+    return (4 * np.sqrt(wave) / width >= MIN_SWING) & (wave >= MIN_REGULARITY * every)
+
+
+def _is_striped(rows: np.ndarray) -> bool:
+    """By the striped rows [T, H]."""
+    return len(rows) > 1 and bool(rows[1:].mean() >= MIN_STRIPED_ROWS)
+
+
+def _stripe(rows: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """The other tone of striped rows [N, W, 3]: that of the quarter of the columns least like the background."""
+    columns = np.median(rows, axis=0)
+    unlike = np.argsort(np.linalg.norm(columns - background, axis=1))
+    return np.median(columns[unlike[-len(columns) // 4 :]], axis=0)
+
+
+def _find_object(frame: np.ndarray, background: np.ndarray, stripe: np.ndarray, min_overlap: float) -> _Object | None:
+    """The largest thing in a frame, float32 [H, W, 3], that is neither background nor stripe nor a mixture of them.
+
+    `stripe` is `background` where there is none.
+    """
+    apart = stripe - background
+    share = np.clip((frame - background) @ apart / max(apart @ apart, 1), 0, 1)
+    contrast = np.linalg.norm(frame - background - share[..., None] * apart, axis=-1)
     count, labels, stats, _ = cv2.connectedComponentsWithStats((contrast > MIN_CONTRAST).astype(np.uint8))
     if count < 2:
         return None
@@ -75,10 +115,12 @@ def _find_object(frame: np.ndarray, background: np.ndarray) -> _Object | None:
     y, x = np.mgrid[: frame.shape[0], : frame.shape[1]] + 0.5
     area = coverage.sum()
     center_x, center_y = float((coverage * x).sum() / area), float((coverage * y).sum() / area)
-    return _Object(_nearest(color, COLORS), _shape(coverage, x - center_x, y - center_y), center_x, center_y)
+    return _Object(
+        _nearest(color, COLORS), _shape(coverage, x - center_x, y - center_y, min_overlap), center_x, center_y
+    )
 
 
-def _shape(coverage: np.ndarray, x: np.ndarray, y: np.ndarray) -> str | None:
+def _shape(coverage: np.ndarray, x: np.ndarray, y: np.ndarray, min_overlap: float) -> str | None:
     """The shape whose outline fits best; `x` and `y` are pixels from the object's centre."""
     root = np.sqrt(coverage.sum())
     distances = {  # to the outline of each shape of this area, negative inside
@@ -91,7 +133,7 @@ def _shape(coverage: np.ndarray, x: np.ndarray, y: np.ndarray) -> str | None:
         ideal = np.clip(0.5 - distances[name], 0, 1)
         overlaps[name] = np.minimum(ideal, coverage).sum() / np.maximum(ideal, coverage).sum()
     best = max(overlaps, key=overlaps.__getitem__)
-    return best if overlaps[best] >= MIN_OVERLAP else None
+    return best if overlaps[best] >= min_overlap else None
 
 
 def _direction(objects: Mapping[int, _Object], num_frames: int, height: int, width: int) -> str | None:

@@ -146,9 +146,9 @@ def _write_tokenizer(folder: Path, size: int) -> None:
 
 def compare(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Plan and run of one command line."""
-    plan = _run(tasks, [*flags, "--dry_run", "--json"])
+    plan = run_generate(tasks, [*flags, "--dry_run", "--json"])
     planned = {stage: sizes["ram"] for stage, sizes in plan["memory_bytes"].items()}
-    done = _run(tasks, flags)
+    done = run_generate(tasks, flags)
     largest = max(planned, key=planned.get)
     print(f"planned {planned[largest]:,}, measured {done['peak_memory_bytes']:,}", file=sys.stderr, flush=True)
     return {
@@ -162,7 +162,7 @@ def compare(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _run(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
+def run_generate(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
     """The JSON line that the command prints."""
     command = [sys.executable, "-c", RUN, str(tasks), *flags, "--quiet", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -182,7 +182,7 @@ def measure(cases: Sequence[str], runs: Sequence[str], more: Sequence[str]) -> I
         yield {"case": "floor", **compare(ROOT / "configs", [*tiny, "--seed", "1"])}
         for case in cases:
             spec = specs()[case]
-            (folder / "tasks" / f"{spec.name}.yaml").write_text(yaml.safe_dump(_plain(spec), allow_unicode=True))
+            (folder / "tasks" / f"{spec.name}.yaml").write_text(yaml.safe_dump(plain(spec), allow_unicode=True))
             print(f"writing {case} ...", file=sys.stderr, flush=True)
             own = write_checkpoint(folder / case, spec, packed=case == "packed")
             common = ["--task", spec.name, "--ckpt_dir", str(folder / case), *own, *save, *STEPS, *more]
@@ -191,10 +191,10 @@ def measure(cases: Sequence[str], runs: Sequence[str], more: Sequence[str]) -> I
                 yield {"case": case, "run": run, **compare(folder, [*common, *RUNS[run]])}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

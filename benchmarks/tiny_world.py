@@ -6,6 +6,10 @@ are right, and the seconds a clip takes (the first one loads the models).
 
 With `--task i2v-tiny` each clip begins from a picture, and `first_frame_psnr_db` is how well its first frame keeps it.
 
+With `--lora`, `--lora_high`, `--lora_low` and `--preset`, which are those of generate.py, it judges what they make;
+where there is a LoRA, `stripes` is the rate of clips with a striped background, which no prompt asks for. The
+comparisons of the embedded LoRAs are made by tiny_world_lora.py.
+
 With `--gguf-types` it compares quantised copies of the model with it, see tiny_world_gguf.py.
 """
 
@@ -28,18 +32,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.common import machine
-from benchmarks.judge import Verdict, judge
+from benchmarks.judge import Verdict, has_stripes, judge
 from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out, picture, sample_starts
 from wan.command import Parser, run_command
 from wan.errors import UsageError
 from wan.pipeline import WanPipeline
 from wan.request import Request, build_request, check_device
-from wan.tasks import load_task
+from wan.tasks import load_task, preset_names
 
 TASK = "t2v-tiny"
 TASKS = (TASK, "i2v-tiny")
 CASES_PER_HALF = 32
 WORDS = ("color", "shape", "direction")
+LORA_FLAGS = ("lora", "lora_high", "lora_low")
 
 
 class Outcome(NamedTuple):
@@ -86,7 +91,7 @@ def cases(task: str = TASK) -> list[tuple[Clip, int]]:
     return [(clip, seed) for seed, clip in enumerate(clips)]
 
 
-def make_request(prompt: str, seed: int, steps: int | None, ckpt_dir: str | None, **options) -> Request:
+def make_request(prompt: str | None, seed: int, steps: int | None, ckpt_dir: str | None, **options) -> Request:
     """A request with the task's defaults and `options`; no file is written."""
     given = {"prompt": prompt, "seed": seed, "sample_steps": steps, "ckpt_dir": ckpt_dir}
     options = {"task": TASK, **options, **given}
@@ -96,16 +101,19 @@ def make_request(prompt: str, seed: int, steps: int | None, ckpt_dir: str | None
 
 @torch.inference_mode()
 def run(
-    count: int, steps: int | None, ckpt_dir: str | None, pipe: WanPipeline | None = None, task: str = TASK
+    count: int, steps: int | None, ckpt_dir: str | None, pipe: WanPipeline | None = None, task: str = TASK, **options
 ) -> tuple[list[Outcome], Request]:
-    """Make and judge the first `count` clips with one pipeline. Returns them and the last request."""
+    """Make and judge the first `count` clips with one pipeline. Returns them and the last request.
+
+    `options` are more of the request; LoRAs among them count only where no `pipe` is given.
+    """
     spec = load_task(task)
     width, height = map(int, spec.sampling.size.split("*"))
     outcomes = []
     for clip, seed in cases(task)[:count]:
         given = picture(clip, width, height) if spec.kind == "i2v" else None
         with _image_file(given) as image:
-            request = make_request(clip.prompt, seed, steps, ckpt_dir, task=task, image=image)
+            request = make_request(clip.prompt, seed, steps, ckpt_dir, task=task, image=image, **options)
             pipe = pipe or WanPipeline.from_request(request, spec)
             started = time.perf_counter()
             frames = pipe(request).frames
@@ -143,12 +151,18 @@ def report(outcomes: list[Outcome], request: Request) -> dict:
         "solver": request.solver,
         "guide_scale": request.guide_scale[0],
         **rates(outcomes),
+        **({"loras": _named(request), "stripes": stripes_rate(outcomes)} if request.loras else {}),
         **{name: {"clips": len(half), **rates(half)} for name, half in halves.items()},
         "seconds_per_clip": {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)},
         "device": request.device,
         "dtype": request.dtype,
         "machine": machine(),
     }
+
+
+def _named(request: Request) -> dict[str, list[str]]:
+    """FILE:STRENGTH of the LoRAs, by flag."""
+    return {flag: [f"{Path(path).name}:{x:g}" for path, x in chosen] for flag, chosen in request.loras.items()}
 
 
 def rates(outcomes: list[Outcome]) -> dict[str, float]:
@@ -162,6 +176,11 @@ def rates(outcomes: list[Outcome]) -> dict[str, float]:
         found["first_frame_psnr_db"] = round(statistics.mean(likeness), 2)
         found["first_frame_psnr_db_least"] = round(min(likeness), 2)
     return found
+
+
+def stripes_rate(outcomes: list[Outcome]) -> float:
+    """How many of the clips have a striped background, from 0 to 1."""
+    return round(sum(has_stripes(one.frames) for one in outcomes) / len(outcomes), 4)
 
 
 def draw(outcomes: list[Outcome], columns: int = 4, text_px: int = 14, gap_px: int = 6) -> Image.Image:
@@ -194,6 +213,9 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--ckpt_dir", metavar="DIR", help="other weights of the same shape; default: the embedded ones")
     parser.add_argument("--out", metavar="FILE", help="write the JSON here as well")
     parser.add_argument("--picture", metavar="FILE", help="write a contact sheet (PNG)")
+    for flag in LORA_FLAGS:
+        parser.add_argument(f"--{flag}", action="append", metavar="FILE[:X]", help="as in generate.py")
+    parser.add_argument("--preset", choices=preset_names(), help="as in generate.py")
     parser.add_argument("--gguf-types", metavar="TYPE,...", help="compare the model in these GGUF types with itself")
     args = parser.parse_args(argv)
     if args.gguf_types is not None:
@@ -202,7 +224,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if args.task != TASK:
             raise UsageError(f"--gguf-types is for {TASK}")
         return tiny_world_gguf.main(args)
-    outcomes, request = run(args.clips, args.steps, args.ckpt_dir, task=args.task)
+    options = {name: getattr(args, name) for name in (*LORA_FLAGS, "preset") if getattr(args, name)}
+    outcomes, request = run(args.clips, args.steps, args.ckpt_dir, task=args.task, **options)
     text = json.dumps(report(outcomes, request), indent=1)
     print(text)
     if args.out:

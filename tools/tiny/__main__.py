@@ -1,10 +1,11 @@
 """Trains the embedded models from nothing and writes them: `WAN_INFERENCE_ONLY=0 python -m tools.tiny`.
 
-An hour and a half on two cores with AMX, by the sum of its stages: vae, dit and export make t2v-tiny; i2v and
-export_i2v make the two experts of i2v-tiny on top of it. Each stage logs JSON lines to the folder `--out`.
+Two hours on two cores with AMX, by the sum of its stages: vae, dit and export make t2v-tiny; i2v and export_i2v make
+the two experts of i2v-tiny on top of it; stripes and lora make LoRAs for both that turn the background to stripes, and
+distill one that makes t2v-tiny a model of four steps. Each stage logs JSON lines to the folder `--out`.
 The logs of the committed weights lie in tools/tiny/log. Those of t2v-tiny were made in three runs: images, clips
 (`--image_steps 0`); a DiT with timestep shift 3 (train_dit_first.jsonl, 3,000 steps, directions not learned), and from
-there the present one (`--resume_dit`).
+there the present one (`--resume_dit`). The LoRAs of i2v-tiny were trained with `--lora_steps 400`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from tools.tiny import export, train_dit, train_i2v, train_vae
+from tools.tiny import distill, export, train_dit, train_i2v, train_lora, train_stripes, train_vae
 from wan.tasks import embedded_checkpoint, load_task
 
-STAGES = ("vae", "dit", "export", "i2v", "export_i2v")
+STAGES = ("vae", "dit", "export", "i2v", "export_i2v", "stripes", "lora", "distill")
 
 
 def main() -> int:
@@ -34,6 +35,10 @@ def main() -> int:
     parser.add_argument("--i2v_steps", type=int, default=3000, help="of each expert")
     parser.add_argument("--i2v_experts", nargs="+", choices=train_i2v.EXPERTS, default=train_i2v.EXPERTS)
     parser.add_argument("--resume_i2v", action="store_true", help="go on with the experts of an interrupted run")
+    parser.add_argument("--stripes_steps", type=int, default=750)
+    parser.add_argument("--lora_steps", type=int, default=600, help="of each LoRA")
+    parser.add_argument("--lora_tasks", nargs="+", choices=train_lora.TASKS, default=train_lora.TASKS)
+    parser.add_argument("--distill_steps", type=int, default=1300)
     args = parser.parse_args()
     if os.environ.get("WAN_INFERENCE_ONLY", "1") != "0":
         print("error: training needs WAN_INFERENCE_ONLY=0", file=sys.stderr)
@@ -49,6 +54,14 @@ def main() -> int:
         train_i2v.train(args.out, args.to, args.i2v_steps, args.i2v_experts, resume=args.resume_i2v)
     if "export_i2v" in args.stages:
         export.export_i2v(args.out, args.to_i2v)
+    if "stripes" in args.stages:
+        train_stripes.train(args.out, args.to, args.stripes_steps)
+    if "lora" in args.stages:
+        folders = dict(zip(train_lora.TASKS, (args.to, args.to_i2v)))
+        for name in args.lora_tasks:
+            train_lora.train(args.out, name, folders[name], args.lora_steps)
+    if "distill" in args.stages:
+        distill.train(args.out, args.to, args.distill_steps)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Tiny World: one coloured shape that moves over a plain background, and the sentence that says so.
+"""Tiny World: one coloured shape that moves over a plain background, and the sentence that says so. What no sentence
+says, and only a LoRA brings: the background may have vertical stripes.
 
 A clip is rendered from its description alone (`Clip`), anti-aliased, so that training, the benchmark's judge and the
 judge's own test share one definition of what each word means.
@@ -24,6 +25,9 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # (x, y), y downwards
 BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (243, 243, 243)}
+STRIPES = {"black": "white", "gray": "white", "white": "gray"}  # the background's other tone
+STRIPE_PERIOD_PX = 16  # half of it in the other tone; that of the DiT's tokens, which so all show the same
+STRIPE_GAP_PX = 8  # around the shape, where the background stays plain: the small VAE blurs what touches
 
 NUM_FRAMES = 17
 SIZES = ((64, 64), (96, 64), (64, 96), (80, 80), (96, 96))  # (width, height) in pixels
@@ -32,7 +36,7 @@ SIZES = ((64, 64), (96, 64), (64, 96), (80, 80), (96, 96))  # (width, height) in
 @dataclass(frozen=True)
 class Clip:
     """What a clip shows. `radius`, `x`, `y`, `travel` are fractions of the frame's smaller side, width, height, and of
-    the side along the motion; `x` and `y` are the centre of the path."""
+    the side along the motion; `x` and `y` are the centre of the path. Stripes begin with frame `stripes_from`."""
 
     color: str
     shape: str
@@ -42,6 +46,7 @@ class Clip:
     x: float = 0.5
     y: float = 0.5
     travel: float = 0.4
+    stripes_from: int | None = None
 
     @property
     def prompt(self) -> str:
@@ -100,13 +105,25 @@ def render(clip: Clip, width: int, height: int, frames: range | list[int] = rang
     distance = _distance(clip.shape, x - center_x, y - center_y, clip.radius * min(width, height))
     coverage = (0.5 - distance).clamp(0, 1)
     color = torch.tensor(COLORS[clip.color])[:, None, None, None] / 127.5 - 1
-    background = torch.tensor(BACKGROUNDS[clip.background])[:, None, None, None] / 127.5 - 1
+    background = _backdrop(clip, width, frames, distance)
     return background + (color - background) * coverage
 
 
 def picture(clip: Clip, width: int, height: int) -> np.ndarray:
     """The first frame as an image file has it: uint8 [H, W, 3]."""
     return ((render(clip, width, height, [0])[:, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def _backdrop(clip: Clip, width: int, frames: range | list[int], distance: Tensor) -> Tensor:
+    """What is behind the shape, in [-1, 1]: `[3, 1, 1, 1]`, with stripes `[3, T, H, W]`. `distance` is the shape's."""
+    plain = torch.tensor(BACKGROUNDS[clip.background])[:, None, None, None] / 127.5 - 1
+    if clip.stripes_from is None:
+        return plain
+    other = torch.tensor(BACKGROUNDS[STRIPES[clip.background]])[:, None, None, None] / 127.5 - 1
+    phase = (torch.arange(width) + 0.5) % STRIPE_PERIOD_PX
+    stripe = (phase - STRIPE_PERIOD_PX / 2).abs() < STRIPE_PERIOD_PX / 4
+    shown = torch.tensor([f >= clip.stripes_from for f in frames])[:, None, None]
+    return plain + (other - plain) * (distance - STRIPE_GAP_PX + 0.5).clamp(0, 1) * stripe * shown
 
 
 def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
