@@ -140,8 +140,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resident_blocks", metavar="N", help="blocks that stay on the device with block and phase; default auto")
     add("--vae_offload", metavar="BOOL", type=_boolean, help="release the VAE after use; default: as the other models")
     add("--t5_cpu", action="store_true", default=None, help="run the text encoder on the CPU")
-    add("--vram_gb", metavar="X", help="the most GPU memory to use, in GB; default: what is free")
-    add("--ram_gb", metavar="X", help="the most memory of the machine to use, in GB; default: what is free")
+    add("--vram_gb", metavar="X", help="GPU memory that the plan may use, in GB; default: what is free")
+    add("--ram_gb", metavar="X", help="memory of the machine that it may use, in GB; default: what is free")
     add("--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; default 0: whole frames")
 
     add = parser.add_argument_group("several processes, started by torchrun").add_argument

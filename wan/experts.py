@@ -119,6 +119,7 @@ def load_expert(
     share = shard and (lambda model: shard(model, model.blocks))
     weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)
     units = streamed_modules(model.blocks, granularity, resident_blocks) if granularity else []
+    stream_to = make_device(device) if units else None
     prefixes = tuple(f"{path}." for path, _ in units)
     at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
 
@@ -134,7 +135,7 @@ def load_expert(
             changed = read_with_loras(model, name, source, weights.stored(name), compute_device)
             weights.read(name, out) if changed is None else out.copy_(changed)
 
-        model.offload = Streamed(units, make_device(device), read)
+        model.offload = Streamed(units, stream_to, read)
     return model
 
 

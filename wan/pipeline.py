@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -338,6 +338,8 @@ class WanPipeline:
 
     def _make_plan(self, request: Request) -> dict[str, Any]:
         """What lies where. All ranks plan for the one that has the least memory."""
+        if self.files.folder is not None and request.ckpt_option is not None:  # what came from the hub is here by now
+            request = replace(request, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
         machines = self.parallel.gather_objects(look_with_torch(self.device, request, self.parallel.local_size))
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 

@@ -12,6 +12,8 @@ from wan.pipeline import WanPipeline
 from wan.request import build_request
 from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
+from wan.weights.folder import Form, export_folder
+from wan.weights.locate import locate
 from wan.weights.source import open_source
 
 QUICK = ("--sample_steps", "4", "--frame_num", "5", "--seed", "1", "--device", "cpu")
@@ -130,3 +132,29 @@ def test_a_budget_that_is_too_small_says_by_how_much_before_anything_is_loaded(g
 def test_fsdp_and_streaming_exclude_each_other():
     with pytest.raises(UsageError, match="--dit_fsdp shares the weights out, and --offload block streams them"):
         build_request({"dit_fsdp": True, "offload": "block"}, 2)
+
+
+def test_quantised_weights_from_the_hub_stay_packed_as_local_ones_do(tmp_path, monkeypatch):
+    spec = load_task("t2v-tiny")
+    files = locate(embedded_checkpoint(spec), spec)
+    parts = {"dit": open_source(files.dit["model"]), "t5": open_source(files.t5), "vae": open_source(files.vae)}
+    form = Form("fp8", torch.float32)
+    export_folder(parts, tmp_path / "fp8", form, copies={spec.files.tokenizer: files.tokenizer}, config={})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(tmp_path / "fp8"))
+    options = {"device": "cpu", "gguf_mode": "stream", "save_file": str(tmp_path / "a.mp4")}
+    for where in ("somebody/tiny-fp8", str(tmp_path / "fp8")):
+        pipe = WanPipeline.from_request(build_request(options | {"ckpt_dir": where}), spec)
+        assert pipe.placement.packed == {"t5": "stream", "model": "stream"}
+
+
+def test_a_gguf_file_beside_a_quantised_folder_is_one_line(generate, files, tmp_path):
+    spec = load_task("t2v-tiny")
+    own = locate(embedded_checkpoint(spec), spec)
+    parts = {"dit": open_source(own.dit["model"]), "t5": open_source(own.t5), "vae": open_source(own.vae)}
+    copies = {spec.files.tokenizer: own.tokenizer}
+    export_folder(parts, tmp_path / "int8", Form("int8", torch.float32), copies=copies, config={})
+    for dry in ((), ("--dry_run",)):
+        code, out, err = generate("--ckpt_dir", "int8", "--gguf", "model.gguf", *dry)
+        line = err.splitlines()[-1]
+        assert code == 2 and line.startswith("error: --gguf ") and "both hold quantised weights" in line
+    assert generate("--ckpt_dir", "int8", "--dit", own.dit["model"][0])[0] == 0

@@ -488,3 +488,11 @@ def test_plans_import_no_torch(tmp_path):
     repo = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_types_that_do_not_stay_packed():
+    from wan.plan.headers import _GGUF_SLOW
+    from wan.quant.blocks import UNPACK
+    from wan.quant.ggml import BY_NAME
+
+    assert set(_GGUF_SLOW) == {name for name, one in BY_NAME.items() if one.torch_name is None} - set(UNPACK)

@@ -217,7 +217,8 @@ class _Held:
             own["ram"] += tokenizer + (0 if self.on_cpu else work)
             return own, work if self.on_cpu else 0
         if placement.text == "stream":
-            return {"device": SLOTS * max(sizes.units("block"), default=0), "ram": whole + tokenizer}, work
+            # One layer at a time, of which the embedding is the largest.
+            return {"device": load.components["t5"].largest, "ram": whole + tokenizer}, work
         return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
 
     def _denoise(self, work: int) -> tuple[dict[str, int], int]:

@@ -46,6 +46,7 @@ class CheckpointFiles:
     t5: list[Path]
     tokenizer: Path  # a folder
     clip: list[Path] | None  # only for tasks with an image encoder
+    folder: Path | None = None  # the checkpoint's, downloaded if need be; None if single files are all of it
 
 
 def locate(
@@ -81,6 +82,7 @@ def locate(
         t5=found["t5"],
         tokenizer=found["tokenizer"],
         clip=found.get("clip"),
+        folder=root,
     )
 
 
