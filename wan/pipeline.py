@@ -265,6 +265,7 @@ class WanPipeline:
         """A model for the length of a stage; let go of afterwards when offloading."""
         if name not in self._models:
             self._models[name] = getattr(self, f"_load_{name}")()
+            return_freed_memory()  # what passed by on the way
         try:
             yield self._models[name]
         finally:

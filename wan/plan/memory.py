@@ -17,7 +17,7 @@ from distributed.grid import split
 from wan.conditioning.sizes import latent_shape
 from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
 from wan.plan.machine import CONTEXT_BYTES
-from wan.plan.weights import ITEMSIZE, Component, components, expert_names, lora_bytes, share
+from wan.plan.weights import HEAP_BYTES, ITEMSIZE, Component, components, expert_names, lora_bytes, share
 from wan.request import Request
 
 # Resident memory of a process that has made a video with the tiny task, whose models take next to nothing: Python,
@@ -25,9 +25,6 @@ from wan.request import Request
 PROCESS_BYTES = 475_000_000
 CUDA_PROCESS_BYTES = 1_500_000_000  # the same with the libraries of CUDA; assumed
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
-# The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150
-# to 380 MB more than its tensors, and hardly any more where every block was given back.
-HEAP_BYTES = 300_000_000  # at most
 GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
 SLOTS = 2  # units of streamed blocks in device memory: one computes, one arrives
 
@@ -218,7 +215,8 @@ class _Held:
             return own, work if self.on_cpu else 0
         if placement.text == "stream":
             # One layer at a time, of which the embedding is the largest.
-            return {"device": load.components["t5"].largest, "ram": whole + tokenizer}, work
+            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.dtype]
+            return {"device": embedding, "ram": whole + tokenizer}, work
         return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
 
     def _denoise(self, work: int) -> tuple[dict[str, int], int]:

@@ -17,7 +17,11 @@ from wan.request import Request
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
-REMAP_BYTES = 256 << 20  # a `.pth` is mapped, and its pages stay until so many are read: wan.weights.pth
+# The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150
+# to 380 MB more than its tensors, and hardly any more where every block was given back; loading the VAE, from fp32 to
+# bf16, some 250 MB.
+HEAP_BYTES = 300_000_000  # at most
+REMAP_BYTES = 64 << 20  # a `.pth` is mapped, and its pages stay until so many are read: wan.weights.pth
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks|enc\.blk|encoder\.block)\.(\d+)\.(.*)")
 _PART_OF = {"self_attn": 0, "attn1": 0, "cross_attn": 1, "attn2": 1, "ffn": 2}
 _KEPT_FP32 = re.compile(
@@ -87,7 +91,7 @@ def components(request: Request, spec: EasyDict) -> dict[str, Component]:
         found[name] = _transformer(request, spec, part, name)
     vae = counts["vae"] * ITEMSIZE[request.vae_dtype]
     files = tuple(component_files(request, spec, "vae"))
-    found["vae"] = Component("vae", files, Sizes(vae), None, _load_bytes(files, None, itemsize))
+    found["vae"] = Component("vae", files, Sizes(vae), None, _load_bytes(files, None, itemsize, vae))
     return found
 
 
@@ -116,7 +120,7 @@ def _transformer(request: Request, spec: EasyDict, part: str, name: str) -> Comp
     held = read_held(files) if files else None
     packed = _packed(held, itemsize, layers) if held else None
     largest = spec.dit.dim * max(6 * spec.dit.dim * 4, spec.dit.ffn_dim * itemsize)  # the projection of time is fp32
-    return Component(name, files, dense, packed, _load_bytes(files, held, itemsize), largest)
+    return Component(name, files, dense, packed, _load_bytes(files, held, itemsize, total), largest)
 
 
 def _encoder(request: Request, spec: EasyDict, part: str, count: int) -> Component:
@@ -129,7 +133,7 @@ def _encoder(request: Request, spec: EasyDict, part: str, count: int) -> Compone
     if part == "t5" and held is None and files and 0 < sum(map(size_of, files)) < 0.75 * 2 * count:
         stored = sum(map(size_of, files))  # a `.pth` of half the size: fp8 or int8
         packed = Sizes(stored, ((stored // max(layers, 1),),) * layers, itemsize * spec.text.dim * spec.text.dim_ffn)
-    load_bytes = _load_bytes(files, held, itemsize)
+    load_bytes = _load_bytes(files, held, itemsize, count * itemsize)
     largest = spec.text.vocab * spec.text.dim * itemsize if part == "t5" else 0  # the embeddings, which are read first
     if held is None and files:  # a `.pth`, of which what is read stays mapped
         largest *= 2
@@ -157,10 +161,12 @@ def _packed(held: Sequence[Held], itemsize: int, layers: int) -> Sizes | None:
     return Sizes(total, tuple(map(tuple, blocks)), unpacked, mapped)
 
 
-def _load_bytes(files: Sequence[Path], held: Sequence[Held] | None, itemsize: int) -> int:
+def _load_bytes(files: Sequence[Path], held: Sequence[Held] | None, itemsize: int, dense: int) -> int:
     """What loading needs beside the weights: pages of a mapped `.pth`, or one tensor as stored, if it is converted."""
     if held is None:
-        return min(REMAP_BYTES, sum(map(size_of, files)))
+        stored = sum(map(size_of, files))
+        is_converted = abs(stored - dense) > dense / 10
+        return min(REMAP_BYTES, stored) + (min(HEAP_BYTES, stored) if is_converted else 0)
     in_blocks = [one for one in held if _BLOCK.search(one.name) and one.itemsize != itemsize]
     return max((one.stored for one in in_blocks), default=0)
 

@@ -12,7 +12,7 @@ import torch
 from wan.errors import SwanError
 from wan.weights.source import Source, Span, TensorInfo
 
-_REMAP_BYTES = 256 << 20  # pages of a mapping stay resident, so it is renewed after this much
+_REMAP_BYTES = 64 << 20  # pages of a mapping stay resident, so it is renewed after this much
 
 
 class PthSource(Source):
