@@ -76,7 +76,7 @@ def measure(path: Path, config: dict[str, Any]) -> dict[str, float]:
     dist.barrier()
     before = anonymous_bytes()
     started = time.perf_counter()
-    with _peak_anonymous() as seen:
+    with peak_anonymous() as seen:
         model = load(path, config, sharded=True)
     seconds = time.perf_counter() - started
     parameters = list(model.parameters())
@@ -101,7 +101,7 @@ def anonymous_bytes() -> int:
 
 
 @contextmanager
-def _peak_anonymous() -> Iterator[list[int]]:
+def peak_anonymous() -> Iterator[list[int]]:
     done, seen = threading.Event(), [anonymous_bytes()]
 
     def sample() -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.offload [--device cuda] [--out FILE]
 
 On a GPU: random weights of the 14B shape at 832x480, 81 frames; blocks come from RAM. On a CPU: a random checkpoint of
-`--gb` GB at `--tokens` tokens; blocks come from the file, once from the system's cache of files and once (`cold`) after
-it was dropped. All ways predict in the same run, on a CPU in turns; the prediction must have the same bits. By way:
+`--gb` GB at `--tokens` tokens; blocks come from the file, which the system has in its cache. All ways predict in the
+same run, on a CPU in turns; the prediction must have the same bits. By way:
 
     seconds          median of one forward
     ratio            to everything resident, in the same run
@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, report, timed
-from benchmarks.loading import anonymous_bytes, write
+from benchmarks.loading import anonymous_bytes, peak_anonymous, write
 from wan.command import Parser, run_command
 from wan.experts import load_expert
 from wan.models.dit import WanModel
@@ -99,7 +97,6 @@ def measure(
     device: torch.device,
     loads: int,
     forwards: int,
-    drop: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
     """Every way by its name. Each is loaded so many times, in turns, and predicts so often each time; the first
     prediction, which finds no block on its way, does not count."""
@@ -111,7 +108,6 @@ def measure(
             with _memory(device) as peak:
                 model = make(way)
                 for _ in range(forwards):
-                    drop()
                     taken, out = timed(lambda model=model: _finish(model(*args), device))
                     seconds.append(round(taken, 3))
                 model.offload.close()
@@ -146,10 +142,8 @@ def _memory(device: torch.device):
         yield peak
         peak.append(torch.cuda.max_memory_allocated(device) - before)
         return
-    from benchmarks.loading import _peak_anonymous
-
     before = anonymous_bytes()
-    with _peak_anonymous() as seen:
+    with peak_anonymous() as seen:
         yield peak
     peak.append(max(seen) - before)
 
@@ -167,7 +161,7 @@ def gpu(device: torch.device, runs: int) -> dict[str, Any]:
     config = dict(load_task("t2v-14B").dit)
     source = RandomSource(on_meta(config))
     args = inputs(config, GPU_LATENT, device)
-    found = measure(lambda way: load(source, config, way, device), args, device, 1, runs + 1, lambda: None)
+    found = measure(lambda way: load(source, config, way, device), args, device, 1, runs + 1)
     pinned, there = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True), torch.empty(1 << 28, device=device).byte()
     rate = len(pinned) / min(timed(lambda: _copied(pinned, there))[0] for _ in range(5))
     _add_floors(found, config, rate)
@@ -179,20 +173,17 @@ def _copied(pinned: torch.Tensor, there: torch.Tensor) -> None:
     torch.cuda.synchronize(there.device)
 
 
-def cpu(gigabytes: float, tokens: int, runs: int, cold: bool) -> dict[str, Any]:
+def cpu(gigabytes: float, tokens: int, runs: int) -> dict[str, Any]:
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         path, config = write("safetensors", gigabytes, Path(folder))
-        os.sync()
-        drop = (lambda: _drop_cache(path)) if cold else (lambda: None)
         side = 2 * round((tokens / 3) ** 0.5)
         args = inputs(config, (16, 3, side, side), device)
-        found = measure(lambda way: load(open_source(path), config, way, device), args, device, runs, 2, drop)
-        drop()
+        found = measure(lambda way: load(open_source(path), config, way, device), args, device, runs, 2)
         rate = path.stat().st_size / timed(lambda: _read_all(path))[0]
         _add_floors(found, config, rate)
         size = path.stat().st_size
-    return {"file_bytes": size, "layers": config["num_layers"], "cold": cold, "read_rate": rate, "ways": found}
+    return {"file_bytes": size, "layers": config["num_layers"], "read_rate": rate, "ways": found}
 
 
 def _add_floors(found: dict[str, dict[str, Any]], config: dict[str, Any], rate: float) -> None:
@@ -206,13 +197,6 @@ def _read_all(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
-
-
-def _drop_cache(path: Path) -> None:
-    """Its pages must be read from the disk again."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    time.sleep(0.05)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,7 +217,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if device.type == "cuda":
         result = {"gpu": torch.cuda.get_device_name(device)} | gpu(device, args.runs)
     else:
-        result = {"cases": [cpu(args.gb, args.tokens, args.runs, cold) for cold in (False, True)]}
+        result = cpu(args.gb, args.tokens, args.runs)
     report({"machine": machine(), **result}, args.out)
     return 0
 

@@ -206,9 +206,11 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(specs()), default=list(specs()))
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=["denoise", "decode"])
     parser.add_argument("--offload", help="as of generate.py")
+    parser.add_argument("--resident_blocks", help="as of generate.py")
     parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
     args = parser.parse_args(argv)
-    more = ["--offload", args.offload] if args.offload else []
+    given = {"--offload": args.offload, "--resident_blocks": args.resident_blocks}
+    more = [word for flag, value in given.items() if value for word in (flag, value)]
     floor, *rows = measure(args.cases, args.runs, more)
     worst = max((abs(row["ratio"] - 1) for row in rows), default=0.0)
     report({"floor": floor, "worst_deviation": worst, "cases": rows, "machine": machine()}, args.out)

@@ -129,12 +129,13 @@ class Ring:
     @contextlib.contextmanager
     def hold(self, unit: int) -> Iterator[Tensor]:
         """The unit, on the device for what is enqueued within; the following ones are sent for."""
-        slot = self._bring(unit)
+        following = [(unit + ahead) % self._count for ahead in range(1, len(self._slots))]
+        slot = self._bring(unit, following)
         self._device.wait(slot.arrival.result())
         slot.is_held = True
         try:
-            for ahead in range(1, len(self._slots)):
-                self._bring((unit + ahead) % self._count)
+            for one in following:
+                self._bring(one, following)
             yield slot.buffer
         finally:
             slot.is_held, slot.used = False, self._device.computed()
@@ -153,14 +154,14 @@ class Ring:
         self._reader.shutdown(cancel_futures=True)
         self._slots, self._stagings = [], []
 
-    def _bring(self, unit: int) -> _Slot:
-        """The slot that has the unit, or will have it."""
+    def _bring(self, unit: int, needed: Collection[int]) -> _Slot:
+        """The slot that has the unit, or will have it; not one of those that have the units `needed` next."""
         for slot in self._slots:
             if slot.unit == unit:
                 if not slot.arrival.done() or slot.arrival.exception() is None:
                     return slot
                 slot.unit = None  # what failed is tried again
-        slot = next(slot for slot in self._slots if not slot.is_held)
+        slot = next(slot for slot in self._slots if not slot.is_held and slot.unit not in needed)
         slot.unit = unit
         slot.arrival = self._reader.submit(self._read, unit, slot.buffer, slot.used)
         return slot

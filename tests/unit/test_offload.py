@@ -66,14 +66,14 @@ def test_each_wait_is_needed(guarantee):
 
 
 def test_units_are_read_once_a_round_and_not_at_all_where_all_fit():
-    for count, wanted in ((7, 3 * 7), (2, 2), (1, 1)):
+    for slots, count, wanted in ((2, 7, 3 * 7), (3, 7, 3 * 7), (2, 2, 2), (3, 2, 2), (2, 1, 1)):
         device = SimulatedDevice()
-        ring = Ring(device, count, 64, device.fill)
+        ring = Ring(device, count, 64, device.fill, slots)
         for unit in [*range(count)] * 3:
             with ring.hold(unit):
                 pass
         ring.close()
-        assert wanted <= ring.units_read <= wanted + 1  # and one that was sent for ahead
+        assert wanted <= ring.units_read <= wanted + slots - 1  # and those that were sent for ahead
 
 
 def test_the_next_unit_is_on_its_way_while_one_computes():
