@@ -32,6 +32,7 @@ from wan.command import Parser, run_command
 from wan.experts import load_expert
 from wan.models.dit import WanModel
 from wan.plan import resident_indices
+from wan.quant.scratch import return_freed_memory
 from wan.request import check_device
 from wan.tasks import load_task
 from wan.weights.source import Source, TensorInfo, open_source
@@ -142,6 +143,7 @@ def _memory(device: torch.device):
         yield peak
         peak.append(torch.cuda.max_memory_allocated(device) - before)
         return
+    return_freed_memory()
     before = anonymous_bytes()
     with peak_anonymous() as seen:
         yield peak

@@ -9,13 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from benchmarks.common import in_fresh_process
+from benchmarks.loading import anonymous_bytes, peak_anonymous
 from wan import pipeline
 from wan.errors import SwanError
-from wan.experts import read_ahead
+from wan.experts import Experts, load_expert, read_ahead
+from wan.models.dit import WanModel
 from wan.pipeline import WanPipeline
+from wan.quant.scratch import return_freed_memory
 from wan.request import build_request
 from wan.tasks import load_task
+from wan.weights.source import open_source
 
 
 def cached_share(path):
@@ -95,3 +101,41 @@ def test_an_expert_that_cannot_be_loaded_ahead_fails_in_its_turn(tmp_path):
     with pytest.raises(SwanError, match=r"low.safetensors: gone"):
         pipe(request, progress=lambda stage, done, total: steps.append(done) if stage == "denoise" else None)
     assert max(steps) > 0
+
+
+SIZES = {"dim": 512, "ffn_dim": 2048, "num_heads": 4, "num_layers": 12, "text_dim": 64, "text_len": 8}
+
+
+def swap(folder, keep_all):
+    """(bytes of an expert, most that both took): in a process of its own."""
+    with torch.device("meta"):
+        sizes = [one.numel() * 2 for one in WanModel(**SIZES).parameters()]
+
+    def load(name, device):
+        with torch.device("meta"):
+            model = WanModel(**SIZES)
+        source = open_source(folder / f"{name}.safetensors")
+        options = {"compute_device": device, "dtype": torch.bfloat16, "packed": False}
+        return load_expert(model, source, device=device, **options)
+
+    experts = Experts(load, lambda: torch.device("cpu"), keep_all)
+    load("high", torch.device("cpu"))  # what the first use of anything takes
+    return_freed_memory()
+    before = anonymous_bytes()
+    with peak_anonymous() as seen:
+        for name in ("high", "low"):
+            assert experts[name].dtype == torch.bfloat16
+    return sum(sizes), max(sizes), max(seen) - before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_two_experts_never_share_the_memory(tmp_path):
+    with torch.device("meta"):
+        shapes = {name: one.shape for name, one in WanModel(**SIZES).named_parameters()}
+    for name in ("high", "low"):
+        save_file(
+            {one: torch.rand(shape).bfloat16() for one, shape in shapes.items()}, tmp_path / f"{name}.safetensors"
+        )
+    expert, largest, one = in_fresh_process(swap, tmp_path, False)
+    assert expert > 100e6 and one < 1.1 * expert + 2 * largest
+    assert in_fresh_process(swap, tmp_path, True)[2] > 1.8 * expert
