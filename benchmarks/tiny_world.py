@@ -216,7 +216,11 @@ def _main(argv: Sequence[str] | None) -> int:
     for flag in LORA_FLAGS:
         parser.add_argument(f"--{flag}", action="append", metavar="FILE[:X]", help="as in generate.py")
     parser.add_argument("--preset", choices=preset_names(), help="as in generate.py")
-    parser.add_argument("--gguf-types", metavar="TYPE,...", help="compare the model in these GGUF types with itself")
+    parser.add_argument(
+        "--gguf-types",
+        metavar="TYPE,...",
+        help="compare the model in these types of GGUF, or fp8, int8, mlx8, mlx4, with itself",
+    )
     args = parser.parse_args(argv)
     if args.gguf_types is not None:
         from benchmarks import tiny_world_gguf

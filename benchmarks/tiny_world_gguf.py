@@ -1,7 +1,8 @@
-"""What quantisation does to Tiny World: `python -m benchmarks.tiny_world --gguf-types Q8_0,Q4_K_M`.
+"""What quantisation does to Tiny World: `python -m benchmarks.tiny_world --gguf-types Q8_0,Q4_K_M,fp8,mlx4`.
 
-The transformer is written in each type; the clips of the benchmark are made from it with weights that stay packed
-(gguf_mode stream), and from the original, each in a process of its own. Prints a table:
+The transformer is written in each type of GGUF, or as fp8, int8, mlx8, mlx4 (groups of 64) or mlx4-32, as wan.convert
+does; the clips of the benchmark are made from it with weights that stay packed (gguf_mode stream), and from the
+original, each in a process of its own. Prints a table:
 
     in blocks    share of the weights that are in blocks; the rest is in 16 or 32 bits
     load s       to load the transformer, shortest of three; clip s: median
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.common import high_water_bytes, in_fresh_process, machine, timed
@@ -34,9 +36,17 @@ from wan.pipeline import WanPipeline
 from wan.request import Request
 from wan.tasks import load_task
 from wan.weights.export import export_gguf, plan_tensors
+from wan.weights.folder import Form, export_folder
 from wan.weights.recipes import RECIPES
 from wan.weights.source import Source, open_source
 
+SCHEMES = {
+    "fp8": Form("fp8", torch.float32),
+    "int8": Form("int8", torch.float32),
+    "mlx8": Form("mlx", torch.float32, 8, 64),
+    "mlx4": Form("mlx", torch.float32, 4, 64),
+    "mlx4-32": Form("mlx", torch.float32, 4, 32),
+}
 REFERENCE = "reference"
 LOADS = 3
 SAME_DB = 99.0  # counts for clips that are equal
@@ -54,7 +64,7 @@ class Made(NamedTuple):
 def make(file: str | None, count: int, steps: int | None, ckpt_dir: str | None) -> Made:
     """Load the transformer (None: the one of the checkpoint) and make `count` clips."""
     clip, seed = cases()[0]
-    options = {"gguf": file, "gguf_mode": "stream"} if file else {}
+    options = {"dit": file, "gguf_mode": "stream"} if file else {}
     pipe = WanPipeline.from_request(make_request(clip.prompt, seed, steps, ckpt_dir, **options), load_task(TASK))
 
     def load() -> None:
@@ -83,8 +93,7 @@ def compare(types: list[str], count: int, steps: int | None, ckpt_dir: str | Non
     made = {REFERENCE: in_fresh_process(make, None, count, steps, ckpt_dir)}
     with tempfile.TemporaryDirectory() as folder:
         for name in types:
-            file = Path(folder, f"{name}.gguf")
-            stored[name] = _export(source, file, name)
+            file, stored[name] = (_write_scheme if name in SCHEMES else _export)(source, Path(folder), name)
             made[name] = in_fresh_process(make, str(file), count, steps, ckpt_dir)
     rows = [{"type": name, **stored[name], **_figures(one, made[REFERENCE])} for name, one in made.items()]
     for index, row in enumerate(rows):
@@ -110,16 +119,30 @@ def compare(types: list[str], count: int, steps: int | None, ckpt_dir: str | Non
 
 def _stored_as_is(source: Source) -> dict[str, Any]:
     infos = [source.info(name) for name in source.keys()]
-    kinds = [str(info.dtype).removeprefix("torch.") for info in infos]
-    return _storage(sum(path.stat().st_size for path in source.paths), [info.shape for info in infos], kinds, set())
+    forms = [source.block_type(name) for name in source.keys()]
+    kinds = [
+        form.name if form else str(info.dtype).removeprefix("torch.") for form, info in zip(forms, infos, strict=True)
+    ]
+    size_bytes = sum(path.stat().st_size for path in source.paths)
+    return _storage(size_bytes, [info.shape for info in infos], kinds, {form.name for form in forms if form})
 
 
-def _export(source: Source, file: Path, name: str) -> dict[str, Any]:
-    """Write `file` in type `name`. Returns what it holds."""
+def _write_scheme(source: Source, folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """Write a file in `folder`. Returns it and what it holds."""
+    form, output = SCHEMES[name], folder / name
+    config = {"quantization": {"bits": form.bits, "group_size": form.group}} if form.bits else {}
+    export_folder({"dit": source}, output, form, copies={}, config=config)
+    [file] = output.glob("*.safetensors")
+    return file, _stored_as_is(open_source(file))
+
+
+def _export(source: Source, folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The same for a type of GGUF."""
+    file = folder / f"{name}.gguf"
     planned = plan_tensors(source, RECIPES[name])
     size_bytes = export_gguf(source, file, name)["bytes"]
     blocks = {one.type.name for one in planned if one.type.torch_dtype is None}
-    return _storage(size_bytes, [one.shape for one in planned], [one.type.name for one in planned], blocks)
+    return file, _storage(size_bytes, [one.shape for one in planned], [one.type.name for one in planned], blocks)
 
 
 def _storage(size_bytes: int, shapes: list[tuple[int, ...]], kinds: list[str], blocks: set[str]) -> dict[str, Any]:
@@ -159,7 +182,7 @@ def table(result: dict[str, Any]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:]), line[-1]] for line in lines]
     made = f"{result['clips']} clips of {result['frames']} frames {result['size']}, {result['steps']} steps"
-    how = f"computed in {result['dtype']} on {result['device']}, GGUF weights kept packed"
+    how = f"computed in {result['dtype']} on {result['device']}, quantised weights kept packed"
     return "\n".join([f"{result['task']}: {made}; {how}", *("  ".join(line) for line in aligned)])
 
 
@@ -200,10 +223,11 @@ def draw(result: dict[str, Any], made: dict[str, Made], columns: int = 8, scale:
 
 def main(args: argparse.Namespace) -> int:
     """`args`: those of `tiny_world`."""
-    types = list(dict.fromkeys(name.strip().upper() for name in args.gguf_types.split(",")))
+    given = [name.strip() for name in args.gguf_types.split(",")]
+    types = list(dict.fromkeys(name.lower() if name.lower() in SCHEMES else name.upper() for name in given))
     for name in types:
-        if name not in RECIPES:
-            raise UsageError(f"--gguf-types: no type {name!r}; types: {', '.join(RECIPES)}")
+        if name not in RECIPES and name not in SCHEMES:
+            raise UsageError(f"--gguf-types: no type {name!r}; types: {', '.join([*RECIPES, *SCHEMES])}")
     result, made = compare(types, args.clips, args.steps, args.ckpt_dir)
     print(table(result))
     if args.out:

@@ -21,20 +21,20 @@ def test_tiny_world_in_gguf_types(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(tiny_world_gguf, "in_fresh_process", lambda function, *args: function(*args))
     out, picture = tmp_path / "a.json", tmp_path / "a.png"
     files = ["--out", str(out), "--picture", str(picture)]
-    assert tiny_world.main(["--gguf-types", "Q8_0,q4_k_m,Q6_K", "--clips", "2", "--steps", "2", *files]) == 0
+    assert tiny_world.main(["--gguf-types", "Q8_0,q4_k_m,Q6_K,fp8,MLX4", "--clips", "2", "--steps", "2", *files]) == 0
     result = json.loads(out.read_text())
     assert (result["clips"], result["steps"], result["dtype"]) == (2, 2, "fp32")
     rows = {row["type"]: row for row in result["types"]}
-    assert list(rows) == ["reference", "Q8_0", "Q4_K_M", "Q6_K"] and all(
-        row.keys() == ROW_KEYS for row in rows.values()
-    )
+    assert list(rows) == ["reference", "Q8_0", "Q4_K_M", "Q6_K", "fp8", "mlx4"]
+    assert all(row.keys() == ROW_KEYS for row in rows.values())
+    assert rows["fp8"]["in_blocks"] > 0.85 and rows["mlx4"]["bytes"] < rows["fp8"]["bytes"] < rows["reference"]["bytes"]
     assert rows["reference"]["in_blocks"] == 0 and rows["reference"]["psnr_db"] is None
     assert rows["Q8_0"]["tensors"] == {"F32": 111, "Q8_0": 60, "BF16": 6} and rows["Q8_0"]["psnr_db"] > 35
     # Only rows of 768 are whole K blocks, and of these tensors both recipes say Q6_K.
     assert rows["Q4_K_M"]["tensors"] == {"F32": 111, "F16": 54, "Q6_K": 6, "BF16": 6}
     assert rows["Q6_K"]["same_weights_as"] == "Q4_K_M" and rows["Q6_K"]["psnr_db"] == rows["Q4_K_M"]["psnr_db"]
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 6 and table[3].endswith("111 F32, 60 Q8_0, 6 BF16")
+    assert len(table) == 8 and table[3].endswith("111 F32, 60 Q8_0, 6 BF16")
     assert Image.open(picture).size[1] > 4 * 128
 
 
