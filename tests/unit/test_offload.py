@@ -162,19 +162,20 @@ def lora(tmp_path_factory):
     return open_lora(path, shapes)
 
 
-def load(path, dtype=torch.float32, packed=False, **options):
+def load(path, dtype=torch.float32, packed=False, device=CPU, **options):
     with torch.device("meta"):
         model = WanModel(**SIZES)
     source = open_source(path)
     resident = resident_indices(5, options.pop("resident_blocks", 0))
     options |= {"resident_blocks": resident}
-    return load_expert(model, source, device=CPU, compute_device=CPU, dtype=dtype, packed=packed, **options)
+    return load_expert(model, source, device=device, compute_device=device, dtype=dtype, packed=packed, **options)
 
 
 @torch.inference_mode()
 def predict(model):
-    x = torch.stack(latents((2, 4, 6)))
-    return torch.cat([model(x, torch.tensor([time]), texts(7)) for time in (900, 500)])
+    device = model.patch_embedding.weight.device
+    x, text = torch.stack(latents((2, 4, 6))).to(device), [one.to(device) for one in texts(7)]
+    return torch.cat([model(x, torch.tensor([time]), text) for time in (900, 500)])
 
 
 WAYS = [
@@ -209,6 +210,21 @@ def test_streamed_is_resident_bit_for_bit(files, lora, stored, has_lora):
         model = load(files / name, loras=loras, **options, **way)
         assert isinstance(model.offload, Streamed)
         assert torch.equal(predict(model), wanted), way
+        model.offload.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("stored", ["bf16", "gguf in bf16", "int8"])
+def test_streamed_to_a_gpu_is_resident_there_bit_for_bit(files, lora, stored, has_lora):
+    name, options = STORED[stored]
+    options = options | {"device": torch.device("cuda"), "loras": [(lora, 0.7)] if has_lora else []}
+    wanted = predict(load(files / name, **options))
+    for way in WAYS:
+        model = load(files / name, **options, **way)
+        for _ in range(5):
+            assert torch.equal(predict(model), wanted), way
         model.offload.close()
 
 
