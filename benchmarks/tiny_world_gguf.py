@@ -119,12 +119,15 @@ def compare(types: list[str], count: int, steps: int | None, ckpt_dir: str | Non
 
 def _stored_as_is(source: Source) -> dict[str, Any]:
     infos = [source.info(name) for name in source.keys()]
-    forms = [source.block_type(name) for name in source.keys()]
-    kinds = [
-        form.name if form else str(info.dtype).removeprefix("torch.") for form, info in zip(forms, infos, strict=True)
-    ]
+    forms = [_label(source.block_type(name)) for name in source.keys()]
+    kinds = [form or str(info.dtype).removeprefix("torch.") for form, info in zip(forms, infos, strict=True)]
     size_bytes = sum(path.stat().st_size for path in source.paths)
-    return _storage(size_bytes, [info.shape for info in infos], kinds, {form.name for form in forms if form})
+    return _storage(size_bytes, [info.shape for info in infos], kinds, set(filter(None, forms)))
+
+
+def _label(form: Any) -> str | None:
+    """Of a scheme; None for numbers as they are."""
+    return form and (f"{form.name}/{form.group}" if form.has_offsets else form.name)
 
 
 def _write_scheme(source: Source, folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
