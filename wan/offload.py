@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from wan.errors import UsageError
 from wan.quant.scratch import empty_bytes
 
 SLOTS = 2  # one computes, one arrives
@@ -292,9 +291,5 @@ def streamed_modules(
 
 
 def make_device(device: torch.device) -> Device:
-    """Raises UsageError for one that nothing is streamed to."""
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(
-            f"blocks are streamed to the CPU and to CUDA, not to {device.type}: use --offload model or none"
-        )
+    """The plan streams to no other kinds."""
     return Cuda(device) if device.type == "cuda" else Cpu()

@@ -1,6 +1,7 @@
 """Where weights lie, through the command line: every way gives the same video, and what cannot be is one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,3 +159,13 @@ def test_a_gguf_file_beside_a_quantised_folder_is_one_line(generate, files, tmp_
         line = err.splitlines()[-1]
         assert code == 2 and line.startswith("error: --gguf ") and "both hold quantised weights" in line
     assert generate("--ckpt_dir", "int8", "--dit", own.dit["model"][0])[0] == 0
+
+
+@pytest.mark.parametrize("where", ["cpu", "stream"])
+def test_the_text_encoder_where_a_gpu_has_no_room_for_it(tmp_path, where):
+    options = {"device": "cpu", "sample_steps": 2, "frame_num": 5, "seed": 1, "save_file": str(tmp_path / "a.mp4")}
+    request, spec = build_request(options), load_task("t2v-tiny")
+    wanted = WanPipeline.from_request(request, spec)(request).latents
+    pipe = WanPipeline.from_request(request, spec)
+    pipe.placement = replace(pipe.placement, text=where)  # as the plan has it for a small GPU
+    assert torch.equal(pipe(request).latents, wanted)

@@ -60,16 +60,8 @@ MEASURED = [name for name in CONFIGS if name.startswith(("fbcache", "easycache")
 PLANNED = [name for name in CONFIGS if name not in MEASURED]
 ON_BLOCKS = [name for name in CONFIGS if name != "easycache"]
 FBCACHE = [name for name in CONFIGS if name.startswith("fbcache")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # A small network and its sampling

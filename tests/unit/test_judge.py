@@ -6,7 +6,6 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.judge import Verdict, judge
 from benchmarks.tiny_world import cases
@@ -23,15 +22,7 @@ from tools.tiny.world import (
     sample,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Frames are too small to be worth a second one, which on a busy machine is waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = Verdict(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS)
 

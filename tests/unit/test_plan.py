@@ -496,3 +496,24 @@ def test_types_that_do_not_stay_packed():
     from wan.quant.ggml import BY_NAME
 
     assert set(_GGUF_SLOW) == {name for name, one in BY_NAME.items() if one.torch_name is None} - set(UNPACK)
+
+
+def test_nothing_is_streamed_to_mps(tmp_path, monkeypatch):
+    small = Machine("mps", 8 * GB, 8 * GB, 1e12)
+    plan = plan_of(tmp_path, monkeypatch, small, task="t2v-14B", size="832*480")
+    assert plan["placement"]["offload"] == "model" and any(note.startswith("warning: ") for note in plan["notes"])
+    with pytest.raises(UsageError, match="--offload block streams to the CPU and to CUDA, not to mps"):
+        plan_of(tmp_path, monkeypatch, small, task="t2v-14B", size="832*480", offload="block")
+
+
+def test_a_text_encoder_that_is_shared_out_is_not_streamed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"task": "t2v-14B", "size": "832*480", "prompt": "a cat", "ckpt_dir": str(tmp_path), "t5_fsdp": True}
+    assert choose(build_request(options, 2), load_task("t2v-14B"), gpu(4)).text == "device"
+    assert choose(build_request(options | {"t5_cpu": True}, 2), load_task("t2v-14B"), gpu(4)).text == "cpu"
+
+
+def test_the_rate_of_the_disk_is_always_assumed(tmp_path, monkeypatch):
+    measured = replace(CPU, is_measured=True)
+    plan = plan_of(tmp_path, monkeypatch, measured, task="t2v-14B", size="832*480", offload="block", resident_blocks=0)
+    assert not plan["transfers"]["is_measured"] and "(rates assumed)" in "\n".join(start_lines(plan))

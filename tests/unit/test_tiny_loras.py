@@ -18,14 +18,7 @@ from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to be worth a second one, which on a busy machine is waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def open_pipe(task="t2v-tiny", **options):

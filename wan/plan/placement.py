@@ -85,7 +85,10 @@ def _candidates(load: Workload, machine: Machine) -> Iterator[tuple[Placement, t
     """Placements to try, the fastest first, the smallest last; with notes on what they made of "auto"."""
     request, layers = load.request, load.spec.dit.num_layers
     names = _FASTEST_FIRST if request.offload == "auto" else (request.offload,)
-    if request.dit_fsdp and request.offload == "auto":
+    if machine.device == "mps" and request.offload in ("block", "phase"):
+        what = f"--offload {request.offload} streams to the CPU and to CUDA, not to mps"
+        raise UsageError(f"{what}: use --offload model or none")
+    if request.offload == "auto" and (request.dit_fsdp or machine.device == "mps"):
         names = ("model",)
     if request.resident_blocks is not None and request.resident_blocks >= layers:
         names = ("model",)
@@ -122,9 +125,11 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
     next_expert = "" if "experts" not in load.spec else "device" if name == "none" else "disk"
     layers = load.spec.dit.num_layers
     base = Placement(name, layers if is_whole else 0, "", next_expert, released=_released(request, load.spec, name))
-    places = ["cpu"] if request.t5_cpu else ["device"] if machine.device == "cpu" else ["device", "stream", "cpu"]
-    if machine.device != "cuda":
-        places = [one for one in places if one != "stream"]
+    places = ["device", *(["stream"] if machine.device == "cuda" else []), "cpu"]
+    if request.t5_cpu:
+        places = ["cpu"]
+    elif machine.device == "cpu" or request.t5_fsdp:  # which shares the layers out, where they compute
+        places = ["device"]
     ways = []
     for place in places:
         for text_packed in (all_packed, True) if request.gguf_mode == "auto" else (all_packed,):
@@ -164,7 +169,7 @@ def _packed_modes(
     free = _free(machine)
     for part in ("t5", *expert_names(load.spec)):
         component = load.components[part]
-        where = "ram" if part == "t5" and text != "device" else "device"
+        where = "ram" if part == "t5" and text != "device" and machine.device != "cpu" else "device"
         modes[part] = request.gguf_mode if component.packed else ""
         dense = component.dense.total
         if request.t5_fsdp if part == "t5" else request.dit_fsdp:
@@ -190,21 +195,9 @@ def _mode_note(component: Component, dtype: str, dense: int, free: float, mode: 
 def _free(machine: Machine) -> dict[str, float]:
     """For weights, where nothing is loaded yet."""
     if machine.device == "cpu":
-        free = machine.ram_bytes - PROCESS_BYTES
-        return _Same(free)
+        return {"device": machine.ram_bytes - PROCESS_BYTES}
     device = float("inf") if machine.vram_bytes is None else machine.vram_bytes - CONTEXT_BYTES
     return {"device": device, "ram": machine.ram_bytes - CUDA_PROCESS_BYTES}
-
-
-class _Same(dict):
-    """The device's memory is the machine's."""
-
-    def __init__(self, free: float):
-        super().__init__(device=free, ram=free)
-
-    def __setitem__(self, _: str, free: float) -> None:
-        super().__setitem__("device", free)
-        super().__setitem__("ram", free)
 
 
 # What does not fit

@@ -27,7 +27,7 @@ def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[st
         "compute_seconds_per_forward": whole,
         "exposed_seconds_per_forward": 0.0,
         "is_hidden": True,
-        "is_measured": machine.is_measured,
+        "is_measured": machine.is_measured and placement.blocks_from != "disk",  # nobody measures the disk
     }
     if placement.offload not in ("block", "phase"):
         return found
