@@ -27,6 +27,11 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.comm
 	$(VENV)/bin/python -m benchmarks.loading
 	$(VENV)/bin/python -m benchmarks.parallel_overhead
+	$(VENV)/bin/python -m benchmarks.plan_memory
+	$(VENV)/bin/python -m benchmarks.expert_swap
+	$(VENV)/bin/python -m benchmarks.offload
+	$(VENV)/bin/python -m benchmarks.tiny_world_lora stripes
+	$(VENV)/bin/python -m benchmarks.tiny_world_lora distilled
 	PYTHON=$(VENV)/bin/python bash benchmarks/bench_teacache.sh
 
 lint: setup

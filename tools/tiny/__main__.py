@@ -1,8 +1,9 @@
 """Trains the embedded models from nothing and writes them: `WAN_INFERENCE_ONLY=0 python -m tools.tiny`.
 
-Two hours on two cores with AMX, by the sum of its stages: vae, dit and export make t2v-tiny; i2v and export_i2v make
-the two experts of i2v-tiny on top of it; stripes and lora make LoRAs for both that turn the background to stripes, and
-distill one that makes t2v-tiny a model of four steps. Each stage logs JSON lines to the folder `--out`.
+An hour and a half on two cores with AMX, by the sum of its stages, and 55 minutes on one of them for the LoRAs: vae,
+dit and export make t2v-tiny; i2v and export_i2v make the two experts of i2v-tiny on top of it; stripes and lora make
+LoRAs for both that turn the background to stripes, and distill one that makes t2v-tiny a model of four steps. Each
+stage logs JSON lines to the folder `--out`.
 The logs of the committed weights lie in tools/tiny/log. Those of t2v-tiny were made in three runs: images, clips
 (`--image_steps 0`); a DiT with timestep shift 3 (train_dit_first.jsonl, 3,000 steps, directions not learned), and from
 there the present one (`--resume_dit`). The LoRAs of i2v-tiny were trained with `--lora_steps 400`.
