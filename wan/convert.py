@@ -95,36 +95,58 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv) and return its exit code. Never raises for a failed run."""
-    with _terminable():
-        return run_command(lambda: _main(argv))
+    with _Signals() as signals:
+        return run_command(lambda: _main(argv, signals))
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """End on SIGTERM as on Ctrl-C, so that the unfinished file is removed."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Signals:
+    """Ctrl-C and SIGTERM: the run ends as `interrupted`, and the unfinished file is removed.
+
+    Before the writing starts, and for the second signal, KeyboardInterrupt is raised wherever the program is. While
+    tensors are written the first signal is kept for `check`, for an exception between any two instructions may find a
+    thread that is started and not yet known to its pool, or be swallowed by a callback of an import.
+    """
+
+    def __init__(self) -> None:
+        self.writing = False
+        self._received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # only that one may set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(signum) != signal.SIG_IGN:  # a job in the background of a shell ignores SIGINT
+                    self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        at_once = self._received or not self.writing
+        self._received = True
+        if at_once:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self._received:
+            raise KeyboardInterrupt
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(argv: Sequence[str] | None, signals: _Signals) -> int:
     args = make_parser().parse_args(argv)
     to = args.to or ("gguf" if args.type or args.output else "mlx")
     unfit = _FOLDER_FLAGS if to == "gguf" else (*_FILE_FLAGS, *(_MLX_FLAGS if to != "mlx" else ()))
     for name in unfit:
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning with --to {to}")
-    report = _to_gguf(args) if to == "gguf" else _to_folder(args, to)
+    report = _to_gguf(args, signals) if to == "gguf" else _to_folder(args, to, signals)
     print(json.dumps(report), flush=True)
     return 0
 
 
-def _to_gguf(args: argparse.Namespace) -> dict[str, Any]:
+def _to_gguf(args: argparse.Namespace, signals: _Signals) -> dict[str, Any]:
     if not (args.type and args.output):
         raise UsageError("--to gguf needs --type and --output (see --help)")
     type_name = args.type.upper().replace("-", "_")
@@ -148,13 +170,13 @@ def _to_gguf(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = _find_tokenizer(args.tokenizer, source, held)
     if not args.quiet:
         _warn(source, type_name)
-    with _progress(args.quiet) as on_progress:
+    with _progress(args.quiet, signals) as on_progress:
         return export.export_gguf(
             source, output, type_name, tokenizer=tokenizer, threads=args.threads, on_progress=on_progress
         )
 
 
-def _to_folder(args: argparse.Namespace, to: str) -> dict[str, Any]:
+def _to_folder(args: argparse.Namespace, to: str, signals: _Signals) -> dict[str, Any]:
     if to != "mlx" and not args.output_dir:
         raise UsageError(f"--to {to} needs --output-dir")
     if not args.quantize and (args.bits or args.group_size):
@@ -181,7 +203,7 @@ def _to_folder(args: argparse.Namespace, to: str) -> dict[str, Any]:
     if not args.quiet and (to != "mlx" or bits):
         kinds = (source.block_type(name) for source in parts.values() for name in source.keys())
         _warn_again({kind.name for kind in kinds if kind})
-    with _progress(args.quiet) as on_progress:
+    with _progress(args.quiet, signals) as on_progress:
         return export_folder(
             parts,
             output,
@@ -356,20 +378,22 @@ def _warn_again(kinds: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar by bytes on stderr."""
-    if quiet:
-        yield None
-        return
+def _progress(quiet: bool, signals: _Signals) -> Iterator[Callable[[int, int], None]]:
+    """While it is open, tensors are written: a bar by bytes on stderr, and the place where a signal ends the run."""
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc="convert", file=sys.stderr) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="convert", file=sys.stderr, disable=quiet) as bar:
 
         def show(done: int, total: int) -> None:
+            signals.check()
             bar.total = total
             bar.update(done - bar.n)
 
-        yield show
+        signals.writing = True
+        try:
+            yield show
+        finally:
+            signals.writing = False
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def test_threads_do_not_change_the_bytes(tmp_path, monkeypatch):
 def test_progress_ends_at_the_size_of_the_file(tmp_path):
     calls = []
     export_gguf(DictSource(small_dit()), tmp_path / "out.gguf", "Q8_0", on_progress=lambda *call: calls.append(call))
-    assert calls == sorted(calls) and len(calls) == len(small_dit())
+    assert calls == sorted(calls) and len(calls) > len(small_dit())
     assert calls[-1] == ((tmp_path / "out.gguf").stat().st_size,) * 2
 
 

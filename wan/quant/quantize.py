@@ -20,11 +20,14 @@ _CHUNK_WEIGHTS = 1 << 20
 _LARGEST_F16 = 65_504.0  # a block's scale is F16, and no larger than its largest weight
 
 
-def quantize(tensor: Tensor, kind: GGMLType, pool: Executor | None = None) -> np.ndarray:
+def quantize(
+    tensor: Tensor, kind: GGMLType, pool: Executor | None = None, on_progress: Callable[[int], None] | None = None
+) -> np.ndarray:
     """Encode `tensor` (any float type, on the CPU) as `kind`: uint8 [rows, bytes a row]; the last axis is the row.
 
-    pool: threads to share the rows; the result does not depend on it. Raises ValueError for values that are not
-    finite or that the type cannot hold, and for rows that are no whole number of blocks.
+    pool: threads to share the rows; the result does not depend on it. on_progress: called in this thread with the
+    bytes made so far; what it raises ends the work. Raises ValueError for values that are not finite or that the type
+    cannot hold, and for rows that are no whole number of blocks.
     """
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     count, width = rows.shape
@@ -33,16 +36,18 @@ def quantize(tensor: Tensor, kind: GGMLType, pool: Executor | None = None) -> np
     if kind.torch_dtype is None:
         _native()  # a missing package is reported by this thread
 
-    def work(first: int) -> None:
+    def work(first: int) -> int:
         last = min(first + step, count)
         values = rows[first:last].to(torch.float32).contiguous()
         _check_values(values, kind)
         encode(values, kind, encoded[first:last])
+        return last
 
     step = max(_CHUNK_WEIGHTS // width, 1)
-    run: Callable[..., Iterable[None]] = pool.map if pool else map
-    for _ in run(work, range(0, count, step)):
-        pass
+    run: Callable[..., Iterable[int]] = pool.map if pool else map
+    for rows_done in run(work, range(0, count, step)):
+        if on_progress:
+            on_progress(rows_done * encoded.shape[1])
     return encoded
 
 

@@ -217,9 +217,9 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write the transformer or text encoder in `source` to `output` (replaced if it exists) by recipe `type_name`.
 
-    tokenizer: keys and values to add. on_progress: called with (bytes written, bytes in all). The file appears whole
-    or not at all. In memory are one tensor of the source and its blocks. Returns a report: file, bytes, architecture,
-    type, tensors, quantized (tensors in blocks), types (ggml type -> tensors) and seconds.
+    tokenizer: keys and values to add. on_progress: called with (bytes made, bytes in all); what it raises ends the
+    run. The file appears whole or not at all. In memory are one tensor of the source and its blocks. Returns a report:
+    file, bytes, architecture, type, tensors, quantized (tensors in blocks), types (ggml type -> tensors) and seconds.
 
     Raises SwanError where the source is not what can be written, holds values that are not finite, or where the disk
     has no room.
@@ -232,12 +232,13 @@ def export_gguf(
     write_header(header, metadata, planned)
     total = header.tell() + data_bytes(planned)
     _check_space(output, total)
+    report = on_progress or (lambda done, total: None)
     with atomic(output) as temporary, ThreadPoolExecutor(threads or _cores()) as pool, temporary.open("wb") as file:
         file.write(header.getvalue())
         for one in planned:
-            _write_tensor(file, source, one, pool)
-            if on_progress:
-                on_progress(file.tell(), total)
+            start = file.tell()
+            _write_tensor(file, source, one, pool, lambda done, start=start: report(start + done, total))
+        report(total, total)
     types = Counter(one.type.name for one in planned)
     return {
         "file": str(output),
@@ -251,13 +252,15 @@ def export_gguf(
     }
 
 
-def _write_tensor(file: BinaryIO, source: Source, planned: Planned, pool: Executor) -> None:
+def _write_tensor(
+    file: BinaryIO, source: Source, planned: Planned, pool: Executor, on_progress: Callable[[int], None]
+) -> None:
     try:
         tensor = source.read(planned.source_name)
     except OSError as error:
         raise SwanError(f"{source.describe()}: cannot be read: {error.strerror or error}") from error
     try:
-        encoded = quantize(tensor, planned.type, pool)
+        encoded = quantize(tensor, planned.type, pool, on_progress)
     except ValueError as error:
         raise SwanError(f"{source.describe()}: tensor {planned.source_name}: {error}") from None
     file.write(encoded.data)

@@ -205,9 +205,9 @@ def export_folder(
     """Write the folder `output` from `parts` ("dit", or "high" and "low"; "t5"; "vae").
 
     copies: files and folders to copy, by their places in `output`. config: of config.json. replace: an `output` that
-    holds nothing else is replaced. on_progress: called with (bytes written, bytes in all). The folder appears whole or
-    not at all; in memory are one tensor and its codes. Returns a report: folder, bytes, format, files (name -> bytes),
-    tensors, quantized, seconds.
+    holds nothing else is replaced. on_progress: called with (bytes written, bytes in all); what it raises ends the
+    run. The folder appears whole or not at all; in memory are one tensor and its codes. Returns a report: folder,
+    bytes, format, files (name -> bytes), tensors, quantized, seconds.
 
     Raises SwanError where a source is not what can be written, holds values that are not finite, or the disk has no
     room; UsageError where `output` exists.
@@ -234,6 +234,7 @@ def export_folder(
             with (folder / name).open("wb") as file:
                 _write_file(file, source, plan, form, advance)
         for name, path in (copies or {}).items():
+            advance(0)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(path, folder / name) if path.is_dir() else shutil.copyfile(path, folder / name)
         if config:
