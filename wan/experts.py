@@ -22,17 +22,23 @@ from wan.weights.source import Source
 
 _PIECE_BYTES = 512 << 10  # the kernel reads no more than some MB for each request
 CPU = torch.device("cpu")
+Check = Callable[[], None]
+
+
+class _Forgotten(Exception):
+    """Nobody asks any more for what is being loaded."""
 
 
 class Experts:
     """The networks of a task by name ("model", or "high" and "low"), each loaded when it is first asked for.
 
-    load(name, device): reads one. device(): where they compute. `keep_all` False: asking for one lets go of the other
-    first, so that two experts never share the memory.
+    load(name, device, check): reads one; `check` is to be called before each weight, and ends it by what it raises.
+    device(): where they compute. `keep_all` False: asking for one lets go of the other first, so that two experts never
+    share the memory.
     """
 
     def __init__(
-        self, load: Callable[[str, torch.device], WanModel], device: Callable[[], torch.device], keep_all: bool
+        self, load: Callable[[str, torch.device, Check], WanModel], device: Callable[[], torch.device], keep_all: bool
     ):
         self._load, self._device, self._keep_all = load, device, keep_all
         self._models: dict[str, WanModel] = {}
@@ -43,11 +49,14 @@ class Experts:
     def __getitem__(self, name: str) -> WanModel:
         if name not in self._models:
             started = time.perf_counter()
-            coming = self._coming.pop(name, None)
             if not self._keep_all:
-                self.release()
+                self._let_go()
             device = self._device()
-            self._models[name] = coming.result().to(device) if coming else self._load(name, device)
+            if name in self._coming:
+                self._models[name] = self._coming[name].result().to(device)
+                del self._coming[name]
+            else:
+                self._models[name] = self._load(name, device, lambda: None)
             self._seconds[name] = time.perf_counter() - started
         return self._models[name]
 
@@ -60,21 +69,29 @@ class Experts:
             return
         self._coming[name] = future = Future()
 
+        def check() -> None:
+            if self._coming.get(name) is not future:
+                raise _Forgotten
+
         def load() -> None:
             try:
-                future.set_result(self._load(name, CPU))
+                future.set_result(self._load(name, CPU, check))
             except BaseException as error:  # told to whoever asks for it
                 future.set_exception(error)
 
-        threading.Thread(target=load, name=f"expert {name}", daemon=True).start()  # no exit waits for it
+        # No daemon: a thread in the middle of torch at the end of the interpreter aborts the process.
+        threading.Thread(target=load, name=f"expert {name}").start()
 
     def forget_prepared(self) -> None:
-        """What is being loaded ahead is not used any more."""
+        """What is being loaded ahead is not used any more; the loading ends before its next weight."""
         self._coming.clear()
 
     def release(self) -> None:
         """Let go of all of them."""
         self.forget_prepared()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._waited_before = self._waited()
         for offload in self._offloads():
             offload.close()
@@ -110,11 +127,12 @@ def load_expert(
     granularity: str | None = None,
     resident_blocks: Collection[int] = (),
     blocks_from: str = "ram",
+    check: Check = lambda: None,
 ) -> WanModel:
     """Fill a transformer that was built on the meta device. packed: quantised weights stay so.
 
     granularity: "block" or "phase" to stream the blocks to `device`, see `wan.offload`, from "ram" or "disk", but for
-    those of the indices `resident_blocks`. compute_device: where LoRAs are merged.
+    those of the indices `resident_blocks`. compute_device: where LoRAs are merged. check: called before each weight.
     """
     share = shard and (lambda model: shard(model, model.blocks))
     weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)
@@ -124,10 +142,11 @@ def load_expert(
     at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
 
     def place(name: str) -> torch.device:
+        check()
         travels = name.startswith(prefixes) and is_streamed(name, model.get_parameter(name))
         return at_rest if travels else device
 
-    weights.fill(place if units else device)
+    weights.fill(place)
     set_loras(model, source, loras, compute_device)
     if units:
 

@@ -26,7 +26,7 @@ from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise
-from wan.experts import Experts, load_expert, read_ahead
+from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.media import read_image
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
@@ -111,7 +111,11 @@ class WanPipeline:
         Autograd is off, as everywhere but in tools/tiny, unless the environment says WAN_INFERENCE_ONLY=0.
         """
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
-            return self._run(request, progress, cache)
+            try:
+                return self._run(request, progress, cache)
+            except BaseException:
+                self.experts.forget_prepared()  # or the program could not end before it is loaded
+                raise
 
     def set_loras(self, lora: Any = (), lora_high: Any = (), lora_low: Any = ()) -> None:
         """From now on have these LoRAs and no others, in loaded models and in those that will be loaded.
@@ -297,7 +301,7 @@ class WanPipeline:
             _empty_vae(self.spec), open_source(self.files.vae), "vae", device=self.device, dtype=self.vae_dtype
         )
 
-    def _load_expert(self, name: str, device: torch.device) -> WanModel:
+    def _load_expert(self, name: str, device: torch.device, check: Check) -> WanModel:
         _empty_cache()
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
@@ -314,6 +318,7 @@ class WanPipeline:
             granularity=offload if offload in ("block", "phase") else None,
             resident_blocks=resident_indices(len(model.blocks), self.placement.resident_blocks),
             blocks_from=self.placement.blocks_from,
+            check=check,
         )
         self._loaded[name] = model
         return model

@@ -71,9 +71,9 @@ def test_the_next_expert_is_loaded_while_the_first_one_runs(tmp_path):
     pipe.placement = replace(pipe.placement, next_expert="ram")  # as with a GPU
     loaded, real = [], pipe.experts._load
 
-    def load(name, device):
+    def load(name, device, check):
         loaded.append((name, threading.current_thread().name))
-        return real(name, device)
+        return real(name, device, check)
 
     pipe.experts._load = load
     result = pipe(request)
@@ -91,16 +91,47 @@ def test_an_expert_that_cannot_be_loaded_ahead_fails_in_its_turn(tmp_path):
     pipe.placement = replace(pipe.placement, next_expert="ram")
     real = pipe.experts._load
 
-    def load(name, device):
+    def load(name, device, check):
         if name == "low":
             raise SwanError("low.safetensors: gone")
-        return real(name, device)
+        return real(name, device, check)
 
     pipe.experts._load = load
     steps = []
     with pytest.raises(SwanError, match=r"low.safetensors: gone"):
         pipe(request, progress=lambda stage, done, total: steps.append(done) if stage == "denoise" else None)
     assert max(steps) > 0
+
+
+def test_loading_ahead_ends_with_the_run(tmp_path):
+    """And is waited for: the interpreter cannot end while a thread is inside torch."""
+    options = {"task": "i2v-tiny", "sample_steps": 12, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
+    pipe = WanPipeline.from_request(build_request(options), load_task("i2v-tiny"))
+    pipe.placement = replace(pipe.placement, next_expert="ram")
+    real, running, weights = pipe.experts._load, threading.Event(), []
+
+    def load(name, device, check):
+        def slow():
+            running.set()
+            weights.append(name)
+            time.sleep(0.1)
+            check()
+
+        return real(name, device, slow if name == "low" else check)
+
+    def progress(stage, done, total):
+        if stage == "denoise" and done == 2:
+            assert running.wait(60)
+            raise KeyboardInterrupt
+
+    pipe.experts._load = load
+    with pytest.raises(KeyboardInterrupt):
+        pipe(build_request(options), progress=progress)
+    for thread in threading.enumerate():
+        if thread.name.startswith("expert"):
+            assert not thread.daemon
+            thread.join(60)
+    assert len(weights) < 20 and "low" not in pipe.experts
 
 
 SIZES = {"dim": 512, "ffn_dim": 2048, "num_heads": 4, "num_layers": 12, "text_dim": 64, "text_len": 8}
@@ -111,7 +142,7 @@ def swap(folder, keep_all):
     with torch.device("meta"):
         sizes = [one.numel() * 2 for one in WanModel(**SIZES).parameters()]
 
-    def load(name, device):
+    def load(name, device, check=None):
         with torch.device("meta"):
             model = WanModel(**SIZES)
         source = open_source(folder / f"{name}.safetensors")

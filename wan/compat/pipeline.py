@@ -21,7 +21,7 @@ from wan.compat.request import check_config, guidance, text_request
 from wan.compat.sampler import DEFAULT_SAMPLER, sampler, solver_of
 from wan.compat.transformer import WanTransformerGGUF, diffusers_config, warn_of_dtypes
 from wan.errors import UsageError
-from wan.experts import Experts
+from wan.experts import Check, Experts
 from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
 from wan.models.vae import WanVAE
@@ -214,8 +214,8 @@ class GGUFPipeline(WanPipeline):
             return solver, None
         return solver_of(self.scheduler)
 
-    def _load_expert(self, name: str, device: torch.device) -> WanTransformerGGUF:
-        model = super()._load_expert(name, device)
+    def _load_expert(self, name: str, device: torch.device, check: Check) -> WanTransformerGGUF:
+        model = super()._load_expert(name, device, check)
         return WanTransformerGGUF(model, {**self.spec.dit, **diffusers_config(model, self.spec.dit)})
 
 
