@@ -7,7 +7,7 @@
  */
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -18,11 +18,25 @@ typedef const uint8_t *restrict bytes;
 typedef float *restrict weights;
 enum { FP32 = 0, BF16 = 1 };
 
-INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out) { /* to nearest even; finite */
-#ifdef __AVX512BF16__ /* would flush subnormal numbers to zero, which no product with an fp16 scale is */
-    for (int j = 0; j < count; j += 8)
-        _mm_storeu_si128((__m128i *)(out + j), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(w + j)));
+#ifdef __AVX512BF16__
+/* 32 weights to nearest even; subnormal ones would become zero, but no product with an fp16 scale is one. `past`: past
+ * the caches, as the product that reads them runs on all cores, and what another core has just written comes slower
+ * than from memory. */
+INLINE void round_32(__m512 low, __m512 high, uint16_t *restrict out, int past) {
+    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (past)
+        _mm512_stream_si512((__m512i *)out, rounded);
+    else
+        _mm512_storeu_si512(out, rounded);
+}
+#endif
+
+INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out, int past) { /* finite numbers */
+#ifdef __AVX512BF16__
+    for (int j = 0; j < count; j += 32)
+        round_32(_mm512_loadu_ps(w + j), _mm512_loadu_ps(w + j + 16), out + j, past);
 #else
+    (void)past;
     EACH(count) {
         uint32_t bits;
         memcpy(&bits, w + j, 4);
@@ -84,12 +98,11 @@ INLINE void q8_0(bytes b, weights w) {
 }
 
 #ifdef __AVX512BF16__
-INLINE void q8_0_bf16(bytes b, uint16_t *restrict out) { /* the same without a detour over memory */
+INLINE void q8_0_bf16(bytes b, uint16_t *restrict out, int past) { /* the same without a detour over memory */
     __m512 d = _mm512_set1_ps(half(b));
     __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + 2)));
     __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + 18)));
-    __m512 w0 = _mm512_mul_ps(d, _mm512_cvtepi32_ps(low)), w1 = _mm512_mul_ps(d, _mm512_cvtepi32_ps(high));
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(w1, w0));
+    round_32(_mm512_mul_ps(d, _mm512_cvtepi32_ps(low)), _mm512_mul_ps(d, _mm512_cvtepi32_ps(high)), out, past);
 }
 #endif
 
@@ -172,25 +185,44 @@ INLINE void iq4_xs(bytes b, weights w) {
     }
 }
 
+#ifdef __SSE2__
+#define FETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
+#define FENCE() _mm_sfence()
+#else
+#define FETCH(address) (void)0
+#define FENCE() (void)0
+#endif
+enum { AHEAD = 2048, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itself does not fetch beyond a page of 4 KB */
+
+/* `body` for each block i, shared by the threads. */
+#define FOR_BLOCKS(block_bytes, body)                                                                                  \
+    _Pragma("omp parallel") {                                                                                          \
+        _Pragma("omp for schedule(static)") for (int64_t i = 0; i < blocks; i++) {                                     \
+            for (int line = 0; line < block_bytes; line += LINE) FETCH(in + i * block_bytes + AHEAD + line);           \
+            body                                                                                                       \
+        }                                                                                                              \
+        FENCE();                                                                                                       \
+    }
+
 #define CASE(decode, id, block_weights, block_bytes)                                                                   \
     case id:                                                                                                           \
-        _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < blocks; i++) {    \
+        FOR_BLOCKS(block_bytes, {                                                                                      \
             if (format == FP32) {                                                                                      \
                 decode(in + i * block_bytes, (float *)out + i * block_weights);                                        \
             } else {                                                                                                   \
                 float w[block_weights];                                                                                \
                 decode(in + i * block_bytes, w);                                                                       \
-                round_all(w, block_weights, (uint16_t *)out + i * block_weights);                                      \
+                round_all(w, block_weights, (uint16_t *)out + i * block_weights, past);                                \
             }                                                                                                          \
-        }                                                                                                              \
+        })                                                                                                             \
         return 1;
 
 /* `type`: ggml's number. `format` of `out`: FP32 or BF16. Returns 0 for a type that is not here. */
 int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
+    int past = blocks >= LARGE / 64 && (uintptr_t)out % LINE == 0; /* a block gives at least 64 bytes */
 #ifdef __AVX512BF16__
     if (type == 8 && format == BF16) {
-        _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < blocks; i++)
-            q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32);
+        FOR_BLOCKS(34, { q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32, past); })
         return 1;
     }
 #endif
