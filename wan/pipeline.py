@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.plan import Placement, free_ram, look_with_torch, make_plan, resident_indices, start_lines
-from wan.quant.scratch import free_scratch, return_freed_memory
+from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
 from wan.request import Request, check_loras
 from wan.request.options import LoraChoice
 from wan.solvers import make_solver
@@ -223,18 +223,19 @@ class WanPipeline:
             if ctx.step == 0:
                 self._read_ahead(ctx.expert)
 
-        latents = denoise(
-            predict,
-            solver,
-            noise,
-            guide_scale=request.guide_scale,
-            boundary=self.spec.get("boundary"),
-            boundary_step_index=request.boundary_step_index,
-            condition=condition,
-            cache=self.cache,
-            parallel=self.parallel,
-            on_step=on_step,
-        )
+        with freed_memory_kept() if self.device.type == "cpu" else nullcontext():
+            latents = denoise(
+                predict,
+                solver,
+                noise,
+                guide_scale=request.guide_scale,
+                boundary=self.spec.get("boundary"),
+                boundary_step_index=request.boundary_step_index,
+                condition=condition,
+                cache=self.cache,
+                parallel=self.parallel,
+                on_step=on_step,
+            )
         if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))

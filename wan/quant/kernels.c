@@ -192,7 +192,7 @@ INLINE void iq4_xs(bytes b, weights w) {
 #define FETCH(address) (void)0
 #define FENCE() (void)0
 #endif
-enum { AHEAD = 2048, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itself does not fetch beyond a page of 4 KB */
+enum { AHEAD = 4096, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itself does not fetch beyond a page of 4 KB */
 
 /* `body` for each block i, shared by the threads. */
 #define FOR_BLOCKS(block_bytes, body)                                                                                  \

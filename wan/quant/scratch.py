@@ -1,4 +1,5 @@
-"""Memory for weights that live for one product, and for large reads: in large pages, where the system has them.
+"""Memory for weights that live for one product, and for large reads: in large pages, where the system has them; and
+what the C library does with freed memory.
 
 A fresh buffer of small pages is zeroed by the system page by page, which costs as much time as dequantising into it.
 """
@@ -9,11 +10,13 @@ import contextlib
 import ctypes
 import mmap
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 _LARGE_BYTES = 8 << 20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _kept = threading.local()
 
 
@@ -35,6 +38,27 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if buffer is None or len(buffer) < size_bytes:
         _kept.buffer = buffer = empty_bytes(size_bytes)
     return buffer[:size_bytes].view(dtype).view(rows, columns)
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """While this is open, what is freed serves the next tensor; on leaving it is given back.
+
+    glibc returns large tensors to the system at once, and has the next ones zeroed page by page: up to a tenth of a
+    forward on a CPU. For tensors of few sizes that come again and again: with many sizes, gaps remain.
+    """
+    _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
+    try:
+        yield
+    finally:  # what glibc itself arrives at when it has seen large tensors
+        _set_malloc({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
+        return_freed_memory()
+
+
+def _set_malloc(options: dict[int, int]) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        for option, value in options.items():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def return_freed_memory() -> None:
