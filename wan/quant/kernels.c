@@ -19,15 +19,18 @@ typedef float *restrict weights;
 enum { FP32 = 0, BF16 = 1 };
 
 #ifdef __AVX512BF16__
-/* 32 weights to nearest even; subnormal ones would become zero, but no product with an fp16 scale is one. `past`: past
- * the caches, as the product that reads them runs on all cores, and what another core has just written comes slower
- * than from memory. */
-INLINE void round_32(__m512 low, __m512 high, uint16_t *restrict out, int past) {
-    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+/* `past`: past the caches, as the product that reads the weights runs on all cores, and what another core has just
+ * written comes slower than from memory. */
+INLINE void store_32(__m512i rounded, uint16_t *restrict out, int past) {
     if (past)
         _mm512_stream_si512((__m512i *)out, rounded);
     else
         _mm512_storeu_si512(out, rounded);
+}
+
+/* To nearest even; subnormal weights would become zero, but no product with an fp16 scale is one. */
+INLINE void round_32(__m512 low, __m512 high, uint16_t *restrict out, int past) {
+    store_32((__m512i)_mm512_cvtne2ps_pbh(high, low), out, past);
 }
 #endif
 
@@ -154,6 +157,30 @@ INLINE void q4_k(bytes b, weights w) {
     }
 }
 
+#ifdef __AVX512BF16__
+/* 32 weights of one scale: of 16 values, each computed and rounded once. */
+INLINE void four_bits(__m256i codes, float scale, float offset, uint16_t *restrict out, int past) {
+    __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 values = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), code), _mm512_set1_ps(offset));
+    __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
+    store_32(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out, past);
+}
+
+INLINE void q4_k_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b), dmin = half(b + 2);
+    __m256i mask = _mm256_set1_epi8(15);
+    for (int k = 0; k < 8; k += 2) {
+        int s[2], m[2];
+        six_bits(b + 4, k, s, m);
+        six_bits(b + 4, k + 1, s + 1, m + 1);
+        __m256i q = _mm256_loadu_si256((const __m256i *)(b + 16 + k / 2 * 32));
+        __m256i low = _mm256_and_si256(q, mask), high = _mm256_and_si256(_mm256_srli_epi16(q, 4), mask);
+        four_bits(low, d * (float)s[0], dmin * (float)m[0], out + 32 * k, past);
+        four_bits(high, d * (float)s[1], dmin * (float)m[1], out + 32 * k + 32, past);
+    }
+}
+#endif
+
 INLINE void q5_k(bytes b, weights w) {
     float d = half(b), dmin = half(b + 2);
     for (int k = 0; k < 8; k++) {
@@ -223,6 +250,10 @@ int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
 #ifdef __AVX512BF16__
     if (type == 8 && format == BF16) {
         FOR_BLOCKS(34, { q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32, past); })
+        return 1;
+    }
+    if (type == 12 && format == BF16) {
+        FOR_BLOCKS(144, { q4_k_bf16(in + i * 144, (uint16_t *)out + i * 256, past); })
         return 1;
     }
 #endif
