@@ -12,7 +12,7 @@ from torch import nn
 
 from wan.quant import native
 from wan.quant.blocks import UNPACK, dequantize_blocks
-from wan.quant.dequantize import _compiled
+from wan.quant.dequantize import _compiled, dequantize
 from wan.quant.ggml import BY_ID, BY_NAME, random_blocks
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
@@ -83,6 +83,15 @@ def test_dequantize(name, dtype, kernels, monkeypatch):
     weights = one.dequantize(dtype)
     assert weights.shape == (700, 768) and weights.dtype == dtype
     assert torch.equal(weights, by_gguf(one.blocks, name).to(dtype))
+
+
+@pytest.mark.parametrize("name", UNPACK)
+def test_large_tensors(name):
+    """Of these the kernels write past the caches."""
+    kind = BY_NAME[name]
+    blocks = random_blocks(kind, (9 << 20) // 2 // kind.block_weights + 1)
+    out = torch.empty(len(blocks), kind.block_weights, dtype=torch.bfloat16)
+    assert torch.equal(dequantize(blocks, kind, torch.bfloat16, out), dequantize_blocks(blocks, name).bfloat16())
 
 
 @pytest.mark.slow

@@ -222,8 +222,9 @@ INLINE void iq4_xs(bytes b, weights w) {
 enum { AHEAD = 4096, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itself does not fetch beyond a page of 4 KB */
 
 /* `body` for each block i, shared by the threads. */
-#define FOR_BLOCKS(block_bytes, body)                                                                                  \
+#define FOR_BLOCKS(block_weights, block_bytes, body)                                                                   \
     _Pragma("omp parallel") {                                                                                          \
+        int past = is_aligned && blocks * block_weights * 2 >= LARGE;                                                  \
         _Pragma("omp for schedule(static)") for (int64_t i = 0; i < blocks; i++) {                                     \
             for (int line = 0; line < block_bytes; line += LINE) FETCH(in + i * block_bytes + AHEAD + line);           \
             body                                                                                                       \
@@ -233,7 +234,7 @@ enum { AHEAD = 4096, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itsel
 
 #define CASE(decode, id, block_weights, block_bytes)                                                                   \
     case id:                                                                                                           \
-        FOR_BLOCKS(block_bytes, {                                                                                      \
+        FOR_BLOCKS(block_weights, block_bytes, {                                                                       \
             if (format == FP32) {                                                                                      \
                 decode(in + i * block_bytes, (float *)out + i * block_weights);                                        \
             } else {                                                                                                   \
@@ -246,14 +247,14 @@ enum { AHEAD = 4096, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itsel
 
 /* `type`: ggml's number. `format` of `out`: FP32 or BF16. Returns 0 for a type that is not here. */
 int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
-    int past = blocks >= LARGE / 64 && (uintptr_t)out % LINE == 0; /* a block gives at least 64 bytes */
+    int is_aligned = (uintptr_t)out % LINE == 0;
 #ifdef __AVX512BF16__
     if (type == 8 && format == BF16) {
-        FOR_BLOCKS(34, { q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32, past); })
+        FOR_BLOCKS(32, 34, { q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32, past); })
         return 1;
     }
     if (type == 12 && format == BF16) {
-        FOR_BLOCKS(144, { q4_k_bf16(in + i * 144, (uint16_t *)out + i * 256, past); })
+        FOR_BLOCKS(256, 144, { q4_k_bf16(in + i * 144, (uint16_t *)out + i * 256, past); })
         return 1;
     }
 #endif
