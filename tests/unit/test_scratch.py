@@ -11,27 +11,29 @@ from benchmarks.common import in_fresh_process
 from benchmarks.loading import anonymous_bytes
 from wan.quant.scratch import freed_memory_kept, return_freed_memory
 
-SIZE = 64 << 20  # more than glibc ever keeps by itself
+SIZE = 64 << 20  # bytes: more than glibc ever keeps by itself
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 
 def faults_and_rest(is_kept):
-    """(pages that came fresh, for the second to the fourth of four tensors; bytes that stay when all is over)"""
+    """(pages that came fresh for twelve tensors, one after another; bytes that stay when all is over)"""
     return_freed_memory()
-    before, faults = anonymous_bytes(), 0
+    before, started = anonymous_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     with freed_memory_kept() if is_kept else contextlib.nullcontext():
-        for round in range(4):
-            started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(12):
             torch.empty(SIZE, dtype=torch.uint8).fill_(1)
-            faults += (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - started) * (round > 0)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - started
     return faults, anonymous_bytes() - before
 
 
 def test_freed_memory_serves_the_next_tensor():
-    faults, rest = in_fresh_process(faults_and_rest, True)
-    assert faults < 100 and rest < SIZE / 4
-    assert in_fresh_process(faults_and_rest, False)[0] >= 3 * SIZE / (2 << 20)  # pages may be large ones
+    kept, rest = in_fresh_process(faults_and_rest, True)
+    fresh, _ = in_fresh_process(faults_and_rest, False)
+    assert rest < SIZE / 4
+    # The first is always fresh. In its place a small piece may settle (of the pool of threads, which starts now), and
+    # in that of the next, so that one or two more are; then the places are large enough.
+    assert kept < fresh / 3
 
 
 def rest_afterwards():
