@@ -1,6 +1,6 @@
 """A stack of blocks to put a cache around, policies to try on it, and a rank of several that share its tokens.
 
-Run as `python -m tests.unit.cache_toy RANK RANKS FOLDER` it is one of RANKS processes that cut up the tokens, and
+Run as `python -m tests.caching.toy RANK RANKS FOLDER` it is one of RANKS processes that cut up the tokens, and
 writes what it decided into FOLDER.
 """
 
