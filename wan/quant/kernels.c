@@ -2,13 +2,16 @@
  * same in torch and is what this file is checked against.
  *
  * Every weight is computed as scale * q + offset in fp32, each step rounded (no contraction), so that the result is bit
- * for bit that of the `gguf` package. Layout of the blocks: ggml-common.h of ggml. The inner loops
- * have constant lengths and one output, of which compilers make vector code.
+ * for bit that of the `gguf` package. Layout of the blocks: ggml-common.h of ggml. The inner loops have constant lengths
+ * and one output, of which compilers make vector code. To bf16 it is written out for AVX-512, several times as fast.
  */
 #include <stdint.h>
 #include <string.h>
 #ifdef __SSE2__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define VECTORS
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -18,34 +21,12 @@ typedef const uint8_t *restrict bytes;
 typedef float *restrict weights;
 enum { FP32 = 0, BF16 = 1 };
 
-#ifdef __AVX512BF16__
-/* `past`: past the caches, as the product that reads the weights runs on all cores, and what another core has just
- * written comes slower than from memory. */
-INLINE void store_32(__m512i rounded, uint16_t *restrict out, int past) {
-    if (past)
-        _mm512_stream_si512((__m512i *)out, rounded);
-    else
-        _mm512_storeu_si512(out, rounded);
-}
-
-/* To nearest even; subnormal weights would become zero, but no product with an fp16 scale is one. */
-INLINE void round_32(__m512 low, __m512 high, uint16_t *restrict out, int past) {
-    store_32((__m512i)_mm512_cvtne2ps_pbh(high, low), out, past);
-}
-#endif
-
-INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out, int past) { /* finite numbers */
-#ifdef __AVX512BF16__
-    for (int j = 0; j < count; j += 32)
-        round_32(_mm512_loadu_ps(w + j), _mm512_loadu_ps(w + j + 16), out + j, past);
-#else
-    (void)past;
+INLINE void round_all(const float *restrict w, int count, uint16_t *restrict out) { /* finite numbers, to nearest even */
     EACH(count) {
         uint32_t bits;
         memcpy(&bits, w + j, 4);
         out[j] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
-#endif
 }
 
 INLINE float half(bytes b) { /* finite fp16; 2^112 moves the exponent, which is exact for subnormals too */
@@ -100,15 +81,6 @@ INLINE void q8_0(bytes b, weights w) {
     EACH(32) w[j] = d * (float)(int8_t)b[2 + j];
 }
 
-#ifdef __AVX512BF16__
-INLINE void q8_0_bf16(bytes b, uint16_t *restrict out, int past) { /* the same without a detour over memory */
-    __m512 d = _mm512_set1_ps(half(b));
-    __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + 2)));
-    __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + 18)));
-    round_32(_mm512_mul_ps(d, _mm512_cvtepi32_ps(low)), _mm512_mul_ps(d, _mm512_cvtepi32_ps(high)), out, past);
-}
-#endif
-
 static const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 INLINE void iq4(bytes b, weights w, float d) { /* codes are places in a table */
@@ -129,13 +101,16 @@ INLINE void q2_k(bytes b, weights w) {
     }
 }
 
-INLINE void q3_k(bytes b, weights w) {
-    float d = half(b + 108);
+INLINE float q3_k_scale(bytes b, int k) {
     bytes s = b + 96;
+    int low = (k < 8 ? s[k] : s[k - 8] >> 4) & 15, high = s[8 + k % 4] >> (2 * (k / 4)) & 3;
+    return half(b + 108) * (float)((low | high << 4) - 32);
+}
+
+INLINE void q3_k(bytes b, weights w) {
     for (int k = 0; k < 16; k++) {
-        int low = (k < 8 ? s[k] : s[k - 8] >> 4) & 15, high = s[8 + k % 4] >> (2 * (k / 4)) & 3;
         bytes q = b + 32 + k / 8 * 32 + k % 2 * 16, top = b + k % 2 * 16;
-        float scale = d * (float)((low | high << 4) - 32);
+        float scale = q3_k_scale(b, k);
         EACH(16) w[16 * k + j] = scale * (float)(((q[j] >> (k / 2 % 4 * 2) & 3) | (top[j] >> (k / 2) & 1) << 2) - 4);
     }
 }
@@ -156,30 +131,6 @@ INLINE void q4_k(bytes b, weights w) {
         EACH(32) w[32 * k + j] = scale * (float)(q[j] >> (k % 2 * 4) & 15) - offset;
     }
 }
-
-#ifdef __AVX512BF16__
-/* 32 weights of one scale: of 16 values, each computed and rounded once. */
-INLINE void four_bits(__m256i codes, float scale, float offset, uint16_t *restrict out, int past) {
-    __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 values = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), code), _mm512_set1_ps(offset));
-    __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
-    store_32(_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table), out, past);
-}
-
-INLINE void q4_k_bf16(bytes b, uint16_t *restrict out, int past) {
-    float d = half(b), dmin = half(b + 2);
-    __m256i mask = _mm256_set1_epi8(15);
-    for (int k = 0; k < 8; k += 2) {
-        int s[2], m[2];
-        six_bits(b + 4, k, s, m);
-        six_bits(b + 4, k + 1, s + 1, m + 1);
-        __m256i q = _mm256_loadu_si256((const __m256i *)(b + 16 + k / 2 * 32));
-        __m256i low = _mm256_and_si256(q, mask), high = _mm256_and_si256(_mm256_srli_epi16(q, 4), mask);
-        four_bits(low, d * (float)s[0], dmin * (float)m[0], out + 32 * k, past);
-        four_bits(high, d * (float)s[1], dmin * (float)m[1], out + 32 * k + 32, past);
-    }
-}
-#endif
 
 INLINE void q5_k(bytes b, weights w) {
     float d = half(b), dmin = half(b + 2);
@@ -204,13 +155,161 @@ INLINE void q6_k(bytes b, weights w) {
     }
 }
 
+INLINE float iq4_xs_scale(bytes b, int k) {
+    int low = b[4 + k / 2] >> (k % 2 * 4) & 15, high = b[2 + k / 4] >> (k % 4 * 2) & 3;
+    return half(b) * (float)((low | high << 4) - 32);
+}
+
 INLINE void iq4_xs(bytes b, weights w) {
+    for (int k = 0; k < 8; k++) iq4(b + 8 + 16 * k, w + 32 * k, iq4_xs_scale(b, k));
+}
+
+#ifdef VECTORS
+/* The same to bf16, 32 weights at a time and without a detour over memory. Shifts of bytes are shifts of pairs of bytes,
+ * and a mask that takes away what came from the neighbour. */
+
+/* `past`: past the caches, as the product that reads the weights runs on all cores, and what another core has just
+ * written comes slower than from memory. */
+INLINE void store_32(__m512i rounded, uint16_t *restrict out, int past) {
+    if (past)
+        _mm512_stream_si512((__m512i *)out, rounded);
+    else
+        _mm512_storeu_si512(out, rounded);
+}
+
+/* To nearest even; subnormal weights would become zero, but no product with an fp16 scale is one. */
+INLINE __m512i round_32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+INLINE __m256i load_32(bytes b) { return _mm256_loadu_si256((const __m256i *)b); }
+
+INLINE __m256i bits_of(__m256i b, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srl_epi16(b, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8((char)mask));
+}
+
+INLINE __m256i nibbles(bytes b) { /* 16 bytes: all the low four bits, then all the high ones */
+    __m128i q = _mm_loadu_si128((const __m128i *)b);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
+}
+
+INLINE __m256i put(__m256i codes, __mmask32 where, int bit) {
+    return _mm256_or_si256(codes, _mm256_maskz_set1_epi8(where, (char)bit));
+}
+
+INLINE __mmask32 has(__m256i b, int bit) { return _mm256_test_epi8_mask(b, _mm256_set1_epi8((char)bit)); }
+
+INLINE __m256i less(__m256i codes, int zero) { return _mm256_sub_epi8(codes, _mm256_set1_epi8((char)zero)); }
+
+/* Signed codes; a scale for the first 16 and one for the last 16. */
+INLINE void scaled(__m256i codes, float first, float last, uint16_t *restrict out, int past) {
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+    low = _mm512_mul_ps(_mm512_set1_ps(first), low);
+    high = _mm512_mul_ps(_mm512_set1_ps(last), high);
+    store_32(round_32(low, high), out, past);
+}
+
+/* Of 16 codes in a row. */
+INLINE __m512 values(float scale, float offset, float first) {
+    __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    code = _mm512_add_ps(code, _mm512_set1_ps(first));
+    return _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), code), _mm512_set1_ps(offset));
+}
+
+/* Codes below 32, of which each stands for one value: these are rounded once. */
+INLINE void looked_up(__m256i codes, __m512 low, __m512 high, uint16_t *restrict out, int past) {
+    __m512i place = _mm512_cvtepu8_epi16(codes);
+    store_32(_mm512_permutexvar_epi16(place, round_32(low, high)), out, past);
+}
+
+INLINE void looked_up_32(__m256i codes, float scale, float offset, uint16_t *restrict out, int past) {
+    looked_up(codes, values(scale, offset, 0), values(scale, offset, 16), out, past);
+}
+
+INLINE void q4_0_bf16(bytes b, uint16_t *restrict out, int past) {
     float d = half(b);
-    for (int k = 0; k < 8; k++) {
-        int low = b[4 + k / 2] >> (k % 2 * 4) & 15, high = b[2 + k / 4] >> (k % 4 * 2) & 3;
-        iq4(b + 8 + 16 * k, w + 32 * k, d * (float)((low | high << 4) - 32));
+    scaled(less(nibbles(b + 2), 8), d, d, out, past);
+}
+
+INLINE void q4_1_bf16(bytes b, uint16_t *restrict out, int past) {
+    looked_up_32(nibbles(b + 4), half(b), -half(b + 2), out, past);
+}
+
+INLINE void q5_0_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b);
+    scaled(less(put(nibbles(b + 6), word(b + 2), 16), 16), d, d, out, past);
+}
+
+INLINE void q5_1_bf16(bytes b, uint16_t *restrict out, int past) {
+    looked_up_32(put(nibbles(b + 8), word(b + 4), 16), half(b), -half(b + 2), out, past);
+}
+
+INLINE void q8_0_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b);
+    scaled(load_32(b + 2), d, d, out, past);
+}
+
+INLINE void iq4_bf16(bytes b, float d, uint16_t *restrict out, int past) {
+    __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)IQ4_VALUES));
+    scaled(_mm256_shuffle_epi8(values, nibbles(b)), d, d, out, past);
+}
+
+INLINE void iq4_nl_bf16(bytes b, uint16_t *restrict out, int past) { iq4_bf16(b + 2, half(b), out, past); }
+
+INLINE void iq4_xs_bf16(bytes b, uint16_t *restrict out, int past) {
+    for (int k = 0; k < 8; k++) iq4_bf16(b + 8 + 16 * k, iq4_xs_scale(b, k), out + 32 * k, past);
+}
+
+INLINE void q2_k_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b + 80), dmin = half(b + 82);
+    for (int k = 0; k < 16; k += 2) {
+        __m512 first = values(d * (float)(b[k] & 15), dmin * (float)(b[k] >> 4), 0);
+        __m512 last = values(d * (float)(b[k + 1] & 15), dmin * (float)(b[k + 1] >> 4), 0);
+        __m256i codes = bits_of(load_32(b + 16 + k / 8 * 32), k / 2 % 4 * 2, 3);
+        looked_up(put(codes, 0xffff0000, 16), first, last, out + 16 * k, past);
     }
 }
+
+INLINE void q3_k_bf16(bytes b, uint16_t *restrict out, int past) {
+    __m256i top = load_32(b);
+    for (int k = 0; k < 16; k += 2) {
+        __m256i codes = bits_of(load_32(b + 32 + k / 8 * 32), k / 2 % 4 * 2, 3);
+        codes = less(put(codes, has(top, 1 << k / 2), 4), 4);
+        scaled(codes, q3_k_scale(b, k), q3_k_scale(b, k + 1), out + 16 * k, past);
+    }
+}
+
+INLINE void q4_k_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b), dmin = half(b + 2);
+    for (int k = 0; k < 8; k++) {
+        int s, m;
+        six_bits(b + 4, k, &s, &m);
+        __m256i codes = bits_of(load_32(b + 16 + k / 2 * 32), k % 2 * 4, 15);
+        looked_up_32(codes, d * (float)s, dmin * (float)m, out + 32 * k, past);
+    }
+}
+
+INLINE void q5_k_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b), dmin = half(b + 2);
+    __m256i top = load_32(b + 16);
+    for (int k = 0; k < 8; k++) {
+        int s, m;
+        six_bits(b + 4, k, &s, &m);
+        __m256i codes = put(bits_of(load_32(b + 48 + k / 2 * 32), k % 2 * 4, 15), has(top, 1 << k), 16);
+        looked_up_32(codes, d * (float)s, dmin * (float)m, out + 32 * k, past);
+    }
+}
+
+INLINE void q6_k_bf16(bytes b, uint16_t *restrict out, int past) {
+    float d = half(b + 208);
+    const int8_t *scales = (const int8_t *)b + 192;
+    for (int k = 0; k < 16; k += 2) {
+        __m256i low = bits_of(load_32(b + k / 8 * 64 + k / 2 % 2 * 32), k / 4 % 2 * 4, 15);
+        __m256i high = bits_of(load_32(b + 128 + k / 8 * 32), k / 2 % 4 * 2, 3);
+        __m256i codes = less(_mm256_or_si256(low, _mm256_slli_epi16(high, 4)), 32);
+        scaled(codes, d * (float)scales[k], d * (float)scales[k + 1], out + 16 * k, past);
+    }
+}
+#endif
 
 #ifdef __SSE2__
 #define FETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
@@ -232,15 +331,23 @@ enum { AHEAD = 4096, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itsel
         FENCE();                                                                                                       \
     }
 
+#ifdef VECTORS
+#define TO_BF16(decode, block_weights, from, to) decode##_bf16(from, to, past)
+#else
+#define TO_BF16(decode, block_weights, from, to)                                                                       \
+    (void)past;                                                                                                        \
+    float w[block_weights];                                                                                            \
+    decode(from, w);                                                                                                   \
+    round_all(w, block_weights, to)
+#endif
+
 #define CASE(decode, id, block_weights, block_bytes)                                                                   \
     case id:                                                                                                           \
         FOR_BLOCKS(block_weights, block_bytes, {                                                                       \
             if (format == FP32) {                                                                                      \
                 decode(in + i * block_bytes, (float *)out + i * block_weights);                                        \
             } else {                                                                                                   \
-                float w[block_weights];                                                                                \
-                decode(in + i * block_bytes, w);                                                                       \
-                round_all(w, block_weights, (uint16_t *)out + i * block_weights, past);                                \
+                TO_BF16(decode, block_weights, in + i * block_bytes, (uint16_t *)out + i * block_weights);             \
             }                                                                                                          \
         })                                                                                                             \
         return 1;
@@ -248,16 +355,6 @@ enum { AHEAD = 4096, LINE = 64, LARGE = 1 << 20 }; /* bytes; the processor itsel
 /* `type`: ggml's number. `format` of `out`: FP32 or BF16. Returns 0 for a type that is not here. */
 int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
     int is_aligned = (uintptr_t)out % LINE == 0;
-#ifdef __AVX512BF16__
-    if (type == 8 && format == BF16) {
-        FOR_BLOCKS(32, 34, { q8_0_bf16(in + i * 34, (uint16_t *)out + i * 32, past); })
-        return 1;
-    }
-    if (type == 12 && format == BF16) {
-        FOR_BLOCKS(256, 144, { q4_k_bf16(in + i * 144, (uint16_t *)out + i * 256, past); })
-        return 1;
-    }
-#endif
     switch (type) {
         CASE(q4_0, 2, 32, 18)
         CASE(q4_1, 3, 32, 20)
