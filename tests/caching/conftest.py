@@ -1,3 +1,5 @@
+"""What several of these tests run once: small networks, a run without a cache, processes that share the tokens."""
+
 from __future__ import annotations
 
 import json
