@@ -25,7 +25,7 @@ from cache.options import OPTIONS as CACHE_OPTIONS
 from distributed.launch import World
 from wan import __version__, media
 from wan.command import Parser, run_command
-from wan.errors import SwanError, UsageError
+from wan.errors import SwanError, UsageError, one_line
 from wan.request import Request, build_request, check_device, replay_options
 from wan.request.options import DEFAULT_TASK, DTYPE_NAMES, GGUF_FLAGS, OPTIONS, SOLVER_NAMES, VAE_DTYPE_NAMES
 from wan.tasks import load_task, preset_names, task_names
@@ -291,7 +291,7 @@ def _report_cache(request: Request, cache: Any, quiet: bool) -> None:
 
 
 def _describe(error: Exception) -> str:
-    message = media.one_line(error)
+    message = one_line(error)
     return message if isinstance(error, SwanError) else f"{type(error).__name__}: {message}"
 
 

@@ -12,8 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from wan.errors import SwanError, UsageError
-from wan.media import one_line
+from wan.errors import SwanError, UsageError, one_line
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,3 +11,13 @@ class UsageError(SwanError):
     """The request itself is wrong. Exit code 2; the message says what is allowed."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line, printable; its type where it has no message."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """A text or path with what a terminal would obey, or cannot show, escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))

@@ -5,17 +5,14 @@ Heavy libraries are imported where they are used, so that `generate.py --help` s
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 import subprocess
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.errors import SwanError, UsageError
+from wan.errors import SwanError, UsageError, one_line
+from wan.files import atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,22 +131,3 @@ def _mp4_comment(path: Path) -> str:
 
     with av.open(str(path)) as container:
         return container.metadata.get("comment", "")
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that is moved there on success and removed on any failure or Ctrl-C."""
-    temporary = path.with_name(f".swan-{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SwanError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception on one line; its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ PACKAGES = ("wan", "cache", "distributed")
 
 # A module imports from its own layer or from those before it.
 LAYERS = [
-    ("wan", "wan.errors", "cache", "distributed"),
+    ("wan", "wan.errors", "wan.files", "cache", "distributed"),
     ("wan.tasks", "wan.media", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.offload",),

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from wan.errors import SwanError
-from wan.media import atomic
+from wan.files import atomic
 from wan.quant.ggml import BY_NAME, GGMLType
 from wan.quant.quantize import quantize
 from wan.weights.gguf import GGUFSource

@@ -30,8 +30,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from wan.errors import SwanError, UsageError
-from wan.media import one_line
+from wan.errors import SwanError, UsageError, one_line
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.tasks import load_task, task_names
 from wan.weights.export import component_of, plan_tensors

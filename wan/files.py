@@ -1,0 +1,75 @@
+"""Files of others and files of ours: opened only if they are plain files, listed without hidden ones, written whole or
+not at all. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from wan.errors import SwanError, one_line, printable
+
+MAX_JSON_BYTES = 100_000_000
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """A plain file, opened for reading, unbuffered. Raises SwanError for what is none or cannot be opened: a folder, a
+    pipe, a device, a link to one."""
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for a writer.
+        file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb", 0)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SwanError(f"{printable(path)}: cannot be opened: {reason}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise SwanError(f"{printable(path)}: not a plain file")
+    return file
+
+
+def visible_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """Files of a folder whose names fit, sorted, but for hidden ones: macOS puts a `._NAME` beside each NAME."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(".") and path.is_file())
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The contents of a JSON file, with or without a byte order mark. Raises SwanError that names the file."""
+    with open_plain(path) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise SwanError(f"{printable(path)}: cannot be read: {error.strerror or one_line(error)}") from error
+    if len(data) > max_bytes:
+        raise SwanError(f"{printable(path)}: more than {max_bytes:,} bytes of JSON")
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise SwanError(f"{printable(path)}: not a JSON file ({one_line(error)})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, for text of others: all that it can raise is a ValueError."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that is moved there on success and removed on any failure or Ctrl-C."""
+    temporary = path.with_name(f".swan-{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SwanError(f"cannot write {printable(path)}: {error.strerror or one_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
