@@ -1,10 +1,19 @@
 """The two kinds of failure a user can see. Each becomes one line on stderr and an exit code."""
 
+_MAX_LETTERS = 4_000
+
 
 class SwanError(Exception):
     """A file, a device or the machine is at fault. Exit code 1; the message is one line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Printable and of bounded length: it may quote names that a file gave."""
+        text = super().__str__()
+        if len(text) > _MAX_LETTERS:
+            text = f"{text[: _MAX_LETTERS // 2]} ... {text[-_MAX_LETTERS // 4 :]}"
+        return printable(text)
 
 
 class UsageError(SwanError):

@@ -177,7 +177,7 @@ def test_a_file_that_changes_while_it_is_open(tmp_path, change, match):
 def test_a_file_cut_during_a_read(tmp_path, monkeypatch):
     """The cut comes after the check."""
     path = write_gguf(tmp_path / "x.gguf", {"a": np.zeros(1000, dtype=np.float32)})
-    monkeypatch.setattr("wan.weights.gguf._state", lambda file: (size, 0))
+    monkeypatch.setattr("wan.weights.opened.state", lambda file: (size, 0, 0, 0))
     size = path.stat().st_size
     source = open_source(path)
     os.truncate(path, size - 100)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -22,6 +21,7 @@ from wan.quant.ggml import GGMLType, has_bad_scales
 from wan.quant.packed import PackedTensor
 from wan.quant.scratch import empty_bytes
 from wan.weights.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
+from wan.weights.opened import OpenedFile
 from wan.weights.source import Source, Span, TensorInfo
 
 _ARCHITECTURES = ("wan", "t5encoder", "t5", "pig", "cow")  # the last two: by producers that write no other name
@@ -49,14 +49,13 @@ class GGUFSource(Source):
     """
 
     def __init__(self, path: Path):
-        self._path = path
-        with self._open() as file:
-            self._state = _state(file)
-            header = read_header(path, file, self._state[0])
-            self.metadata: Mapping[str, Value] = header.metadata
-            self._entries = {entry.name: entry for entry in header.tensors}
-            self._check_model()
-            infos = {name: TensorInfo(self._shape(entry), _dtype(entry.type)) for name, entry in self._entries.items()}
+        self._path, self._file = path, OpenedFile(path)
+        with self._file.open() as file:
+            header = read_header(path, file, self._file.size_bytes)
+        self.metadata: Mapping[str, Value] = header.metadata
+        self._entries = {entry.name: entry for entry in header.tensors}
+        self._check_model()
+        infos = {name: TensorInfo(self._shape(entry), _dtype(entry.type)) for name, entry in self._entries.items()}
         self._mapping: _Mapping | None = None
         super().__init__([path], infos)
 
@@ -65,8 +64,7 @@ class GGUFSource(Source):
         array = self.metadata.get(key)
         if not isinstance(array, GGUFArray):
             raise SwanError(f"{self._path}: has no array {key}")
-        with self._open() as file:
-            self._check_unchanged(file)
+        with self._file.open() as file:
             return read_elements(self._path, file, key, array)
 
     def type(self, name: str) -> GGMLType:
@@ -92,7 +90,7 @@ class GGUFSource(Source):
             return None
         start, size_bytes, shape = self._part(name, rows)
         if mapped:
-            self._mapping = self._mapping or _Mapping(self._path)
+            self._mapping = self._mapping or _Mapping(self._file)
             blocks, guard = self._mapping.view(entry)[start : start + size_bytes], self._mapping.check
             self._in_pieces(self._check_scales, blocks, entry, start)
         else:
@@ -134,34 +132,13 @@ class GGUFSource(Source):
 
     def _fill(self, data: torch.Tensor, entry: TensorEntry, start: int) -> None:
         """Read from byte `start` of the tensor; the scales are checked while the cache holds them."""
-        view, filled = memoryview(data.numpy()), 0
-        with self._open() as file:
-            self._check_unchanged(file)
-            file.seek(entry.offset + start)
-            while filled < len(view):
-                count = file.readinto(view[filled:])
-                if not count:
-                    name = entry.name
-                    raise SwanError(f"{self._path}: the file ended inside tensor {name}; it changed while being read")
-                filled += count
-            self._check_unchanged(file)
+        self._file.fill(memoryview(data.numpy()), entry.offset + start, entry.name)
         self._check_scales(data, entry)
 
     def _check_scales(self, data: torch.Tensor, entry: TensorEntry, start: int = 0) -> None:
         if has_bad_scales(data, entry.type):
             problem = f"tensor {entry.name} has blocks with infinite or NaN scales"
             raise SwanError(f"{self._path}: {problem}: the file is damaged")
-
-    def _open(self) -> BinaryIO:
-        try:
-            return self._path.open("rb")
-        except OSError as error:
-            raise SwanError(f"{self._path}: cannot be read ({error.strerror})") from None
-
-    def _check_unchanged(self, file: BinaryIO) -> None:
-        """The offsets of the header hold only for the file that it was read from."""
-        if _state(file) != self._state:
-            raise SwanError(f"{self._path}: the file changed after it was opened")
 
     def _check_model(self) -> None:
         """Refuse one part of several, and models of other kinds."""
@@ -198,14 +175,14 @@ class GGUFSource(Source):
 class _Mapping:
     """The file in memory, page by page as it is used: private, so that nobody can write to the file through it."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, opened: OpenedFile):
+        self._path, self._size_bytes = opened.path, opened.size_bytes
         try:
-            self._file = path.open("rb")
-            self._size_bytes = os.fstat(self._file.fileno()).st_size
-            self._memory = mmap.mmap(self._file.fileno(), self._size_bytes, access=mmap.ACCESS_COPY)
+            with opened.open() as file:
+                self._file = open(os.dup(file.fileno()), "rb", buffering=0)
+                self._memory = mmap.mmap(file.fileno(), self._size_bytes, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
-            raise SwanError(f"{path}: cannot be mapped ({error})") from None
+            raise SwanError(f"{self._path}: cannot be mapped ({error})") from None
         self._start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
 
     def __deepcopy__(self, memo: dict) -> _Mapping:
@@ -213,8 +190,6 @@ class _Mapping:
 
     def view(self, entry: TensorEntry) -> torch.Tensor:
         """The bytes of a tensor, where they are."""
-        if entry.offset + entry.size_bytes > self._size_bytes:
-            raise SwanError(f"{self._path}: the file changed after it was opened")
         data = torch.frombuffer(self._memory, dtype=torch.uint8, count=entry.size_bytes, offset=entry.offset)
         self.check(data)
         return data
@@ -232,9 +207,3 @@ class _Mapping:
 def _dtype(ggml_type: GGMLType) -> torch.dtype:
     """Of what `read` returns."""
     return ggml_type.torch_dtype or torch.float32
-
-
-def _state(file: BinaryIO) -> tuple[int, int]:
-    """Size and time of the last change."""
-    stat = os.fstat(file.fileno())
-    return stat.st_size, stat.st_mtime_ns

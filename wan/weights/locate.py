@@ -3,6 +3,7 @@ hub id. Imports no torch."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import SwanError, UsageError
+from wan.files import visible_files, visible_names
 from wan.weights.source import WEIGHT_SUFFIXES, weight_files
 
 OVERRIDES = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
@@ -174,17 +176,17 @@ def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
 
 def _root_dit(root: Path, spec: Mapping[str, Any]) -> list[Path]:
     """Weights of a single transformer at the top of the folder, that is, all that are no other component."""
-    named = sorted(root.glob("diffusion_pytorch_model*.safetensors.index.json"))
-    named = named or sorted(root.glob("diffusion_pytorch_model*.safetensors"))
+    named = visible_files(root, "diffusion_pytorch_model*.safetensors.index.json")
+    named = named or visible_files(root, "diffusion_pytorch_model*.safetensors")
     if named or (root / _DIFFUSERS["model"]).is_dir():
         return named
-    if indexes := sorted(root.glob("*.safetensors.index.json")):
+    if indexes := visible_files(root, "*.safetensors.index.json"):
         return indexes[:1] if len(indexes) == 1 else weight_files(root)  # which refuses several
     if (root / MLX_FILES["model"]).is_file():
         return [root / MLX_FILES["model"]]
     others = {Path(name).stem for name in spec["files"].values()}
     others |= {path.stem for name in spec["files"].values() for path in _quantised_twins(root / name)}
-    rest = [path for path in sorted(root.glob("*.safetensors")) + sorted(root.glob("*.gguf"))]
+    rest = visible_files(root, "*.safetensors") + visible_files(root, "*.gguf")
     rest = [path for path in rest if path.stem not in others]
     if rest and all(_LIGHTX2V_BLOCK.fullmatch(path.name) for path in rest):
         return rest
@@ -199,7 +201,7 @@ def _quantised_twins(official: Path) -> list[Path]:
     stem = official.stem.removesuffix("-bf16")
     if stem == official.stem:
         return []
-    return sorted(path for path in official.parent.glob(f"{stem}-*") if path.suffix in WEIGHT_SUFFIXES)
+    return [path for path in visible_files(official.parent, f"{stem}-*") if path.suffix in WEIGHT_SUFFIXES]
 
 
 def _find_tokenizer(root: Path, spec: Mapping[str, Any]) -> Path:
@@ -221,7 +223,7 @@ def _files_at(path: Path) -> list[Path]:
 
 
 def _missing(root: Path, part: str, looked_for: str, limit: int = 12) -> SwanError:
-    names = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
+    names = [name + ("/" if os.path.isdir(root / name) else "") for name in visible_names(root)]
     there = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "nothing"
     what = {"model": "the transformer", "high": "the high-noise expert", "low": "the low-noise expert"}.get(part, part)
     return SwanError(f"{root}: {what} is missing; looked for {looked_for}, found {there}")

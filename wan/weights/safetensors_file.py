@@ -9,15 +9,15 @@ Format: https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from pathlib import Path
 
 import torch
 
 from wan.errors import SwanError
-from wan.weights.safetensors_header import read_header
-from wan.weights.source import MergedSource, Source, Span, TensorInfo, truncated
+from wan.weights.opened import OpenedFile
+from wan.weights.safetensors_header import parse_header, read_index
+from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -42,10 +42,15 @@ class SafetensorsSource(Source):
     """One `.safetensors` file. The header is checked against the file before anything is allocated."""
 
     def __init__(self, path: Path):
-        self._path = path
-        header, self._data_start = read_header(path)
+        self._file = OpenedFile(path)
+        with self._file.open() as file:
+            header, self._data_start = parse_header(path, file, self._file.size_bytes)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        infos, self._offsets = _check_entries(path, header, self._data_start)
+        for name, entry in header.items():
+            if _DTYPES[entry["dtype"]] is None:
+                raise SwanError(f"{path}: tensor {name} has the element type {entry['dtype']}; it needs torch 2.3")
+        self._offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+        infos = {name: TensorInfo(tuple(one["shape"]), _DTYPES[one["dtype"]]) for name, one in header.items()}
         super().__init__([path], infos)
 
     def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
@@ -64,68 +69,28 @@ class SafetensorsSource(Source):
 
     def _fill(self, name: str, tensor: torch.Tensor, start: int) -> None:
         """Read from byte `start` of the data."""
-        if tensor.numel() == 0:
-            return
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(self._data_start + start)
-            filled = 0
-            while filled < len(view):  # one call reads at most 2 GiB
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise SwanError(f"{self._path}: the file ended inside tensor {name}; it changed while being read")
-                filled += count
+        if tensor.numel():
+            self._file.fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), self._data_start + start, name)
 
 
 def open_index(path: Path) -> Source:
     """Open the shards that a `.safetensors.index.json` names."""
-    try:
-        shard_of = dict(json.loads(path.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise SwanError(f"{path}: not a safetensors index (no JSON object with a weight_map)") from None
+    shard_of = read_index(path)
     shards = sorted(set(shard_of.values()))
-    absent = [name for name in shards if not (path.parent / name).is_file()]
+    absent = [name for name in shards if not os.path.isfile(path.parent / name)]
     if absent:
         raise SwanError(f"{path}: {len(absent)} of {len(shards)} shards are missing: {_some(absent)}")
-    from wan.weights.source import open_source
-
-    source = MergedSource([open_source(path.parent / name) for name in shards])
+    source = MergedSource([_open_shard(path, name) for name in shards])
     lost = sorted(set(shard_of) - set(source.keys()))
     if lost:
         raise SwanError(f"{path}: {len(lost)} tensors of the index are in no shard: {_some(lost)}")
     return source
 
 
-def _check_entries(path: Path, header: dict, data_start: int) -> tuple[dict[str, TensorInfo], dict]:
-    """Every tensor's bytes must fit its shape, lie in the file and neither overlap nor leave holes."""
-    infos, offsets, order = {}, {}, []
-    for name, entry in header.items():
-        try:
-            dtype_name, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sane = all(type(number) is int and number >= 0 for number in (*shape, start, end))
-        except (KeyError, TypeError, ValueError):
-            sane = False
-        if not sane:
-            raise SwanError(f"{path}: the header entry of tensor {name} is damaged")
-        dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
-        if dtype is None:
-            raise SwanError(f"{path}: tensor {name} has the element type {dtype_name}, which torch cannot hold")
-        expected = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-        if end - start != expected:
-            raise SwanError(f"{path}: tensor {name} of shape {list(shape)} needs {expected} bytes, has {end - start}")
-        infos[name], offsets[name] = TensorInfo(shape, dtype), (start, end)
-        order.append((start, end, name))
-    data_end = 0
-    for start, end, name in sorted(order):
-        if start != data_end:
-            raise SwanError(f"{path}: tensor {name} begins at byte {start} of the data, expected {data_end}")
-        data_end = end
-    size_bytes = path.stat().st_size
-    if data_start + data_end > size_bytes:
-        raise truncated(path, data_start + data_end, size_bytes)
-    if data_start + data_end < size_bytes:
-        raise SwanError(f"{path}: {size_bytes - data_start - data_end:,} bytes follow the last tensor")
-    return infos, offsets
+def _open_shard(index: Path, name: str) -> Source:
+    if name.endswith(INDEX_SUFFIX):
+        raise SwanError(f"{index}: its shard {name} is an index, and not a file of weights")
+    return open_container(index.parent / name)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.errors import SwanError
+from wan.files import read_json, visible_files, visible_names
+from wan.weights.opened import OpenedFile
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from wan.quant.schemes import Scheme
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_BYTES = 2**63 - 1  # what a size or an offset may be
 Span = tuple[int, int]  # some rows, which lie along the first axis: from, to
 
 
@@ -126,25 +129,29 @@ def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Sou
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that make up the checkpoint in `folder`: its index, else all files of the first kind found."""
-    indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
+    indexes = visible_files(folder, "*" + INDEX_SUFFIX)
     if len(indexes) > 1:
         raise SwanError(f"{folder} holds several checkpoints ({_names(indexes)}): name the file to use")
     if indexes:
         return indexes
     for suffix in WEIGHT_SUFFIXES:
-        files = sorted(path for path in folder.glob("*" + suffix) if path.is_file())
-        if files:
+        if files := visible_files(folder, "*" + suffix):
             return files
     return []
 
 
 def config_beside(source: Source) -> dict[str, Any]:
-    """The config.json next to the weights; empty if there is none. It may belong to another component."""
-    try:
-        config = json.loads((source.paths[0].parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, IndexError):
+    """The config.json next to the weights; empty if there is none. It may belong to another component.
+
+    Raises SwanError for one that cannot be read.
+    """
+    path = source.paths[0].parent / "config.json"
+    if not os.path.lexists(path):
         return {}
-    return config if isinstance(config, dict) else {}
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise SwanError(f"{path}: no JSON object; repair it, or take it away")
+    return config
 
 
 def truncated(path: Path, expected: int, actual: int, qualifier: str = "") -> SwanError:
@@ -153,14 +160,17 @@ def truncated(path: Path, expected: int, actual: int, qualifier: str = "") -> Sw
 
 
 def _open_path(path: Path) -> Source:
-    if path.is_dir():
-        files = weight_files(path)
-        if not files:
-            found = _names(sorted(path.iterdir())) or "nothing"
-            raise SwanError(f"{path}: no weight files (looked for {', '.join(WEIGHT_SUFFIXES)}; found {found})")
-        return open_source(files)
-    if not path.exists():
-        raise SwanError(f"{path}: no such file")
+    if not os.path.isdir(path):
+        return open_container(path)
+    files = weight_files(path)
+    if not files:
+        found = _names([path / name for name in visible_names(path)]) or "nothing"
+        raise SwanError(f"{path}: no weight files (looked for {', '.join(WEIGHT_SUFFIXES)}; found {found})")
+    return open_source(files)
+
+
+def open_container(path: Path) -> Source:
+    """One file, as its container has it."""
     kind = _sniff(path)
     if kind == "index":
         from wan.weights.safetensors_file import open_index
@@ -181,11 +191,10 @@ def _open_path(path: Path) -> Source:
 
 def _sniff(path: Path) -> str:
     """Container of a file by its first bytes: "safetensors", "index", "pth" or "gguf"."""
-    size_bytes = path.stat().st_size
-    if size_bytes == 0:
-        raise SwanError(f"{path}: the file is empty (0 bytes); download it again")
-    with path.open("rb") as file:
+    with OpenedFile(path).open() as file:
         head = file.read(512)
+    if not head:
+        raise SwanError(f"{path}: the file is empty (0 bytes); download it again")
     if head.startswith(b"version https://git-lfs"):
         raise SwanError(f"{path}: a Git-LFS pointer{_lfs_size(head)}, not the weights; run `git lfs pull`")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -194,7 +203,7 @@ def _sniff(path: Path) -> str:
         return "gguf"
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # torch.save: zip archive since 1.6, pickle stream before
         return "pth"
-    if path.name.endswith(_INDEX_SUFFIX):
+    if path.name.endswith(INDEX_SUFFIX):
         return "index"
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
