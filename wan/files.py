@@ -76,7 +76,7 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES, unique: bool = 
 
 
 def parse_json(text: str | bytes, unique: bool = False) -> Any:
-    """json.loads, for text of others: all that it can raise is a ValueError. unique: so is a name that is there twice."""
+    """json.loads, for text of others: all that it can raise is a ValueError. unique: no name may be there twice."""
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     # What is read may take much more memory than its text: 56 bytes for "[],".
     if sum(map(text.count, ",[{")) > _MANY_VALUES + len(text) // 16:

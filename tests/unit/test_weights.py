@@ -78,14 +78,6 @@ def test_pth(tmp_path, zipped, wrap):
     assert same(open_source(path), TENSORS)
 
 
-def test_pth_is_mapped_anew_now_and_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("wan.weights.pth._REMAP_BYTES", 1)
-    for zipped in (True, False):
-        torch.save(TENSORS, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-        source = open_source(tmp_path / "x.pth")
-        assert same(source, TENSORS) and same(source, TENSORS)
-
-
 def test_content_decides_not_the_suffix(tmp_path):
     save_file(TENSORS, tmp_path / "x.pth")
     torch.save(TENSORS, tmp_path / "y.gguf")

@@ -1,96 +1,54 @@
-"""PyTorch checkpoints (`.pth`, `.pt`, `.bin`), as data only: a pickle that would run code is refused."""
+"""PyTorch checkpoints (`.pth`, `.pt`, `.bin`), as data only: a pickle that would run code is refused.
+
+Each tensor is read where it lies, see `pth_header`; nothing of the file is mapped or kept.
+"""
 
 from __future__ import annotations
 
-import pickle
-import re
-import zipfile
 from pathlib import Path
 
 import torch
 
 from wan.errors import SwanError
+from wan.weights.opened import OpenedFile
+from wan.weights.pth_header import ITEMSIZE, read_header, spanned
 from wan.weights.source import Source, Span, TensorInfo
-
-_REMAP_BYTES = 64 << 20  # pages of a mapping stay resident, so it is renewed after this much
+from wan.weights.zip_directory import Record, data_start
 
 
 class PthSource(Source):
-    """One file written by `torch.save`. It is mapped; the format before torch 1.6 has to be read whole."""
+    """One file written by `torch.save`, in its format of today or in the one before torch 1.6."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._tensors: dict[str, torch.Tensor] | None = _tensors_of(path, _load(path))
-        self._bytes_read = 0
-        infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in self._tensors.items()}
+        self._file = OpenedFile(path)
+        self._views = read_header(self._file)
+        for name, view in self._views.items():
+            if not hasattr(torch, view.dtype):
+                raise SwanError(f"{path}: tensor {name} has the element type {view.dtype}, which this torch has not")
+        infos = {name: TensorInfo(view.shape, getattr(torch, view.dtype)) for name, view in self._views.items()}
         super().__init__([path], infos)
 
     def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
-        if self._tensors is None:
-            self._tensors = _tensors_of(self._path, _load(self._path))
-        tensor = self._tensors[name].detach()
-        tensor = (tensor if rows is None else tensor[slice(*rows)]).clone(memory_format=torch.contiguous_format)
-        self._bytes_read += tensor.numel() * tensor.element_size()
-        if self._bytes_read >= _REMAP_BYTES and _is_zip(self._path):
-            self._tensors, self._bytes_read = None, 0
-        return tensor
+        view, shape, first = self._views[name], self._views[name].shape, 0
+        if rows is not None:
+            shape, first = (rows[1] - rows[0], *shape[1:]), rows[0] * view.stride[0]
+        memory = torch.empty(spanned(shape, view.stride), dtype=self._infos[name].dtype)
+        self._fill(name, memory, first)
+        return memory.as_strided(shape, view.stride).contiguous()
 
+    def read_into(self, name: str, out: torch.Tensor) -> bool:
+        if self._views[name].is_contiguous:
+            self._fill(name, out, 0)
+        return self._views[name].is_contiguous
 
-def _load(path: Path) -> object:
-    is_zip = _is_zip(path)
-    if path.suffix == ".safetensors":  # torch.load goes by this suffix
-        raise SwanError(f"{path}: a PyTorch checkpoint under a safetensors name; rename it to {path.stem}.pth")
-    if is_zip:
-        _check_archive(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {found.group(1)}" if found else "its pickle holds more than tensors"
-        raise SwanError(f"{path}: refused, {what}, which could run code; convert it to safetensors") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise SwanError(f"{path}: damaged or truncated ({path.stat().st_size:,} bytes): {reason}") from None
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _check_archive(path: Path) -> None:
-    """A zip archive keeps its directory at the end, so a partial download has none."""
-    size_bytes = path.stat().st_size
-    if not zipfile.is_zipfile(path):
-        raise SwanError(f"{path}: truncated, the archive's directory is not within its {size_bytes:,} bytes")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise SwanError(f"{path}: damaged archive of {size_bytes:,} bytes ({error})") from None
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise SwanError(f"{path}: a zip archive, but not a PyTorch checkpoint")
-
-
-def _tensors_of(path: Path, content: object) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, or of the one state dict inside a training checkpoint."""
-    direct = _only_tensors(content)
-    if direct:
-        return direct
-    inner = {}
-    if isinstance(content, dict):
-        inner = {key: tensors for key, value in content.items() if (tensors := _only_tensors(value))}
-    for key in ("state_dict", "model"):
-        if key in inner:
-            return inner[key]
-    if len(inner) == 1:
-        return next(iter(inner.values()))
-    if inner:
-        raise SwanError(f"{path}: holds several state dicts ({', '.join(map(str, inner))}); save the one to use")
-    raise SwanError(f"{path}: holds no named tensors (a {type(content).__name__})")
-
-
-def _only_tensors(content: object) -> dict[str, torch.Tensor]:
-    if not isinstance(content, dict):
-        return {}
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    def _fill(self, name: str, memory: torch.Tensor, first: int) -> None:
+        """Read from element `first` of what the tensor spans."""
+        view = self._views[name]
+        if memory.numel() == 0:
+            return
+        start = view.place
+        if isinstance(start, Record):
+            with self._file.open() as file:
+                start = data_start(self._file.path, file, start)
+        data = memoryview(memory.view(-1).view(torch.uint8).numpy())
+        self._file.fill(data, start + view.offset + first * ITEMSIZE[view.dtype], name)

@@ -35,8 +35,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 def parse_header(path: Path, file: BinaryIO, size_bytes: int) -> tuple[dict[str, Any], int]:
     """The same of a file that is open, and at its start.
 
-    Tensor -> {"dtype", "shape", "data_offsets"}, and perhaps "__metadata__" -> texts. Every tensor's bytes fit its shape,
-    lie in the file and neither overlap nor leave holes. Raises SwanError.
+    Tensor -> {"dtype", "shape", "data_offsets"}, and perhaps "__metadata__" -> texts. Every tensor's bytes fit its
+    shape, lie in the file and neither overlap nor leave holes. Raises SwanError.
     """
     header_bytes = int.from_bytes(file.read(8), "little")
     if size_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
