@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
+from wan.files import visible_files
 from wan.weights.locate import MLX_FILES
 from wan.weights.recipes import RECIPES
 from wan.weights.source import WEIGHT_SUFFIXES, Source, open_source, weight_files
@@ -228,7 +229,7 @@ def find_parts(checkpoint: Path) -> dict[str, list[Path]]:
     found = {part: find_weights(checkpoint, part) for part in parts}
     for part, pattern in (("t5", "models_t5*"), ("vae", "Wan*_VAE*")):
         folder, mlx = checkpoint / _DIFFUSERS.get(part, part), checkpoint / MLX_FILES[part]
-        files = sorted(path for path in checkpoint.glob(pattern) if path.suffix in WEIGHT_SUFFIXES)
+        files = [path for path in visible_files(checkpoint, pattern) if path.suffix in WEIGHT_SUFFIXES]
         files = files or (weight_files(folder) if folder.is_dir() else [])
         if files := files or ([mlx] if mlx.is_file() else []):
             found[part] = files
@@ -277,7 +278,8 @@ def find_weights(checkpoint: str | Path, component: str | None = None) -> list[P
     part = component or "dit"
     if part == "dit" and _has_experts(path):
         raise UsageError(f"--checkpoint-dir: {path} holds two experts; choose with --component high or low")
-    found = sorted(one for one in path.glob("models_t5*") if one.suffix in WEIGHT_SUFFIXES) if part == "t5" else []
+    t5 = visible_files(path, "models_t5*") if part == "t5" else []
+    found = [one for one in t5 if one.suffix in WEIGHT_SUFFIXES]
     folders = [path / _EXPERTS[part]] if part in _EXPERTS else []
     folders.append(path / _DIFFUSERS[part])
     mlx = path / MLX_FILES["model" if part == "dit" else part]
@@ -295,7 +297,7 @@ def find_weights(checkpoint: str | Path, component: str | None = None) -> list[P
 def _top_weights(folder: Path) -> list[Path]:
     """The transformer of an official folder, where other components lie beside it; else all weights of the folder."""
     for pattern in ("*.safetensors.index.json", "diffusion_pytorch_model*.safetensors"):
-        if found := sorted(folder.glob(pattern)):
+        if found := visible_files(folder, pattern):
             return found
     return weight_files(folder)
 

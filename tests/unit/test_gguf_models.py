@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 
-from tests.unit.gguf_helpers import write_gguf
+from tests.unit.gguf_helpers import quantised, write_gguf
 from tests.unit.tiny_checkpoint import dit_state, shrunk, t5_state, write_tokenizer
 from tests.unit.weight_helpers import DictSource
 from wan.errors import SwanError
@@ -109,6 +109,30 @@ def test_a_folded_patch_embedding(tmp_path):
     tensors["patch_embedding.weight"] = expected.reshape(in_dim * 4, out_dim).numpy()
     with pytest.raises(SwanError, match="patch_embedding"):
         load_weights(model, open_source(write_gguf(tmp_path / "other.gguf", tensors)), "dit")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("true_shape", [True, False])
+@pytest.mark.parametrize("axes", [2, 4])
+def test_a_quantised_folded_patch_embedding(tmp_path, stream, true_shape, axes):
+    """It is no matrix: whether others stay packed or not, it is dequantised while loading."""
+    spec = wide("t2v-1.3B")
+    state = dit_state(spec)
+    patch = state["patch_embedding.weight"]
+    rows = [patch.shape[0], -1] if axes == 2 else [1, 1, patch.shape[0], 64]
+    tensors = {name: tensor.numpy() for name, tensor in state.items()}
+    tensors["patch_embedding.weight"] = quantised(patch.reshape(rows), "Q8_0")
+    tensors["blocks.0.self_attn.q.weight"] = quantised(state["blocks.0.self_attn.q.weight"], "Q8_0")
+
+    def add(writer):
+        if true_shape:
+            writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", list(patch.shape))
+
+    path = write_gguf(tmp_path / "folded.gguf", tensors, add=add)
+    model = load_weights(on_meta(spec), open_source(path), "dit", dtype=torch.float32, stream=stream)
+    assert isinstance(model.blocks[0].self_attn.q, QuantLinear) is stream
+    expected = dequantised(path).read("patch_embedding.weight")
+    assert torch.equal(model.patch_embedding.weight, expected.reshape(patch.shape))
 
 
 def streamed(tmp_path):

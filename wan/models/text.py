@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wan.errors import SwanError
+from wan.files import read_json
 
 PAD_ID = 0
 
@@ -67,7 +68,7 @@ def load_tokenizer(folder: str | Path) -> PromptTokenizer:
 def _read_json(path: Path):
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    return Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
 
 
 def _read_spiece(path: Path):
@@ -99,11 +100,11 @@ def _read_spiece(path: Path):
 
 
 def _tokenizer_config(folder: Path) -> dict:
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if os.path.lexists(path) else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return config
 
 
 # A SentencePiece model is a protocol buffer. Only a few fields matter here, so protobuf need not be installed.

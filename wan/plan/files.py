@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
+from wan.files import read_json, visible_files
 from wan.plan.headers import is_gguf, read_held
 from wan.request import Request
 from wan.weights.locate import locate
@@ -62,9 +62,9 @@ def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
 def size_of(path: Path) -> int:
     """Bytes of a file, of all files in a folder, or of all shards of an index."""
     if path.is_dir():
-        return sum(part.stat().st_size for part in path.iterdir() if part.is_file())
+        return sum(part.stat().st_size for part in visible_files(path))
     if path.name.endswith(".index.json"):
-        shards = path.parent.glob(path.name.removesuffix(".safetensors.index.json") + "-*.safetensors")
+        shards = visible_files(path.parent, path.name.removesuffix(".safetensors.index.json") + "-*.safetensors")
         return sum(part.stat().st_size for part in shards)
     return path.stat().st_size
 
@@ -101,8 +101,8 @@ def _is_quantised(paths: list[Path]) -> bool:
     held = read_held(paths)
     if held is not None and any(one.itemsize == 0 for one in held):
         return True
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((paths[0].parent / "config.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(SwanError):
+        config = read_json(paths[0].parent / "config.json")
         return isinstance(config, dict) and "quantization" in config
     return False
 

@@ -7,7 +7,6 @@ is None, and the plan goes by the shapes of the task.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan.errors import SwanError
+from wan.files import read_json
 from wan.weights import gguf_header, safetensors_header
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -51,7 +51,7 @@ def read_held(paths: Iterable[Path]) -> list[Held] | None:
 
 def _read_one(path: Path) -> list[Held] | None:
     if path.name.endswith(".index.json"):
-        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        shards = set(safetensors_header.read_index(path).values())
         return read_held(path.parent / name for name in sorted(shards))
     if not is_gguf(path):
         return _of_safetensors(safetensors_header.read_header(path)[0], path)
@@ -93,9 +93,8 @@ def _of_safetensors(header: dict, path: Path) -> list[Held]:
 def _mlx_bits(path: Path) -> int:
     """As its config.json says; else 4."""
     try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        return int(config["quantization"]["bits"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json(path.parent / "config.json")["quantization"]["bits"])
+    except (SwanError, ValueError, OverflowError, KeyError, TypeError):
         return 4
 
 

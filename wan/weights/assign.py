@@ -15,6 +15,7 @@ from torch import nn
 from distributed.fsdp import own_rows, with_rows
 from wan.errors import SwanError
 from wan.quant.blocks import UNPACK
+from wan.quant.ggml import GGMLType
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
@@ -104,7 +105,7 @@ class ModelWeights:
         if is_as_stored and source.read_into(slot.stored, out):
             return
         if slot.packed:
-            out.copy_(source.packed(slot.stored).blocks)
+            out.copy_(source.packed(slot.stored).blocks.view(out.shape))
         else:
             out.copy_(read_tensor(source, slot.stored, tuple(out.shape), None, slot.dtype))
 
@@ -121,8 +122,9 @@ def _prepare(
     old, stored = _get(model, name), names[name]
     keeps_fp32 = getattr(model, "keep_fp32", lambda name: False)(name)
     block_type = source.block_type(stored) if isinstance(stored, str) else None
-    if stream and block_type is not None and not keeps_fp32:
-        blocks = torch.empty(old.shape[0], block_type.row_bytes(old.shape[-1]), dtype=torch.uint8, device="meta")
+    row_bytes = _row_bytes(block_type, old.shape) if stream and not keeps_fp32 else None
+    if row_bytes is not None:
+        blocks = torch.empty(old.shape[0], row_bytes, dtype=torch.uint8, device="meta")
         layer = _packed_layer(model, name, PackedTensor(block_type, tuple(old.shape), blocks), dtype)
         if layer is not None:
             paths = [alias.rpartition(".")[0] for alias in aliases]
@@ -140,6 +142,16 @@ def _prepare(
     return _Slot(aliases, stored, target, packed=False)
 
 
+def _row_bytes(block_type: GGMLType | Scheme | None, shape: Sequence[int]) -> int | None:
+    """Bytes of a packed row of a matrix; None for what is not packed, or no matrix, or folded across its blocks."""
+    if block_type is None or len(shape) != 2:
+        return None
+    try:
+        return block_type.row_bytes(shape[1])
+    except ValueError:
+        return None
+
+
 def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device, is_sharded: bool) -> None:
     old = _get(model, slot.aliases[0])
     shared = is_sharded and isinstance(old, nn.Parameter)
@@ -147,7 +159,7 @@ def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device, i
     if slot.packed:
         # On a CPU, weights that stay packed can stay in the file.
         packed = source.packed(slot.stored, mapped=not shared and device.type == "cpu", rows=rows)
-        tensor = packed.blocks.to(device)
+        tensor = packed.blocks.view(-1, old.shape[-1]).to(device)  # the file may have folded its rows
         model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = packed.guard
     else:
         tensor = read_tensor(source, slot.stored, tuple(old.shape), rows, slot.dtype)

@@ -96,12 +96,8 @@ class GGUFSource(Source):
         else:
             blocks = empty_bytes(size_bytes)
             self._in_pieces(self._fill, blocks, entry, start)
-        return PackedTensor(
-            entry.type,
-            shape,
-            blocks.view(-1, entry.type.row_bytes(entry.ne[0]) if rows is None else size_bytes // max(shape[0], 1)),
-            guard,
-        )
+        row_bytes = entry.type.row_bytes(entry.ne[0]) if rows is None else size_bytes // max(shape[0], 1)
+        return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
 
     def block_type(self, name: str) -> GGMLType | None:
         stored = self._entries[name].type

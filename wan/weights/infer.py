@@ -203,7 +203,12 @@ def told_heads(source: Source, dim: int) -> int | None:
     if isinstance(told, int) and told > 0 and dim % told == 0:
         return told
     config = config_beside(source)
-    if config.get("dim") == dim:
-        return config.get("num_heads")
     heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
-    return heads if isinstance(heads, int) and isinstance(width, int) and heads * width == dim else None
+    if config.get("dim") == dim:
+        heads, width = config.get("num_heads", 0), None
+        if type(heads) is not int or heads < 0 or heads and dim % heads:
+            path = source.paths[0].parent / "config.json"
+            raise SwanError(f"{path}: num_heads is {heads!r:.40}, which does not divide the dim {dim}")
+        return heads or None
+    is_told = type(heads) is int and type(width) is int and heads > 0 and heads * width == dim
+    return heads if is_told else None

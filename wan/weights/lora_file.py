@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wan.errors import SwanError
+from wan.files import read_json
 from wan.weights.infer import looks_like
 from wan.weights.names import diffusers_dit_name
 from wan.weights.source import Source
@@ -134,10 +135,7 @@ def read_config(source: Source) -> AdapterConfig:
     path = source.paths[0].parent / "adapter_config.json"
     # Other files of the folder are of other adapters.
     if not told and path.is_file() and source.paths[0].stem == "adapter_model":
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SwanError(f"{path}: not a JSON file ({error})") from None
+        told = read_json(path)
     try:
         alpha, patterns = told.get("lora_alpha"), told.get("alpha_pattern") or {}
         return AdapterConfig(

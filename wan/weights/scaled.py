@@ -101,7 +101,8 @@ def join_scales(source: Source) -> Source:
     stored = {}
     for name in source.keys():
         path, _, leaf = name.rpartition(".")
-        if leaf != "weight" or len(source.info(name).shape) != 2 or source.block_type(name) is not None:
+        shape = source.info(name).shape
+        if leaf != "weight" or len(shape) != 2 or 0 in shape or source.block_type(name) is not None:
             continue
         found = _find(source, name, path, names)
         if found is not None:
@@ -206,7 +207,7 @@ def _mlx_config(source: Source) -> dict[str, int] | None:
     told = config_beside(source).get("quantization")
     try:
         return {key: int(told[key]) for key in ("bits", "group_size")}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -145,8 +145,8 @@ def config_beside(source: Source) -> dict[str, Any]:
 
     Raises SwanError for one that cannot be read.
     """
-    path = source.paths[0].parent / "config.json"
-    if not os.path.lexists(path):
+    path = source.paths[0].parent / "config.json" if source.paths else None
+    if path is None or not os.path.lexists(path):
         return {}
     config = read_json(path)
     if not isinstance(config, dict):
