@@ -63,12 +63,13 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES, unique: bool = 
     unique: see `parse_json`.
     """
     with open_plain(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size  # memory is taken for as much as is asked for
+        if size_bytes > max_bytes:
+            raise SwanError(f"{printable(path)}: more than {max_bytes:,} bytes of JSON")
         try:
-            data = file.read(max_bytes + 1)
+            data = file.read(size_bytes)
         except OSError as error:
             raise SwanError(f"{printable(path)}: cannot be read: {error.strerror or one_line(error)}") from error
-    if len(data) > max_bytes:
-        raise SwanError(f"{printable(path)}: more than {max_bytes:,} bytes of JSON")
     try:
         return parse_json(data, unique)
     except ValueError as error:

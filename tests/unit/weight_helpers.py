@@ -1,6 +1,8 @@
 """Sources without files, and where to find the facts and golden cases."""
 
+import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -52,3 +54,20 @@ def golden(name: str) -> Case:
         if (folder / f"{name}.json").exists() or (folder / name / "samples.json").exists():
             return next(case for case in load_cases(folder) if case.name == name)
     pytest.skip(f"golden case {name} is not here; set SWAN_SHARED")
+
+
+@contextlib.contextmanager
+def memory_asked_for(monkeypatch, limit_bytes: int):
+    """Within, `torch.empty` may be asked for so much in all: tracemalloc does not see the memory of tensors."""
+    empty, asked = torch.empty, 0
+
+    def counting(*size, dtype=torch.float32, **options):
+        nonlocal asked
+        sizes = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        asked += math.prod(sizes) * dtype.itemsize
+        assert asked <= limit_bytes, f"{asked:,} bytes of tensors, {limit_bytes:,} are allowed"
+        return empty(*size, dtype=dtype, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", counting)
+        yield
