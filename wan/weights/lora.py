@@ -19,9 +19,10 @@ from distributed.fsdp import own_rows
 from wan.errors import SwanError
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import read_tensor
+from wan.weights.infer import our_names
 from wan.weights.lora_file import AdapterConfig, Module, families, read_config, sort_keys
 from wan.weights.lora_formulas import Branch, Dense, Dora, dora_gain, fits_dora, product, product_branch, rank
-from wan.weights.names import Rows, official_names
+from wan.weights.names import Rows
 from wan.weights.source import Source, Span, open_source
 
 Shape = tuple[int, ...]
@@ -189,7 +190,7 @@ def set_loras(
         for name in lora.updates if strength else ():
             wanted[name] = (*wanted.get(name, ()), (lora, strength))
     had = model.__dict__.setdefault("loras", {})  # parameter -> what it holds; true whenever this stops
-    stored = official_names(source.keys(), "dit")
+    stored = our_names(source, "dit")
     for name in sorted(had.keys() | wanted.keys()):
         now = wanted.get(name, ())
         if had.get(name, ()) == now:
