@@ -26,6 +26,7 @@ from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise
+from wan.errors import SwanError
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.media import read_image
 from wan.models.attention import get_attention
@@ -326,17 +327,21 @@ class WanPipeline:
 
     def _open_loras(self, asked: Mapping[str, LoraChoice]) -> dict[str, list[tuple[Lora, float]]]:
         """Expert -> its LoRAs, checked by their headers against the shapes of the task."""
-        opened: dict[str, Lora] = {}
-        if asked:
-            with torch.device("meta"):
-                shapes = weight_shapes(WanModel(**self.spec.dit))
-            paths = {path for chosen in asked.values() for path, _ in chosen}
-            opened = {path: open_lora(path, shapes) for path in sorted(paths)}
-        self.notes += [note for lora in opened.values() for note in lora.notes]
-        return {
-            name: [(opened[path], s) for flag in ("lora", f"lora_{name}") for path, s in asked.get(flag, ())]
-            for name in self.files.dit
-        }
+        if not asked:
+            return {name: [] for name in self.files.dit}
+        with torch.device("meta"):
+            shapes = weight_shapes(WanModel(**self.spec.dit))
+        loras: dict[str, list[tuple[Lora, float]]] = {}
+        for name in self.files.dit:
+            flags = ("lora", f"lora_{name}")
+            loras[name] = [
+                (open_lora(path, shapes, name), strength) for flag in flags for path, strength in asked.get(flag, ())
+            ]
+            if lost := [lora for lora, _ in loras[name][len(asked.get("lora", ())) :] if not lora.updates]:
+                raise SwanError(f"--lora_{name}: {lost[0].notes[0].removeprefix('warning: ')}")
+        opened = [lora for chosen in loras.values() for lora, _ in chosen]
+        self.notes += dict.fromkeys(note for lora in opened for note in lora.notes)
+        return loras
 
     def _shard(self, device: torch.device) -> Shard:
         if device.type not in self._meshes:
