@@ -28,6 +28,7 @@ from wan.weights.source import Source, Span, open_source
 Shape = tuple[int, ...]
 ReadBase = Callable[["Span | None"], Tensor]  # a parameter as the checkpoint has it, or some of its rows; fp32
 _MAX_AXES = 8
+_BAD_SHAPES = (RuntimeError, IndexError, ValueError, TypeError, OverflowError)  # what torch says of them
 _WIDTHS = {1536: "a 1.3B", 3072: "a 5B", 5120: "a 14B"}
 # Parts that stand alone -> the parameter of the module, and what they do to it. All others are factors of a product.
 _SINGLE = {
@@ -344,15 +345,17 @@ def _problem(update: Update) -> str:
         return f"has no numbers in {empty[0]} {list(infos[empty[0]].shape)}"
     if odd := [info.dtype for info in infos.values() if not info.dtype.is_floating_point]:
         return f"is {str(odd[0]).removeprefix('torch.')}, not a float"
-    if update.alpha and math.prod(update.source.info(update.alpha).shape) != 1:
-        return f"has an alpha of shape {list(update.source.info(update.alpha).shape)}"
+    if update.alpha:
+        alpha = update.source.info(update.alpha)
+        if math.prod(alpha.shape) != 1 or alpha.dtype.is_complex:
+            return f"has an alpha of shape {list(alpha.shape)}, {str(alpha.dtype).removeprefix('torch.')}"
     if sum(any(part.startswith(one) for part in infos) for one in ("up", "lokr", "hada")) > 1:
         return f"has factors of two kinds: {', '.join(infos)}"
     try:
         held = update.held_shape()
     except KeyError as error:
         return f"is incomplete (no {error.args[0]})"
-    except (RuntimeError, IndexError, ValueError):
+    except _BAD_SHAPES:
         factors = ", ".join(f"{part} {list(info.shape)}" for part, info in infos.items())
         return f"has factors that do not go together: {factors}"
     if not _fits(held, update.shape):
@@ -398,7 +401,7 @@ def _has_more_channels(update: Update) -> bool:
         return False
     try:
         held = update.held_shape()
-    except (KeyError, RuntimeError, IndexError, ValueError):
+    except (KeyError, *_BAD_SHAPES):
         return False
     return _but_channels(held) == _but_channels(update.shape) and held[1] > update.shape[1]
 
