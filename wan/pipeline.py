@@ -32,6 +32,7 @@ from wan.media import read_image
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
+from wan.models.text import check_tokenizer
 from wan.models.vae import WanVAE
 from wan.plan import Placement, free_ram, look_with_torch, make_plan, resident_indices, start_lines
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
@@ -39,7 +40,7 @@ from wan.request import Request, check_loras
 from wan.request.options import LoraChoice
 from wan.solvers import make_solver
 from wan.weights.assign import check_weights, load_weights
-from wan.weights.infer import check_dit, check_encoder
+from wan.weights.infer import check_dit, check_encoder, our_shapes
 from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.lora import Lora, open_lora, set_loras, weight_shapes
 from wan.weights.source import open_source
@@ -102,7 +103,9 @@ class WanPipeline:
         check_encoder(open_source(files.t5), "t5", spec)
         if files.clip:
             check_encoder(open_source(files.clip), "clip", spec)
-        return cls(spec, files, request, parallel)
+        pipe = cls(spec, files, request, parallel)
+        pipe.notes += check_tokenizer(files.tokenizer, our_shapes(open_source(files.t5), "t5")["shared.weight"][0])
+        return pipe
 
     def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
         """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
