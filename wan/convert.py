@@ -168,7 +168,7 @@ def _to_gguf(args: argparse.Namespace, signals: _Signals) -> dict[str, Any]:
         from wan.weights.infer import identify
 
         raise SwanError(f"{source.describe()}: holds {identify(source) or held}, not the {args.component}")
-    tokenizer = _find_tokenizer(args.tokenizer, source, held)
+    tokenizer = _find_tokenizer(args.tokenizer, source, held, args.quiet)
     if not args.quiet:
         _warn(source, type_name)
     with _progress(args.quiet, signals) as on_progress:
@@ -302,7 +302,7 @@ def _top_weights(folder: Path) -> list[Path]:
     return weight_files(folder)
 
 
-def _find_tokenizer(given: str | None, source: Source, component: str) -> dict[str, Value]:
+def _find_tokenizer(given: str | None, source: Source, component: str, quiet: bool) -> dict[str, Value]:
     """The tokenizer to put into the file, from the folder given or one beside the weights; empty if there is none."""
     if given and component != "t5":
         raise UsageError("--tokenizer has no meaning for a transformer")
@@ -312,11 +312,11 @@ def _find_tokenizer(given: str | None, source: Source, component: str) -> dict[s
         path = Path(given).expanduser() / _SPIECE
         if not path.is_file():
             raise UsageError(f"--tokenizer: no {path}")
-        return tokenizer_metadata(path, _vocab(source))
+        return tokenizer_metadata(path, _vocab(source), quiet)
     near = [source.paths[0].parent, source.paths[0].parent.parent]
     for path in (folder / name / _SPIECE for folder in near for name in _TOKENIZERS):
         if path.is_file():
-            return tokenizer_metadata(path, _vocab(source))
+            return tokenizer_metadata(path, _vocab(source), quiet)
     return {}
 
 
@@ -326,21 +326,22 @@ def _vocab(source: Source) -> int:
     return our_shapes(source, "t5")["shared.weight"][0]
 
 
-def tokenizer_metadata(path: Path, vocab: int) -> dict[str, Value]:
+def tokenizer_metadata(path: Path, vocab: int, quiet: bool = False) -> dict[str, Value]:
     """Keys and values for the SentencePiece model in `path`, as llama.cpp's converter names them.
 
-    The token table has `vocab` rows; where the model has fewer pieces, unused tokens fill up. Raises SwanError.
+    The token table has `vocab` rows; where the model has a few pieces less, unused tokens fill up. Raises SwanError.
     """
     import numpy as np
 
-    from wan.models.text import parse_spiece
+    from wan.models.text import check_vocabulary, parse_spiece
 
     try:
         pieces, unk_id, charsmap = parse_spiece(path.read_bytes())
     except (OSError, ValueError, IndexError) as error:
         raise SwanError(f"{path}: not a usable tokenizer ({' '.join(str(error).split())[:200]})") from error
-    if len(pieces) > vocab:
-        raise SwanError(f"{path}: has {len(pieces)} tokens, the text encoder {vocab}")
+    note = check_vocabulary(path, len(pieces), vocab)
+    if note and not quiet:
+        print(note, file=sys.stderr)
     unused = 5  # the numbers of the token types are those of SentencePiece
     pieces += [(f"[PAD{index}]", -1000.0, unused) for index in range(len(pieces), vocab)]
     ids = {piece: index for index, (piece, _, _) in enumerate(pieces)}

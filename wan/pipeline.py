@@ -26,11 +26,13 @@ from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise
+from wan.errors import SwanError
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.media import read_image
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
+from wan.models.text import check_tokenizer
 from wan.models.vae import WanVAE
 from wan.plan import Placement, free_ram, look_with_torch, make_plan, resident_indices, start_lines
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
@@ -38,7 +40,7 @@ from wan.request import Request, check_loras
 from wan.request.options import LoraChoice
 from wan.solvers import make_solver
 from wan.weights.assign import check_weights, load_weights
-from wan.weights.infer import check_dit, check_encoder
+from wan.weights.infer import check_dit, check_encoder, our_shapes
 from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.lora import Lora, open_lora, set_loras, weight_shapes
 from wan.weights.source import open_source
@@ -101,7 +103,9 @@ class WanPipeline:
         check_encoder(open_source(files.t5), "t5", spec)
         if files.clip:
             check_encoder(open_source(files.clip), "clip", spec)
-        return cls(spec, files, request, parallel)
+        pipe = cls(spec, files, request, parallel)
+        pipe.notes += check_tokenizer(files.tokenizer, our_shapes(open_source(files.t5), "t5")["shared.weight"][0])
+        return pipe
 
     def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
         """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
@@ -326,17 +330,21 @@ class WanPipeline:
 
     def _open_loras(self, asked: Mapping[str, LoraChoice]) -> dict[str, list[tuple[Lora, float]]]:
         """Expert -> its LoRAs, checked by their headers against the shapes of the task."""
-        opened: dict[str, Lora] = {}
-        if asked:
-            with torch.device("meta"):
-                shapes = weight_shapes(WanModel(**self.spec.dit))
-            paths = {path for chosen in asked.values() for path, _ in chosen}
-            opened = {path: open_lora(path, shapes) for path in sorted(paths)}
-        self.notes += [note for lora in opened.values() for note in lora.notes]
-        return {
-            name: [(opened[path], s) for flag in ("lora", f"lora_{name}") for path, s in asked.get(flag, ())]
-            for name in self.files.dit
-        }
+        if not asked:
+            return {name: [] for name in self.files.dit}
+        with torch.device("meta"):
+            shapes = weight_shapes(WanModel(**self.spec.dit))
+        loras: dict[str, list[tuple[Lora, float]]] = {}
+        for name in self.files.dit:
+            flags = ("lora", f"lora_{name}")
+            loras[name] = [
+                (open_lora(path, shapes, name), strength) for flag in flags for path, strength in asked.get(flag, ())
+            ]
+            if lost := [lora for lora, _ in loras[name][len(asked.get("lora", ())) :] if not lora.updates]:
+                raise SwanError(f"--lora_{name}: {lost[0].notes[0].removeprefix('warning: ')}")
+        opened = [lora for chosen in loras.values() for lora, _ in chosen]
+        self.notes += dict.fromkeys(note for lora in opened for note in lora.notes)
+        return loras
 
     def _shard(self, device: torch.device) -> Shard:
         if device.type not in self._meshes:

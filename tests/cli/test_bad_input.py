@@ -4,6 +4,7 @@ What a wrong request does (exit code 2) is in test_cli.
 """
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -179,6 +180,14 @@ def test_pickle_that_runs_code(fails, checkpoint, tmp_path, file, container):
         torch.save(content, checkpoint / file)
     assert file in fails()
     assert not trap.exists()
+
+
+def test_tokenizer_of_another_encoder(fails, checkpoint):
+    path = checkpoint / FILES.tokenizer / "tokenizer.json"
+    told = json.loads(path.read_text())
+    told["model"]["vocab"] += [[f"piece{index}", -1.0] for index in range(1000)]
+    replace(path, json.dumps(told).encode())
+    assert "has 1066 tokens, the text encoder" in fails()
 
 
 def test_damaged_tokenizer(fails, checkpoint):

@@ -260,6 +260,16 @@ def test_bad_tokenizer(tmp_path):
         tokenizer_metadata(tmp_path / "spiece.model", 8)
 
 
+def test_a_tokenizer_of_another_encoder_is_not_filled_up(tmp_path, capsys):
+    spec = shrunk("t2v-1.3B")
+    spec.text.vocab = 2000
+    save_file(t5_state(spec), tmp_path / "models_t5.safetensors")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(spiece_model()[0])
+    fails(capsys, 1, "has 56 tokens, the text encoder 2000", tmp_path / "models_t5.safetensors", tmp_path / "t5.gguf")
+    assert not (tmp_path / "t5.gguf").exists()
+
+
 def test_a_tokenizer_beside_the_weights_is_taken_along(tmp_path, capsys):
     spec = shrunk("t2v-1.3B")
     (tmp_path / "text_encoder").mkdir()

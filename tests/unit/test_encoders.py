@@ -69,6 +69,13 @@ def test_text_encoder_in_bf16(t5_case, tokenizer_folder):
     assert (output.float() - expected).norm() < 0.03 * expected.norm()
 
 
+def test_an_encoder_with_fewer_rows_than_tokens_is_refused(t5_case, tokenizer_folder):
+    tensors = t5_case.group("weights")
+    tensors["token_embedding.weight"] = tensors["token_embedding.weight"][:100]
+    with pytest.raises(SwanError, match="tokenizer_tiny: has 389 tokens, the text encoder 100"):
+        load_text_encoder(DictSource(tensors), tokenizer_folder)
+
+
 def test_clip_matches_the_official_one(clip_case):
     encoder = load_clip_encoder(DictSource(clip_case.group("weights")), num_heads=clip_case.config["vision_heads"])
     images = [clip_case.tensors[f"inputs/image_{index}"] for index in range(3)]

@@ -113,6 +113,88 @@ def test_every_prefix_and_name(lora, prefix, theirs):
     assert opened.notes == ()
 
 
+@pytest.mark.parametrize("theirs", [False, True], ids=["official", "diffusers"])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("dit.", "lora_dit_", "net.", "pipe.dit.model.", "module.", "_orig_mod.", "lora_unet__orig_mod_", "a.b.c."),
+        *("base_model.model.transformer.", "lora_model_diffusion_model_", "diffusion_model.lora_unet_", ""),
+    ],
+)
+def test_dots_and_underscores_in_any_mixture_under_any_prefix(lora, prefix, theirs):
+    modules = ["blocks.1.attn2.to_k", "blocks.0.ffn.net.0.proj"] if theirs else ["blocks.1.cross_attn.k", FFN]
+    b, a = zip(pair(64, 64), pair())
+    for dots in ("all", "none", "first", "last", "wrapped"):
+        tensors = {}
+        for module, up, down in zip(modules, b, a):
+            first, _, rest = module.partition(".")
+            head, _, last = module.rpartition(".")
+            stem = {
+                "all": module,
+                "none": module.replace(".", "_"),
+                "first": f"{first}.{rest.replace('.', '_')}",
+                "last": f"{head.replace('.', '_')}.{last}",
+                "wrapped": f"{first}._orig_mod.{rest}",
+            }[dots]
+            tensors |= {f"{prefix}{stem}.lora_up.weight": up, f"{prefix}{stem}.lora_down.weight": down}
+        assert lora(tensors).targets.keys() == {"blocks.1.cross_attn.k.weight", f"{FFN}.weight"}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["vace_", "lora_unet_vace_", "lora_te_", "text_encoder.", "lora_te1_", "audio.", "my_"]
+)
+def test_modules_of_other_networks_are_not_taken_for_ours(lora, prefix):
+    with pytest.raises(SwanError, match="nothing fits"):
+        lora({f"{prefix}{FFN}.lora_up.weight": pair()[0], f"{prefix}{FFN}.lora_down.weight": pair()[1]})
+
+
+def halves(high="transformer.", low="transformer_2."):
+    tensors = {}
+    for prefix, seed in ((high, 3), (low, 5)):
+        tensors |= {
+            f"{prefix}{FFN}.lora_up.weight": noise(ROWS, 4, seed=seed),
+            f"{prefix}{FFN}.lora_down.weight": pair()[1],
+        }
+    return tensors, noise(ROWS, 4, seed=3) @ pair()[1], noise(ROWS, 4, seed=5) @ pair()[1]
+
+
+@pytest.mark.parametrize(
+    "high, low",
+    [
+        ("transformer.", "transformer_2."),
+        ("transformer_1.", "transformer_2."),
+        ("base_model.model.transformer.", "base_model.model.transformer_2."),
+        ("lora_transformer_", "lora_transformer_2_"),
+        ("high_noise_model.", "low_noise_model."),
+    ],
+)
+def test_a_file_for_two_experts_gives_each_its_half(lora, tmp_path, high, low):
+    tensors, of_high, of_low = halves(high, low)
+    with pytest.raises(SwanError, match="halves for the two experts .* this task has one transformer"):
+        lora(tensors)
+    for expert, wanted in (("high", of_high), ("low", of_low)):
+        only(changes((open_lora(tmp_path / "a.safetensors", SHAPES, expert), 1)), f"{FFN}.weight", wanted)
+
+
+def test_half_a_file_for_two_experts(lora, tmp_path):
+    tensors, _, of_low = halves()
+    save_file({key: one for key, one in tensors.items() if "transformer_2." in key}, tmp_path / "low.safetensors")
+    only(changes((open_lora(tmp_path / "low.safetensors", SHAPES, "low"), 1)), f"{FFN}.weight", of_low)
+    other = open_lora(tmp_path / "low.safetensors", SHAPES, "high")
+    assert not other.targets and "is for the low-noise expert only" in other.notes[0]
+    save_file(tensors | {f"diffusion_model.{Q}.diff_b": noise(64)}, tmp_path / "odd.safetensors")
+    with pytest.raises(SwanError, match=r"diffusion_model.blocks.1.self_attn.q.diff_b is in neither"):
+        open_lora(tmp_path / "odd.safetensors", SHAPES, "high")
+
+
+def test_each_half_has_the_alpha_that_diffusers_keeps_for_it(lora, tmp_path):
+    tensors, of_high, of_low = halves()
+    told = {"transformer.lora_alpha": 8, "transformer_2.lora_alpha": 2}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    for expert, wanted in (("high", 2 * of_high), ("low", of_low / 2)):
+        only(changes((open_lora(tmp_path / "a.safetensors", SHAPES, expert), 1)), f"{FFN}.weight", wanted)
+
+
 def test_no_two_modules_go_by_one_name():
     from wan.weights.lora_file import _table
 
@@ -176,6 +258,92 @@ def test_a_damaged_configuration_is_one_line(lora, tmp_path):
     for metadata in ({"lora_alpha": "much"}, {"lora_adapter_metadata": "{"}, {"alpha_pattern": '{"(": 1}'}):
         with pytest.raises(SwanError, match="damaged"):
             lora(tensors, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *({"lora_alpha": one} for one in ("NaN", "Infinity", "1e999", "[]", "{}", "true", '"x"', "1" + "0" * 400)),
+        *({"alpha_pattern": one} for one in ("[1]", "3", '{"ffn.0": null}', '{"ffn.0": NaN}', '{"(": 1}')),
+        *({"lora_adapter_metadata": one} for one in ("[1]", "null", "[" * 9999, '{"transformer.lora_alpha": []}')),
+    ],
+)
+def test_what_a_configuration_cannot_say(lora, told):
+    with pytest.raises(SwanError, match="damaged") as error:
+        lora(peft()[0], metadata=told)
+    assert "\n" not in str(error.value) and "a.safetensors" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_patterns_are_names_and_no_regular_expressions(lora):
+    tensors, product = peft()
+
+    def scale(patterns):
+        opened = lora(tensors, metadata={"lora_alpha": "8", "alpha_pattern": json.dumps(patterns)})
+        return (changes((opened, 1))[f"{FFN}.weight"] / product).mean().item(), opened.notes
+
+    for pattern in (FFN, "ffn.0", "0", rf"^{FFN}$", FFN.replace(".", r"\."), f"base_model.model.{FFN}"):
+        assert scale({pattern: 2}) == (pytest.approx(0.5, rel=1e-4), ())
+    for pattern in ("n.0", "blocks.1.ffn.0", "blocksx0.ffn.0"):
+        assert scale({pattern: 2}) == (pytest.approx(2, rel=1e-4), ())
+    for pattern in ("(b+)+$", "(.*)*x", r"blocks\.\d+\.ffn", ".*" * 5000 + "x"):
+        found, notes = scale({pattern: 2})
+        assert found == pytest.approx(2, rel=1e-4) and "is a regular expression, which is not obeyed" in notes[0]
+    found, _ = scale({f"module{index}": 3 for index in range(100_000)} | {"ffn.0": 2})
+    assert found == pytest.approx(0.5, rel=1e-4)
+
+
+# Numbers
+
+
+BROKEN = {
+    "up": lambda b, a: (b.index_fill(0, torch.tensor(3), float("nan")), a, None),
+    "down": lambda b, a: (b, a.index_fill(0, torch.tensor(1), float("inf")), None),
+    "alpha": lambda b, a: (b, a, float("nan")),
+    "endless alpha": lambda b, a: (b, a, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["merged", "packed"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_factors_that_are_not_finite_are_named(lora, packed, broken, stream):
+    b, a, alpha = BROKEN[broken](*pair())
+    tensors = {f"dit.{FFN}.lora_up.weight": b, f"dit.{FFN}.lora_down.weight": a}
+    tensors |= {} if alpha is None else {f"dit.{FFN}.alpha": torch.tensor(alpha)}
+    opened = lora(tensors)
+    with pytest.raises(SwanError, match=rf"a.safetensors: tensor dit.{FFN}.*{broken.split()[-1]}.* infinite or NaN"):
+        with_loras((opened, 1), source=packed, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["merged", "packed"])
+@pytest.mark.parametrize("kind, size, alpha", [("float32", 1e38, 1e6), ("float16", 1e3, 1e5), ("float16", 1, 1e38)])
+def test_what_overflows_is_refused(lora, packed, kind, size, alpha, stream):
+    b, a = pair()
+    tensors = {f"{FFN}.lora_up.weight": b * size, f"{FFN}.lora_down.weight": a, f"{FFN}.alpha": torch.tensor(alpha)}
+    opened, options = lora(tensors), {"source": packed, "stream": stream, "dtype": getattr(torch, kind)}
+    with pytest.raises(SwanError, match=rf"a.safetensors: what {FFN}.*lora_.* at strength 1 is more than {kind} holds"):
+        with_loras((opened, 1), **options)
+    with_loras((opened, 0), **options)
+
+
+def test_large_factors_of_a_small_product_are_no_overflow(lora, packed):
+    """Beside packed weights the product is not made; that it is small is found out where the factors do not say it."""
+    b, a = pair()
+    tensors = {f"{FFN}.lora_up.weight": b * 1e30, f"{FFN}.lora_down.weight": a * 1e-30}
+    streamed = with_loras((lora(tensors), 1), source=packed, stream=True)
+    resident = with_loras((lora(tensors), 1), source=packed)
+    assert (predict(streamed) - predict(resident)).abs().max() < 1e-4
+    far = torch.zeros(ROWS, 2), torch.zeros(2, COLUMNS)  # each factor is large where the other one is zero
+    far[0][:, 0], far[1][1] = 1e25, 1e25
+    opened = lora({f"{FFN}.lora_up.weight": far[0], f"{FFN}.lora_down.weight": far[1]})
+    with_loras((opened, 1), source=packed, stream=True)
+
+
+def test_alphas_of_any_finite_size_are_obeyed(lora):
+    b, a = pair()
+    for alpha in (0.0, -2.0, 1e-30, 300.0):
+        tensors = {f"{FFN}.lora_up.weight": b, f"{FFN}.lora_down.weight": a, f"{FFN}.alpha": torch.tensor([[alpha]])}
+        found = changes((lora(tensors), 1)).get(f"{FFN}.weight", torch.zeros(ROWS, COLUMNS))
+        torch.testing.assert_close(found, alpha / 4 * b @ a, rtol=1e-4, atol=1e-4)
 
 
 def test_bias_of_peft(lora):
@@ -520,8 +688,13 @@ def test_unused_keys_are_counted_by_family(lora):
             {f"{Q}.lora_up.weight": torch.tensor(1.0), f"{Q}.lora_down.weight": torch.tensor(1.0)},
             "do not go together: down [], up []",
         ),
-        (low_rank(Q) | {f"diffusion_model.{Q}.alpha": noise(4)}, f"{Q}.weight has an alpha of shape [4]"),
+        (low_rank(Q) | {f"diffusion_model.{Q}.alpha": noise(4)}, f"{Q}.weight has an alpha of shape [4], float32"),
         (low_rank(Q) | {f"{Q}.lokr_w1": noise(8, 8), f"{Q}.lokr_w2": noise(8, 8, seed=1)}, "has factors of two kinds"),
+        (
+            {f"{Q}.lora_up.weight": noise(64, 0), f"{Q}.lora_down.weight": noise(0, 64)},
+            "has no numbers in down [0, 64]",
+        ),
+        ({f"{Q}.diff": noise(64, 64), f"{Q}.reshape_weight": torch.arange(99)}, "reshaped to what is no shape"),
         ({f"{Q}.dora_scale": noise(64)}, f"{Q}.weight is incomplete (no up)"),
         (low_rank(Q) | {f"diffusion_model.{Q}.dora_scale": noise(9)}, "has a magnitude of [9] for [64, 64]"),
         (

@@ -108,6 +108,62 @@ def test_prefixes_of_single_files(component, prefix):
     assert dialect(found.values(), component) == f"official, prefix {prefix}"
 
 
+NAMES = {
+    "dit": ["patch_embedding.weight", "blocks.0.self_attn.q.weight", "blocks.0.modulation", "head.modulation"],
+    "vae": ["encoder.conv1.weight", "decoder.middle.0.residual.2.bias", "conv2.weight"],
+    "t5": ["token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.norm1.weight", "norm.weight"],
+    "clip": ["visual.transformer.0.attn.proj.weight", "visual.cls_embedding", "visual.pre_norm.weight"],
+}
+PREFIXES = ["model.", "module.", "pipe.dit.", "transformer.", "_orig_mod.", "net.", "generator.model.", "dit."]
+PREFIXES += ["module._orig_mod.", "model._fsdp_wrapped_module.", "state_dict.ema_model.", "a.b.c.d.e."]
+
+
+@pytest.mark.parametrize("component", NAMES)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix_that_all_names_have_is_taken_off(component, prefix):
+    plain = official_names(NAMES[component], component)
+    assert official_names([prefix + name for name in NAMES[component]], component) == {
+        ours: prefix + name for ours, name in plain.items()
+    }
+
+
+def test_a_prefix_before_other_dialects_and_beside_other_components():
+    theirs = ["condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight", "proj_out.weight"]
+    found = official_names([f"net.{name}" for name in theirs], "dit")
+    assert list(found) == ["time_projection.1.weight", "blocks.0.self_attn.q.weight", "head.head.weight"]
+    gguf = official_names(["model.enc.blk.4.ffn_up.weight", "model.token_embd.weight"], "t5")
+    assert gguf["shared.weight"] == "model.token_embd.weight"
+    others = ["first_stage_model.conv1.weight", "text_encoders.umt5xxl.transformer.shared.weight"]
+    both = official_names([f"model.diffusion_model.{name}" for name in NAMES["dit"]] + others, "dit")
+    assert list(both) == NAMES["dit"]
+
+
+def test_wrappers_are_taken_off_in_the_middle_of_names():
+    keys = ["patch_embedding._orig_mod.weight", "blocks.3._orig_mod.ffn.0.weight", "module.blocks.4.module.norm3.bias"]
+    ours = ["patch_embedding.weight", "blocks.3.ffn.0.weight", "blocks.4.norm3.bias"]
+    assert official_names(keys, "dit") == dict(zip(ours, keys))
+
+
+def test_what_a_prefix_leaves_out_is_not_dropped():
+    """Half a file under a prefix is no checkpoint whose other half may be forgotten."""
+    keys = [f"model.{name}" for name in NAMES["dit"]] + ["model_ema.decay", "blocks.7.ffn.0.weight"]
+    assert {"model_ema.decay", "blocks.7.ffn.0.weight"} < official_names(keys, "dit").keys()
+
+
+def test_two_models_in_one_file_are_not_chosen_from():
+    both = [prefix + name for prefix in ("transformer.", "transformer_2.") for name in NAMES["dit"]]
+    with pytest.raises(SwanError, match=r"begin with transformer\. and transformer_2\."):
+        official_names(both, "dit")
+    twice = ["_orig_mod.blocks.0.ffn.0.weight", "blocks.0.ffn.0.weight"]
+    with pytest.raises(SwanError, match=r"_orig_mod\.blocks.0.ffn.0.weight and blocks.0.ffn.0.weight"):
+        official_names(twice, "dit")
+
+
+def test_an_image_encoder_under_a_prefix_is_no_transformer():
+    keys = ["visual.patch_embedding.weight", *NAMES["clip"]]
+    assert "patch_embedding.weight" not in official_names(keys, "dit")
+
+
 def test_t5_names_match_the_published_table():
     table = {
         ours.replace("{N}", "5"): theirs.replace("{N}", "5") for ours, theirs in fact("t5_key_map.json")["map"].items()

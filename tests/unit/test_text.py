@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.weight_helpers import golden
 from wan.errors import SwanError
-from wan.models.text import clean_text, load_tokenizer
+from wan.models.text import check_tokenizer, check_vocabulary, clean_text, count_tokens, load_tokenizer
 
 
 def test_cleaning_matches_the_official_code():
@@ -70,3 +70,33 @@ def test_import_is_cheap():
         "import sys, wan.models.text, wan.weights.locate; print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer_tiny", "tokenizer_tiny_bytes"])
+def test_tokens_are_counted_as_they_are_loaded(tmp_path, name):
+    folder = golden(name).folder
+    loaded = load_tokenizer(folder)._tokenizer
+    assert count_tokens(folder) == max(loaded.get_vocab().values()) + 1
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    assert count_tokens(tmp_path) == count_tokens(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"vocab": 3}}', b'{"model": {"vocab": {"a": []}}}'])
+def test_a_tokenizer_that_cannot_be_counted_is_left_to_whoever_loads_it(tmp_path, content):
+    assert count_tokens(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert count_tokens(tmp_path) is None and check_tokenizer(tmp_path, 3) == []
+
+
+def test_a_tokenizer_of_another_encoder_is_refused():
+    """UMT5 has 256384 rows for 256300 tokens (256000 in its spiece.model), mT5 250100 tokens, T5 32100."""
+    folder = golden("tokenizer_tiny").folder
+    tokens = count_tokens(folder)
+    for rows in (tokens - 1, tokens * 2 + 1000, 256_384):
+        with pytest.raises(SwanError, match=f"has {tokens} tokens, the text encoder {rows}: .* another encoder"):
+            check_tokenizer(folder, rows)
+    assert check_tokenizer(folder, tokens) == check_tokenizer(folder, tokens + 384) == []
+    assert check_vocabulary("x", 256_000, 256_384) is None
+    assert "6284 rows are never used" in check_vocabulary("x", 250_100, 256_384)
+    with pytest.raises(SwanError):
+        check_vocabulary("x", 32_100, 256_384)

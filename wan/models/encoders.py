@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wan.errors import SwanError
-from wan.models.text import PromptTokenizer, load_tokenizer
+from wan.models.text import PromptTokenizer, check_tokenizer, load_tokenizer
 from wan.weights.assign import load_weights
 from wan.weights.infer import config_beside, count, looks_like, our_shapes
 from wan.weights.source import Source
@@ -105,7 +105,7 @@ def load_text_encoder(
 
     dtype None keeps the type of the file; stream: as in `load_weights`; shard: called with the model and its blocks, to
     share their weights out among ranks, see `distributed.fsdp`; stream_to: see TextEncoder. Raises SwanError if
-    `source` is no T5 encoder or the folder has no tokenizer.
+    `source` is no T5 encoder or the folder has no tokenizer, or that of another one.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -131,6 +131,7 @@ def load_text_encoder(
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise _unfit(source, "a UMT5 encoder", error) from None
+    check_tokenizer(tokenizer_folder, vocab)
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself

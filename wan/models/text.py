@@ -8,10 +8,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wan.errors import SwanError
+from wan.errors import SwanError, printable
 from wan.files import read_json
 
 PAD_ID = 0
+# Encoders have some rows more than their tokenizer has tokens (UMT5 84): more than this is another tokenizer's table.
+_MANY_UNUSED = 1000
 
 
 def clean_text(text: str) -> str:
@@ -63,6 +65,40 @@ def load_tokenizer(folder: str | Path) -> PromptTokenizer:
         tokenizer.no_padding()
         return PromptTokenizer(tokenizer)
     raise SwanError(f"{folder}: no tokenizer in it (looked for tokenizer.json and spiece.model)")
+
+
+def count_tokens(folder: str | Path) -> int | None:
+    """One more than the largest id of the tokenizer in a folder, by its file alone; None where there is none that can
+    be read, which `load_tokenizer` says."""
+    folder = Path(folder)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            told = read_json(folder / "tokenizer.json")
+            vocab, added = told["model"]["vocab"], [token["id"] for token in told.get("added_tokens", ())]
+            return max([len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values()), *added]) + 1
+        pieces = sum(field == 1 for field, _ in _fields((folder / "spiece.model").read_bytes()))
+        return pieces + _tokenizer_config(folder).get("extra_ids", 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SwanError):
+        return None
+
+
+def check_tokenizer(folder: str | Path, rows: int) -> list[str]:
+    """`check_vocabulary` for the tokenizer in a folder, which is not made: warnings, as lines to show."""
+    tokens = count_tokens(folder)
+    note = None if tokens is None else check_vocabulary(folder, tokens, rows)
+    return [note] if note else []
+
+
+def check_vocabulary(path: str | Path, tokens: int, rows: int) -> str | None:
+    """Whether the tokenizer in `path` may belong to an encoder with so many rows of embeddings.
+
+    Raises SwanError, one line, if not; a warning where it hardly does.
+    """
+    told = f"{printable(path)}: has {tokens} tokens, the text encoder {rows}"
+    if tokens > rows or (rows > 2 * tokens and rows - tokens >= _MANY_UNUSED):
+        raise SwanError(f"{told}: it is the tokenizer of another encoder")
+    unused = f"warning: {told}: {rows - tokens} rows are never used; is it the right tokenizer?"
+    return unused if rows - tokens >= _MANY_UNUSED else None
 
 
 def _read_json(path: Path):

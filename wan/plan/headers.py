@@ -18,7 +18,7 @@ from wan.files import read_json
 from wan.weights import gguf_header, safetensors_header
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_CODES = ("F8_E4M3", "F8_E5M2", "I8", "U32")  # of weights whose scales lie beside them
+_CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "U32")  # of weights whose scales lie beside them
 _SCALES = ("weight_scale", "scale_weight", "scales")
 _BESIDE = re.compile(r"(.*)\.(weight_scale|scale_weight|scales|biases|input_scale|scale_input|comfy_quant)")
 _GGUF_SLOW = "IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ3_S IQ2_S IQ1_M TQ1_0 TQ2_0 MXFP4".split()  # are never kept packed

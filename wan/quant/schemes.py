@@ -23,8 +23,10 @@ _SLICE_WEIGHTS = 1 << 17  # 512 KiB in fp32: what is done to a slice stays in th
 class Scheme:
     """How the rows of one matrix are stored: codes, then a scale for each `group` columns, then as many offsets.
 
-    name: "fp8", "int8", "affine4" or "affine8". code_dtype: of a code, uint8 for affine ones, of which a byte holds
-    8 / bits, the first in the lowest bits. The last group of a row may be cut short.
+    name: "fp8", "int8", "affine4" or "affine8", with "-rotated" where `rotation` is not 0. code_dtype: of a code, uint8
+    for affine ones, of which a byte holds 8 / bits, the first in the lowest bits. The last group of a row may be cut
+    short. rotation: so many columns together were multiplied by a Hadamard matrix before they were rounded (ConvRot), a
+    power of 4; 0 for none.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Scheme:
     scale_dtype: torch.dtype = torch.float32
     bits: int = 8
     has_offsets: bool = False
+    rotation: int = 0
 
     def code_bytes(self, weights: int) -> int:
         """Bytes of the codes of a row of `weights` weights; ValueError if that is no whole number."""
@@ -88,7 +91,27 @@ def dequantize_rows(
 def _weights(blocks: Tensor, scheme: Scheme, columns: int) -> Tensor:
     codes, scales, offsets = split_rows(blocks, scheme, columns)
     weights = _numbers(codes, scheme) * _spread(scales, scheme.group, columns)
-    return weights if offsets is None else weights + _spread(offsets, scheme.group, columns)
+    if offsets is not None:
+        weights = weights + _spread(offsets, scheme.group, columns)
+    return unrotate(weights, scheme.rotation) if scheme.rotation else weights
+
+
+def unrotate(weights: Tensor, group: int) -> Tensor:
+    """fp32 [rows, columns], each `group` columns of which were multiplied by the regular Hadamard matrix of that size,
+    -> the weights before that. The matrix is its own inverse: this rotates as well.
+
+    It is the Kronecker power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]] / 2, so that it is applied
+    four columns at a time: half of their sum less the one opposite. By additions alone, whose bits do not depend on how
+    many rows there are, as those of a product do. Source: ConvRot, https://arxiv.org/abs/2512.03673
+    """
+    step = 1  # between the four
+    turned = weights
+    while step < group:
+        fours = turned.reshape(-1, 4, step)
+        half = ((fours[:, 0] + fours[:, 1]) + (fours[:, 2] + fours[:, 3])).mul_(0.5)
+        turned = half.unsqueeze(1) - fours.flip(1)
+        step *= 4
+    return turned.view(weights.shape)
 
 
 def _numbers(codes: Tensor, scheme: Scheme) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.errors import UsageError
-from wan.request.options import FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, LoraChoice
+from wan.request.options import FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
 from wan.request.values import absolute, is_number
 from wan.tasks import embedded_checkpoint
 
@@ -95,6 +95,9 @@ def _lora(value: str | tuple[str, float], flag: str) -> tuple[str, float]:
         raise UsageError(f"--{flag}: no file {path}")
     if not is_number(strength):
         raise UsageError(f"--{flag} {path}: the strength must be a number, not {strength!r}")
+    if abs(float(strength)) > MAX_STRENGTH:
+        allowed = f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}"
+        raise UsageError(f"--{flag} {path}: the strength must be {allowed}, not {strength}")
     return str(Path(path).resolve()), float(strength)
 
 

@@ -14,6 +14,7 @@ LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the ex
 GGUF_MODES = ("auto", "resident", "stream")
 CACHE_FILES = ("cache_coefficients", "cache_trace")
 PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, *CACHE_FILES, "image", "first_frame", "last_frame", "save_file")
+MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
 LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
 MAX_PROMPT_CHARS = 10_000  # the prompt travels in the mp4; models read 512 tokens at most
 MAX_SEED = 2**63 - 1

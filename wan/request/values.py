@@ -57,7 +57,7 @@ def choice(value: Any, default: str, flag: str, allowed: tuple[str, ...]) -> str
 def is_number(value: Any) -> bool:
     try:
         return math.isfinite(float(value)) and not isinstance(value, bool)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

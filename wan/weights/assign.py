@@ -19,8 +19,8 @@ from wan.quant.ggml import GGMLType
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
-from wan.weights.infer import looks_like, tensor_info
-from wan.weights.names import Rows, official_names
+from wan.weights.infer import looks_like, our_names, tensor_info
+from wan.weights.names import Rows
 from wan.weights.scaled import check_scales
 from wan.weights.source import Source, Span
 
@@ -55,7 +55,7 @@ def load_weights(
 class ModelWeights:
     """The weights of a model, built on the meta device, in a file: each by its name in the model and as it has it.
 
-    component: "dit", "vae", "t5" or "clip", see `official_names`. Parameters become `dtype` (None: as in the file),
+    component: "dit", "vae", "t5" or "clip". Parameters become `dtype` (None: as in the file),
     except where the model has a method `keep_fp32(name) -> bool` that says True. Buffers keep their own dtype, and
     buffers that are not in files must hold their values already (build them with device="cpu"). Quantised tensors are
     dequantised; with `stream`, those of linear layers and embeddings stay packed and the layers become QuantLinear and
@@ -76,7 +76,7 @@ class ModelWeights:
         stream: bool = False,
         shard: Callable[[nn.Module], None] | None = None,
     ):
-        names = official_names(source.keys(), component)
+        names = our_names(source, component)
         groups = _slots(model)
         _check(model, groups, names, source)
         self._model, self._source, self._is_sharded = model, source, shard is not None
@@ -174,7 +174,7 @@ def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device, i
 
 def check_weights(model: nn.Module, source: Source, component: str) -> None:
     """The checks of `load_weights` alone: nothing is read. Raises SwanError, one line."""
-    _check(model, _slots(model), official_names(source.keys(), component), source)
+    _check(model, _slots(model), our_names(source, component), source)
 
 
 def _slots(model: nn.Module) -> list[list[str]]:

@@ -30,8 +30,8 @@ from wan.quant.ggml import BY_NAME, GGMLType
 from wan.quant.quantize import quantize
 from wan.weights.gguf import GGUFSource
 from wan.weights.gguf_header import ARRAY, BOOL, SCALARS, STRING, GGUFArray
-from wan.weights.infer import HEADS_KEY, count, infer_dit_config, looks_like, told_heads
-from wan.weights.names import gguf_t5_name, official_names
+from wan.weights.infer import HEADS_KEY, count, infer_dit_config, looks_like, our_names, told_heads
+from wan.weights.names import gguf_t5_name
 from wan.weights.recipes import RECIPES, T5, WAN, Layout, Recipe, tensor_type
 from wan.weights.source import Source
 
@@ -70,7 +70,7 @@ class Planned:
 def component_of(source: Source) -> str:
     """ "dit" or "t5": what `source` holds. Raises SwanError, which says what it looks like, for anything else."""
     for component, marker in (("dit", "patch_embedding.weight"), ("t5", "shared.weight")):
-        if marker in official_names(source.keys(), component):
+        if marker in our_names(source, component):
             return component
     raise SwanError(f"{source.describe()}: neither a Wan transformer nor its text encoder{looks_like(source)}")
 
@@ -81,7 +81,7 @@ def plan_tensors(source: Source, recipe: Recipe) -> list[Planned]:
     Raises SwanError for what is no whole Wan transformer or UMT5 encoder.
     """
     component = component_of(source)
-    names = {ours: str(name) for ours, name in official_names(source.keys(), component).items()}
+    names = {ours: str(name) for ours, name in our_names(source, component).items()}
     if component == "dit":
         infer_dit_config(source)
     _check_names(source, component, names)
@@ -152,7 +152,7 @@ def make_metadata(source: Source, recipe: Recipe) -> dict[str, Value]:
 
 def _t5_metadata(source: Source) -> dict[str, Value]:
     """Hyperparameters under the names of llama.cpp's converter."""
-    names = official_names(source.keys(), "t5")
+    names = our_names(source, "t5")
     shapes = {gguf_t5_name(ours): source.info(str(name)).shape for ours, name in names.items()}
     vocab, dim = shapes["token_embd.weight"]
     buckets, heads = shapes["enc.blk.0.attn_rel_b.weight"]

@@ -34,10 +34,10 @@ from wan.errors import SwanError, UsageError, one_line
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.tasks import load_task, task_names
 from wan.weights.export import component_of, plan_tensors
-from wan.weights.infer import infer_dit_config
+from wan.weights.infer import infer_dit_config, our_names
 from wan.weights.locate import MLX_FILES
 from wan.weights.mlx import mlx_name, to_mlx
-from wan.weights.names import Rows, official_names, official_t5_name
+from wan.weights.names import Rows, official_t5_name
 from wan.weights.recipes import RECIPES
 from wan.weights.source import Source
 
@@ -113,7 +113,7 @@ def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
             raise SwanError(f"{source.describe()}: does not hold the {part}")
         plan_tensors(source, RECIPES["F32"])  # whole, and with no foreign tensors
     planned = []
-    for ours, stored in official_names(source.keys(), component).items():
+    for ours, stored in our_names(source, component).items():
         if isinstance(stored, Rows):
             raise SwanError(f"{source.describe()}: {stored.name} holds several tensors and cannot be written")
         official = official_t5_name(ours) if component == "t5" else ours
@@ -184,7 +184,7 @@ def file_name(part: str, form: Form, source: Source) -> str:
 
 def vae_version(source: Source) -> str:
     """ "2.1" or "2.2": of the VAE in `source`, whose first kernel sees the pixels or, in 2.2, folds of four."""
-    stored = official_names(source.keys(), "vae").get("encoder.conv1.weight")
+    stored = our_names(source, "vae").get("encoder.conv1.weight")
     return "2.2" if stored is not None and source.info(str(stored)).shape[1] == 12 else "2.1"
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from wan.errors import SwanError
-from wan.weights.names import Rows, official_names
+from wan.errors import SwanError, printable
+from wan.weights.names import Rows, common_start, official_names
 from wan.weights.source import Source, TensorInfo, config_beside
 
 CLIP_DIM = 1280
@@ -71,9 +71,12 @@ def identify(source: Source) -> str | None:
 
 
 def looks_like(source: Source, unknown: bool = False) -> str:
-    """The end of an error message: "; the file looks like ...", empty if that cannot be told."""
-    found = None if unknown else identify(source)
-    return f"; the file looks like {found}" if found else ""
+    """The end of an error message: "; the file looks like ...", or with what its names begin; empty if neither can be
+    told."""
+    if found := None if unknown else identify(source):
+        return f"; the file looks like {found}"
+    start = common_start(source.keys())
+    return f"; its names begin with {printable(start)}" if start else ""
 
 
 def _identify(source: Source) -> str | None:
@@ -177,8 +180,15 @@ def _model_type(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 
 def our_shapes(source: Source, component: str) -> dict[str, tuple[int, ...]]:
     """Our names -> shapes of the tensors in the file. Raises SwanError if two tensors share a name."""
-    names = official_names(source.keys(), component)
-    return {ours: tensor_info(source, name).shape for ours, name in names.items()}
+    return {ours: tensor_info(source, name).shape for ours, name in our_names(source, component).items()}
+
+
+def our_names(source: Source, component: str) -> dict[str, str | Rows]:
+    """`official_names` of the tensors in the file, which the error names."""
+    try:
+        return official_names(source.keys(), component)
+    except SwanError as error:
+        raise SwanError(f"{source.describe()}: {printable(error)}") from None
 
 
 def tensor_info(source: Source, name: str | Rows) -> TensorInfo:

@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed.fsdp import own_rows
-from wan.errors import SwanError
+from wan.errors import SwanError, printable
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import read_tensor
+from wan.weights.infer import our_names
 from wan.weights.lora_file import AdapterConfig, Module, families, read_config, sort_keys
 from wan.weights.lora_formulas import Branch, Dense, Dora, dora_gain, fits_dora, product, product_branch, rank
-from wan.weights.names import Rows, official_names
+from wan.weights.names import Rows
 from wan.weights.source import Source, Span, open_source
 
 Shape = tuple[int, ...]
 ReadBase = Callable[["Span | None"], Tensor]  # a parameter as the checkpoint has it, or some of its rows; fp32
+_MAX_AXES = 8
+_BAD_SHAPES = (RuntimeError, IndexError, ValueError, TypeError, OverflowError)  # what torch says of them
 _WIDTHS = {1536: "a 1.3B", 3072: "a 5B", 5120: "a 14B"}
 # Parts that stand alone -> the parameter of the module, and what they do to it. All others are factors of a product.
 _SINGLE = {
@@ -55,6 +58,13 @@ class Update:
     shape: Shape
     scale: float = 1.0
     alpha: str | None = None
+
+    def broken(self) -> str | None:
+        """The first of the tensors, or the alpha, that is not finite; None if all are."""
+        for key in (*self.keys.values(), *([self.alpha] if self.alpha else [])):
+            if not self.source.read(key).float().isfinite().all():
+                return key
+        return None
 
     def held_shape(self) -> Shape:
         """Of what the tensors make; by their headers. Raises KeyError, RuntimeError and such if they make nothing."""
@@ -128,15 +138,32 @@ class Lora:
         first, *others = (update.delta(base, rows, torch.device(device)) for update in self.updates[name])
         return sum(others, first)
 
+    def check(self, name: str, strength: float, base: ReadBase, added: Tensor, dtype: torch.dtype) -> None:
+        """Raises SwanError where what `strength` adds to parameter `name` is not finite, or more than `dtype` holds."""
+        largest = float(added.abs().amax()) * abs(strength) if added.numel() else 0.0
+        if largest <= torch.finfo(dtype).max:  # false for NaN as well
+            return
+        if broken := next(filter(None, (update.broken() for update in self.updates[name])), None):
+            raise SwanError(f"{self.path}: tensor {printable(broken)} holds infinite or NaN numbers: a broken LoRA")
+        if not base(None).isfinite().all():
+            raise SwanError(f"{name} of the checkpoint holds infinite or NaN numbers: no LoRA can be added to it")
+        key = printable(next(iter(self.updates[name][0].keys.values())))
+        kind = str(dtype).removeprefix("torch.")
+        raise SwanError(
+            f"{self.path}: what {key} adds to {name} at strength {strength:g} is more than {kind} holds; take less"
+        )
 
-def open_lora(path: str | PathLike, shapes: Mapping[str, Shape]) -> Lora:
+
+def open_lora(path: str | PathLike, shapes: Mapping[str, Shape], expert: str = "model") -> Lora:
     """Open a LoRA for a model of parameters `shapes` (see `weight_shapes`): headers only, nothing is computed.
 
-    Raises SwanError, one line, for a file that is no LoRA, of which nothing fits, or whose shapes are another model's.
+    expert: "high" or "low", or "model" where there is one. Of a file with a half for each, its own is taken; a file
+    with only that of the other one has no updates, and says so in `notes`. Raises SwanError, one line, for a file that
+    is no LoRA, of which nothing fits, or whose shapes are another model's.
     """
     source = open_source(path)
-    config = read_config(source)
-    modules, unmatched = sort_keys(source, shapes)
+    modules, unmatched, has_halves = sort_keys(source, shapes, expert)
+    config = read_config(source, expert, has_halves)
     updates: dict[str, list[Update]] = {}
     wrong: list[str] = []
     for name, module in modules.items():
@@ -152,10 +179,16 @@ def open_lora(path: str | PathLike, shapes: Mapping[str, Shape]) -> Lora:
     where, unused = source.describe(), f"{len(unmatched)} of {len(source.keys())} keys"
     if wrong:
         raise SwanError(f"{where}: a LoRA that does not fit this model: {_some(wrong)} ({len(wrong)} in all)")
+    if has_halves and not modules:
+        other = "low" if expert == "high" else "high"
+        return Lora(str(path), {}, (f"warning: {where}: is for the {other}-noise expert only",))
     if not updates:
         raise SwanError(f"{where}: a LoRA of which nothing fits this model ({unused} are foreign: {_some(unmatched)})")
-    note = f"warning: {where}: {unused} are not used: {families(unmatched, shapes)}"
-    return Lora(str(path), {name: tuple(found) for name, found in updates.items()}, (note,) if unmatched else ())
+    notes = [f"warning: {where}: {unused} are not used: {families(unmatched, shapes)}"] if unmatched else []
+    if config.not_obeyed:
+        what = f"alpha_pattern {printable(config.not_obeyed[0])[:80]} is a regular expression, which is not obeyed"
+        notes.append(f"warning: {where}: {what}: what it means gets lora_alpha")
+    return Lora(str(path), {name: tuple(found) for name, found in updates.items()}, tuple(notes))
 
 
 def weight_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -189,7 +222,7 @@ def set_loras(
         for name in lora.updates if strength else ():
             wanted[name] = (*wanted.get(name, ()), (lora, strength))
     had = model.__dict__.setdefault("loras", {})  # parameter -> what it holds; true whenever this stops
-    stored = official_names(source.keys(), "dit")
+    stored = our_names(source, "dit")
     for name in sorted(had.keys() | wanted.keys()):
         now = wanted.get(name, ())
         if had.get(name, ()) == now:
@@ -197,7 +230,7 @@ def set_loras(
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path)
         if leaf == "weight" and isinstance(layer, QuantLinear):
-            branches = _branches(layer, name, source, stored[name], now, device or layer.blocks.device)
+            branches = _branches(layer, name, model.dtype, source, stored[name], now, device or layer.blocks.device)
             layer.branches = nn.ModuleList(branch.to(model.dtype) for branch in branches)
         elif not getattr(layer, leaf).is_meta:
             _merge(getattr(layer, leaf), name, source, stored[name], now, device)
@@ -216,7 +249,8 @@ def read_with_loras(
         return None
     parameter = model.get_parameter(name)
     with torch.no_grad():
-        return _merged(name, tuple(parameter.shape), source, stored, loras, None, device).to(parameter.dtype)
+        shape = tuple(parameter.shape)
+        return _merged(name, shape, parameter.dtype, source, stored, loras, None, device).to(parameter.dtype)
 
 
 def _merge(
@@ -234,7 +268,7 @@ def _merge(
         return
     shape = tuple(parameter.shape)
     if loras:
-        value = _merged(name, shape, source, stored, loras, rows, device or kept.device)
+        value = _merged(name, shape, parameter.dtype, source, stored, loras, rows, device or kept.device)
     else:
         value = read_tensor(source, stored, shape, rows, parameter.dtype)
     with torch.inference_mode():  # which the parameter may have been made in
@@ -244,13 +278,14 @@ def _merge(
 def _merged(
     name: str,
     shape: Shape,
+    dtype: torch.dtype,
     source: Source,
     stored: str | Rows,
     loras: Iterable[tuple[Lora, float]],
     rows: Span | None,
     device: torch.device,
 ) -> Tensor:
-    """A parameter, or rows of it, as the checkpoint has it with the LoRAs added: fp32 on `device`."""
+    """A parameter, or rows of it, as the checkpoint has it with the LoRAs added: fp32 on `device`, for `dtype`."""
 
     def base(rows: Span | None) -> Tensor:
         return read_tensor(source, stored, shape, rows, torch.float32).to(device, torch.float32)
@@ -258,6 +293,7 @@ def _merged(
     value = base(rows)
     for lora, strength in loras:
         delta = lora.delta(name, base, rows, device)
+        lora.check(name, strength, base, delta, dtype)
         if delta.any():  # adding 0 would make 0 of -0
             value.add_(delta, alpha=strength)
     return value
@@ -266,6 +302,7 @@ def _merged(
 def _branches(
     layer: QuantLinear,
     name: str,
+    dtype: torch.dtype,
     source: Source,
     stored: str | Rows,
     loras: Iterable[tuple[Lora, float]],
@@ -275,8 +312,10 @@ def _branches(
         return read_tensor(source, stored, tuple(layer.shape), rows, torch.float32).to(device, torch.float32)
 
     for lora, strength in loras:
-        for update in lora.updates[name]:
-            yield update.branch(base, strength, device)
+        branches = [update.branch(base, strength, device) for update in lora.updates[name]]
+        if not sum(branch.bound() for branch in branches) <= torch.finfo(dtype).max:  # the sum itself may yet be less
+            lora.check(name, strength, base, lora.delta(name, base, None, device), dtype)
+        yield from branches
 
 
 def _updates(
@@ -302,17 +341,21 @@ def _updates(
 def _problem(update: Update) -> str:
     """Why the tensors do not fit the parameter; "" if they do."""
     infos = {part: update.source.info(key) for part, key in update.keys.items()}
+    if empty := [part for part, info in infos.items() if 0 in info.shape]:
+        return f"has no numbers in {empty[0]} {list(infos[empty[0]].shape)}"
     if odd := [info.dtype for info in infos.values() if not info.dtype.is_floating_point]:
         return f"is {str(odd[0]).removeprefix('torch.')}, not a float"
-    if update.alpha and math.prod(update.source.info(update.alpha).shape) != 1:
-        return f"has an alpha of shape {list(update.source.info(update.alpha).shape)}"
+    if update.alpha:
+        alpha = update.source.info(update.alpha)
+        if math.prod(alpha.shape) != 1 or alpha.dtype.is_complex:
+            return f"has an alpha of shape {list(alpha.shape)}, {str(alpha.dtype).removeprefix('torch.')}"
     if sum(any(part.startswith(one) for part in infos) for one in ("up", "lokr", "hada")) > 1:
         return f"has factors of two kinds: {', '.join(infos)}"
     try:
         held = update.held_shape()
     except KeyError as error:
         return f"is incomplete (no {error.args[0]})"
-    except (RuntimeError, IndexError, ValueError):
+    except _BAD_SHAPES:
         factors = ", ".join(f"{part} {list(info.shape)}" for part, info in infos.items())
         return f"has factors that do not go together: {factors}"
     if not _fits(held, update.shape):
@@ -329,6 +372,8 @@ def _misses_reshape(source: Source, path: str, module: Module, shapes: Mapping[s
     """What is wrong where the weight should first be padded to another shape, which this model's layers cannot be."""
     if "reshape" not in module.keys or f"{path}.weight" not in shapes:
         return ""
+    if math.prod(source.info(module.keys["reshape"]).shape) > _MAX_AXES:
+        return f"{path}.weight is to be reshaped to what is no shape"
     asked = source.read(module.keys["reshape"]).flatten().tolist()
     has = list(shapes[f"{path}.weight"])
     return "" if asked == has else f"{path}.weight is to be reshaped to {asked}, from {has}"
@@ -356,7 +401,7 @@ def _has_more_channels(update: Update) -> bool:
         return False
     try:
         held = update.held_shape()
-    except (KeyError, RuntimeError, IndexError, ValueError):
+    except (KeyError, *_BAD_SHAPES):
         return False
     return _but_channels(held) == _but_channels(update.shape) and held[1] > update.shape[1]
 

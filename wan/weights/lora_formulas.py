@@ -83,12 +83,21 @@ class Branch(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.contiguous(), persistent=False)
 
+    def bound(self) -> float:
+        """No number of the matrix that it stands for, nor of its tensors, is larger than this; NaN if one is not
+        finite."""
+        raise NotImplementedError
+
 
 class LowRank(Branch):
     """Factors down [R, I] and up [O, R]."""
 
     def __init__(self, down: Tensor, up: Tensor):
         super().__init__(down=down, up=up)
+
+    def bound(self) -> float:
+        down, up = _largest(self.down), _largest(self.up)
+        return down + up + down * up * len(self.down)
 
     def forward(self, x: Tensor, product: Product) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
@@ -100,6 +109,10 @@ class Kron(Branch):
     def __init__(self, w1: Tensor, w2: Tensor):
         super().__init__(w1=w1, w2=w2)
 
+    def bound(self) -> float:
+        w1, w2 = _largest(self.w1), _largest(self.w2)
+        return w1 + w2 + w1 * w2
+
     def forward(self, x: Tensor, product: Product) -> Tensor:
         y = F.linear(x.unflatten(-1, (-1, self.w2.shape[1])), self.w2.to(x.dtype))  # [..., I1, O2]
         return (self.w1.to(x.dtype) @ y).flatten(-2)
@@ -110,6 +123,9 @@ class Dense(Branch):
 
     def __init__(self, matrix: Tensor):
         super().__init__(matrix=matrix)
+
+    def bound(self) -> float:
+        return _largest(self.matrix)
 
     def forward(self, x: Tensor, product: Product) -> Tensor:
         return F.linear(x, self.matrix.to(x.dtype))
@@ -123,11 +139,18 @@ class Dora(Branch):
         super().__init__(self_gain=self_gain.flatten(), inner_gain=inner_gain.flatten())
         self.inner, self.by_row = inner, gain.shape[1] == 1
 
+    def bound(self) -> float:
+        return _largest(self.self_gain) + _largest(self.inner_gain) * (1 + self.inner.bound())
+
     def forward(self, x: Tensor, product: Product) -> Tensor:
         own, added = self.self_gain.to(x.dtype), self.inner_gain.to(x.dtype)
         if self.by_row:
             return product(x) * own + self.inner(x, product) * added
         return product(x * own) + self.inner(x * added, product)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().amax()) if tensor.numel() else 0.0
 
 
 def _is_kron(parts: Parts) -> bool:

@@ -232,6 +232,21 @@ _PREFIXES = {
     "clip": ("vision_model.",),
 }
 
+# Any other prefix is what stands before names like these, as trainers and savers leave it: `model.`, `pipe.dit.`.
+_LANDMARKS = {
+    "dit": r"(vace_)?blocks\.\d+\.(self_attn|cross_attn|attn[12]|ffn|norm[23])\."
+    r"|(patch|text|time)_embedding(\.|_proj\.)|(time_projection|condition_embedder|head|img_emb|proj_out)\.",
+    "vae": r"(encoder|decoder)\.(conv1|conv_in|conv_out|norm_out|downsamples|upsamples|middle|head|mid_block)\."
+    r"|(encoder|decoder)\.(down|up)_blocks\.|(quant_conv|post_quant_conv|conv1|conv2)\.",
+    "t5": r"encoder\.(block\.\d|final_layer_norm|embed_tokens)|shared\.|token_embedding\.|enc\.blk\.\d+\."
+    r"|blocks\.\d+\.(attn|pos_embedding|norm[12]|ffn\.(gate|fc1|fc2))\.",
+    "clip": r"visual\.(transformer|cls_embedding|pos_embedding|patch_embedding|pre_norm|post_norm)"
+    r"|(embeddings|encoder\.layers\.\d+|pre_layrnorm|post_layernorm)\.",
+}
+_MAX_PREFIX_PARTS = 8
+# Parts of names that wrappers of modules put in, at the start or in the middle: torch.compile, DDP, FSDP.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
 # Tensors that are no part of the component and that no model here wants.
 _IGNORED = {
     "dit": r"scaled_fp8",
@@ -300,23 +315,60 @@ def _detect(names: Iterable[str], component: str) -> Dialect:
     return _NATIVE[component]
 
 
+def without_wrappers(name: str) -> str:
+    """`blocks.0.ffn.0.weight` for `_orig_mod.blocks.0._orig_mod.ffn.0.weight`."""
+    parts = name.split(".")
+    return name if _WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def common_start(names: Iterable[str]) -> str:
+    """The first part of all names, with its dot; "" where they begin differently."""
+    starts = {name.partition(".")[0] for name in names}
+    return f"{starts.pop()}." if len(starts) == 1 else ""
+
+
 def _strip(keys: list[str], component: str) -> dict[str, str]:
     """Name without the file's prefix -> name in the file, for the tensors that belong to the component."""
-    prefix = _prefix(keys, component)
+    plain = [without_wrappers(key) for key in keys]
+    prefix = _prefix(plain, component)
     ignored = re.compile(_IGNORED[component])
-    whole_file = component == "clip"  # its prefix is on some tensors, `visual_projection` has none
-    found = {}
-    for key in keys:
-        if prefix and not key.startswith(prefix) and not whole_file:
+    holds_others = prefix in _PREFIXES[component] and component != "clip"  # whose prefix is on some tensors only
+    found: dict[str, str] = {}
+    for name, key in zip(plain, keys):
+        if holds_others and not name.startswith(prefix):
             continue
-        name = key.removeprefix(prefix)
-        if not ignored.fullmatch(name):
-            found[name] = key
+        ours = name.removeprefix(prefix)
+        if ours in found:
+            raise SwanError(f"{found[ours]} and {key} are both {ours}: the file holds two copies; keep one")
+        if not ignored.fullmatch(ours):
+            found[ours] = key
     return found
 
 
-def _prefix(keys: list[str], component: str) -> str:
-    return next((one for one in _PREFIXES[component] if any(key.startswith(one) for key in keys)), "")
+def _prefix(names: list[str], component: str) -> str:
+    """What stands before the component's names in this file."""
+    known = next((one for one in _PREFIXES[component] if any(name.startswith(one) for name in names)), "")
+    return known or _found_prefix(names, component)
+
+
+def _found_prefix(names: list[str], component: str) -> str:
+    """The prefix that makes most names those of the component, if most of what it stands before are such names."""
+    landmark = re.compile(_LANDMARKS[component])
+    counts: dict[str, int] = {}
+    for name in names:
+        start = 0
+        for _ in range(_MAX_PREFIX_PARTS):
+            if landmark.match(name, start):
+                counts[name[:start]] = counts.get(name[:start], 0) + 1
+            start = name.find(".", start) + 1
+            if not start:
+                break
+    best = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))[:2]
+    if not best or 2 * counts[best[0]] < sum(name.startswith(best[0]) for name in names):
+        return ""
+    if len(best) == 2 and all(best) and counts[best[0]] == counts[best[1]] > 1 and not best[1].startswith(best[0]):
+        raise SwanError(f"names begin with {best[0]} and {best[1]}: the file holds two of the kind; keep one of them")
+    return best[0]
 
 
 def _b_count(names: Iterable[str]) -> dict[str, int]:

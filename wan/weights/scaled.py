@@ -5,12 +5,14 @@ affine codes of MLX.
     float8 or int8        X.weight_scale, X.scale_weight   code * scale; scales: one, one a row, or one for 128 x 128
     uint32, packed        X.scales, X.biases               code * scale + bias; for each 32, 64 or 128 columns of a row
 
-A float8 weight with no scale is an ordinary tensor, which is cast.
+A float8 weight with no scale is an ordinary tensor, which is cast. Where the file says how a matrix is stored, see
+`comfy_quant`, its tensors have to agree.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,10 +22,11 @@ from wan.errors import SwanError
 from wan.quant.ggml import GGMLType
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import FLOAT8, SCALE_DTYPES, Scheme, pack_rows
+from wan.weights.comfy_quant import LEAF, Note, read_notes
 from wan.weights.source import Source, Span, TensorInfo, config_beside
 
 _SCALES = ("weight_scale", "scale_weight")
-_ACTIVATIONS = ("input_scale", "scale_input", "comfy_quant")  # not of the weights: not needed here
+_ACTIVATIONS = ("input_scale", "scale_input")  # not of the weights: not needed here
 _BLOCK = 128
 _GROUPS = (32, 64, 128)
 _NAMES = {torch.int8: "int8", **dict.fromkeys(FLOAT8, "fp8")}
@@ -97,16 +100,17 @@ def join_scales(source: Source) -> Source:
     Tensors whose scales are not in it stay as they are (they may be in another file of the same checkpoint), see
     `check_scales`. Raises SwanError for scales of a wrong shape or type.
     """
-    names = set(source.keys())
+    names, notes = set(source.keys()), read_notes(source)
     stored = {}
     for name in source.keys():
         path, _, leaf = name.rpartition(".")
         shape = source.info(name).shape
         if leaf != "weight" or len(shape) != 2 or 0 in shape or source.block_type(name) is not None:
             continue
-        found = _find(source, name, path, names)
+        found = _find(source, name, path, names, notes.get(name))
         if found is not None:
             stored[name] = found
+    _check_unsaid(source, stored, notes)
     return ScaledSource(source, stored) if stored else source
 
 
@@ -146,35 +150,67 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+\.", ".#.", name, count=1)
 
 
-def _find(source: Source, name: str, path: str, names: set[str]) -> Stored | None:
+def _check_unsaid(source: Source, stored: Mapping[str, Stored], notes: Mapping[str, Note]) -> None:
+    """Of a matrix that the file says nothing of, where it speaks of those of the same name in other blocks, nobody
+    knows whether it is rotated."""
+    said = {_pattern(name): note for name, note in notes.items()}
+    for name in stored:
+        if name not in notes and (note := said.get(_pattern(name))):
+            raise SwanError(f"{source.describe()}: nothing says how {name} is stored, as {note.where} does for others")
+
+
+def _find(source: Source, name: str, path: str, names: set[str], note: Note | None) -> Stored | None:
     """What makes up the matrix `name`; None if it is not quantised, or not all of it is here."""
     dtype = source.info(name).dtype
-    if dtype in _NAMES:
+    if dtype in _NAMES or note:
         scales = [f"{path}.{leaf}" for leaf in _SCALES if f"{path}.{leaf}" in names]
         if len(scales) > 1:
             raise SwanError(f"{source.describe()}: {name} has two scales, {' and '.join(scales)}")
-        return _scaled(source, name, scales[0], path, names) if scales else None
+        if note and not scales:
+            raise SwanError(f"{source.describe()}: {name} is {note.format}, by {note.where}, and has no weight_scale")
+        return _scaled(source, name, scales[0], path, names, note) if scales else None
     if dtype == torch.uint32 and {f"{path}.scales", f"{path}.biases"} <= names:
         return _affine(source, name, path)
     return None
 
 
-def _scaled(source: Source, name: str, scale: str, path: str, names: set[str]) -> Stored:
+def _scaled(source: Source, name: str, scale: str, path: str, names: set[str], note: Note | None) -> Stored:
     (height, columns), dtype = source.info(name).shape, source.info(name).dtype
     told, scale_dtype = source.info(scale).shape, _scale_dtype(source, scale)
-    blocks = (-(-height // _BLOCK), -(-columns // _BLOCK))
-    if told in ((), (1,), (1, 1)):
+    size = note.block if note and note.block else _BLOCK
+    blocks = (-(-height // size), -(-columns // size))
+    if told == blocks and note and note.block:
+        group, rows_per_scale = size, size
+    elif told in ((), (1,), (1, 1)):
         group, rows_per_scale = columns, max(height, 1)
     elif told in ((height,), (height, 1)):
         group, rows_per_scale = columns, 1
     elif told == blocks:
-        group, rows_per_scale = _BLOCK, _BLOCK
+        group, rows_per_scale = size, size
     else:
         fits = f"[], [{height}, 1] or {list(blocks)}"
         raise SwanError(f"{source.describe()}: {scale} has the shape {list(told)}, and {name} needs {fits}")
-    hidden = (scale, *(f"{path}.{leaf}" for leaf in _ACTIVATIONS if f"{path}.{leaf}" in names))
-    scheme = Scheme(_NAMES[dtype], dtype, group, scale_dtype)
+    if note:
+        _check_shared(source, note, scale, (group, rows_per_scale), (columns, height))
+        dtype = note.code_dtype
+    beside = (*_ACTIVATIONS, LEAF)
+    hidden = (scale, *(f"{path}.{leaf}" for leaf in beside if f"{path}.{leaf}" in names))
+    rotation = note.rotation if note else 0
+    label = _NAMES[dtype] + ("-rotated" if rotation else "")
+    scheme = Scheme(label, dtype, group, scale_dtype, rotation=rotation)
     return Stored(scheme, (height, columns), scale, None, rows_per_scale, hidden)
+
+
+def _check_shared(source: Source, note: Note, scale: str, found: tuple[int, int], whole: tuple[int, int]) -> None:
+    """What shares a scale, by the shape of the scales and by what the file says."""
+    columns, height = whole
+    is_blocks, is_rows = note.block > 0, found == (columns, 1) and height > 1
+    said = "blocks" if is_blocks else {True: "rows", False: "the tensor", None: ""}[note.per_row]
+    fits = found == (note.block, note.block) if is_blocks else note.per_row in (None, is_rows) or height == 1
+    if not fits or (not is_blocks and found[0] != columns):
+        shape = list(source.info(scale).shape)
+        what = f"{note.format}{f', with scales of {said},' if said else ''} by {note.where}"
+        raise SwanError(f"{source.describe()}: {scale} has the shape {shape}, which does not fit {what}")
 
 
 def _affine(source: Source, name: str, path: str) -> Stored:

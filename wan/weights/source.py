@@ -74,6 +74,10 @@ class Source:
         """Whether some of the tensors are quantised."""
         return any(self.block_type(name) for name in self.keys())
 
+    def parts(self) -> list[Source]:
+        """The single files, each with its own metadata."""
+        return [self]
+
     def describe(self) -> str:
         """The file, or `folder (n files)`, for messages."""
         if len(self.paths) == 1:
@@ -92,8 +96,12 @@ class MergedSource(Source):
                     first = self._owner[name].describe()
                     raise SwanError(f"tensor {name} is in both {first} and {part.describe()}: give one copy of it")
                 self._owner[name] = part
+        self._parts = [one for part in parts for one in part.parts()]
         paths = [path for part in parts for path in part.paths]
         super().__init__(paths, {name: part.info(name) for name, part in self._owner.items()})
+
+    def parts(self) -> list[Source]:
+        return self._parts
 
     def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
         return self._owner[name].read(name, rows)
