@@ -171,27 +171,28 @@ def test_the_check_of_the_output_leaves_nothing(tmp_path):
 
 def test_settings_make_the_same_request_again():
     first = official("flf2v-14B", image="red.png", last_frame="blue.png", size="832*480", save_file="a.mp4")
-    again = build_request(replay_options(first.settings(), {"save_file": "a.mp4"}))
+    again = build_request(replay_options(first.settings(), {"save_file": "a.mp4"}, files=True))
     assert again == first
 
 
 def test_replay_keeps_what_is_given_and_minds_a_changed_image(tmp_path):
     settings = official("i2v-14B", image="red.png", seed=3).settings()
-    assert build_request(replay_options(settings, {"seed": "4", "size": None})).seed == 4
+    given = {"ckpt_dir": "weights"}
+    assert build_request(replay_options(settings, {"seed": "4", "size": None, **given})).seed == 4
     Image.new("RGB", (60, 40), "green").save("red.png")
     with pytest.raises(SwanError, match="changed since"):
-        replay_options(settings, {})
-    assert build_request(replay_options(settings, {"image": "red.png"})).seed == 3
+        replay_options(settings, given)
+    assert build_request(replay_options(settings, {"image": "red.png", **given})).seed == 3
     (tmp_path / "red.png").unlink()
     with pytest.raises(UsageError, match="gone"):
-        replay_options(settings, {})
+        replay_options(settings, given)
 
 
 def test_options_are_those_of_the_command_line():
     from wan.cli import make_parser
 
     flags = {action.dest for action in make_parser()._actions}
-    assert set(OPTIONS) == flags - {"help", "version", "replay", "dry_run", "json", "quiet"}
+    assert set(OPTIONS) == flags - {"help", "version", "replay", "replay_files", "dry_run", "json", "quiet"}
 
 
 def test_solver_names_are_the_solvers():
