@@ -71,10 +71,10 @@ def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[di
     except UsageError as error:
         raise SwanError(f"the settings in the video are damaged: {error}") from error
     hashes = settings.get("image_sha256", {})
-    loras = [pair for flag in LORA_FLAGS for pair in options.get(flag, [])]
-    if not isinstance(hashes, dict) or not all(isinstance(pair, list) for pair in loras):
-        wrong = "lora" if isinstance(hashes, dict) else "image_sha256"
-        raise SwanError(f"the settings in the video are damaged: {wrong} is not what Swan writes there")
+    wrong = [flag for flag in LORA_FLAGS if not all(isinstance(pair, list) for pair in options.get(flag, []))]
+    wrong += [] if isinstance(hashes, dict) else ["image_sha256"]
+    if wrong:
+        raise SwanError(f"the settings in the video are damaged: {wrong[0]} is not what Swan writes there")
     return options, hashes
 
 
