@@ -1,5 +1,7 @@
 """Every bad request ends in one line that says what is allowed; a good one has every default filled in."""
 
+import os
+
 import pytest
 from PIL import Image
 
@@ -102,6 +104,11 @@ BAD = [
     ({"sample_solver": "ddim"}, "unipc, dpm\\+\\+, euler"),
     ({"denoising_step_list": "250,500"}, "falling"),
     ({"denoising_step_list": "1001"}, "falling"),
+    ({"denoising_step_list": [1000 - n / 2 for n in range(1500)]}, "falling"),
+    ({"sample_shift": 1e39}, "above 0"),
+    ({"vram_gb": "1e300"}, "above 0"),
+    ({"lora": "red.png:1e39"}, "strength must be a number, not '1e39'"),
+    ({"lora": [["red.png", 10**400]]}, "strength must be a number"),
     ({"denoising_step_list": "1000,500", "sample_steps": "3"}, "contradicts"),
     ({"save_file": "video.avi"}, "must end in .mp4"),
     ({"save_file": "video.png"}, "one frame"),
@@ -167,6 +174,49 @@ def test_the_check_of_the_output_leaves_nothing(tmp_path):
     before = sorted(tmp_path.iterdir())
     build_request({"save_file": "video.mp4"})
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_runs_of_the_same_moment_take_two_names():
+    assert len({build_request({"seed": 1}).save_file for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize(
+    "options, inputs",
+    [
+        ({"task": "i2v-tiny", "image": "a.png", "save_file": "a.png", "frame_num": 1}, "image"),
+        ({"lora": "a.png", "save_file": "a.png", "frame_num": 1}, "lora"),
+        ({"vae": "a.png", "save_file": "a.png", "frame_num": 1}, "vae"),
+        ({"vae": "a.png", "teacache": True, "cache_trace": "a.png"}, "vae"),
+        (
+            {"teacache": True, "cache_trace": "a.png", "save_file": "a.png", "frame_num": 1, "cache_force": True},
+            "save_file",
+        ),
+    ],
+)
+def test_an_output_never_takes_the_place_of_an_input(tmp_path, options, inputs, link):
+    (tmp_path / "red.png").rename("a.png")
+    if link:
+        link("a.png", "b.png")
+        (output,) = [name for name in ("cache_trace", "save_file") if name in options][:1]
+        options = options | {output: "b.png"}
+    with pytest.raises(UsageError, match=f"and --{inputs} both name .*: it would be overwritten"):
+        build_request(options)
+
+
+def test_an_output_is_not_the_replayed_video_or_a_file_of_the_checkpoint(tmp_path):
+    (tmp_path / "a.mp4").write_text("a video")
+    with pytest.raises(UsageError, match="--save_file and --replay both name"):
+        build_request({"save_file": "a.mp4"}, replayed="a.mp4")
+    for name in ("vae.pth", "config.json", "dit.safetensors", "t.jsonl"):
+        (tmp_path / "weights" / name).write_text("precious")
+    official("t2v-1.3B", ckpt_dir=".", save_file="a.mp4")  # a video of an earlier run
+    official("t2v-1.3B", easycache=True, cache_trace="weights/t.jsonl")
+    for name in ("vae.pth", "config.json", "dit.safetensors"):
+        with pytest.raises(UsageError, match=f"--cache_trace .*/{name} is a file of --ckpt_dir"):
+            official("t2v-1.3B", easycache=True, cache_trace=f"weights/{name}")
+    with pytest.raises(UsageError, match="--cache_trace: cannot write to /proc"):
+        official("t2v-1.3B", easycache=True, cache_trace="/proc/trace")
 
 
 def test_settings_make_the_same_request_again():
