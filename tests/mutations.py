@@ -98,18 +98,24 @@ def mutated(base: bytes, seed: int, changes: Sequence[Change] = ANYWHERE, head: 
     return bytes(data)
 
 
-def survive(bases: Sequence[bytes], batch: int, attempt: Callable[[bytes], None], **how: object) -> None:
+def survive(
+    bases: Sequence[bytes],
+    batch: int,
+    attempt: Callable[[bytes], None],
+    slack_bytes: int = SLACK_BYTES,
+    **how: object,
+) -> None:
     """Every seed of one of the BATCHES: `attempt` takes a damaged file, reads it, and checks what it has read. It may
     raise SwanError; anything else, much time or more memory of Python's than twice the file's size is a failure.
 
-    attempt: writes the bytes to a file of its own. how: see `mutated`.
+    attempt: writes the bytes to a file of its own. slack_bytes: memory on top of twice the size. how: see `mutated`.
     """
     refused = 0
     seeds = range(SEED + batch, SEED + FILES, BATCHES)
     for seed in seeds:
         data = mutated(bases[seed // BATCHES % len(bases)], seed, **how)
         try:
-            with limits(seed, len(data)):
+            with limits(seed, len(data), slack_bytes):
                 attempt(data)
         except SwanError as error:
             refused += 1
@@ -123,7 +129,7 @@ def survive(bases: Sequence[bytes], batch: int, attempt: Callable[[bytes], None]
 
 
 @contextlib.contextmanager
-def limits(seed: int, size_bytes: int):
+def limits(seed: int, size_bytes: int, slack_bytes: int = SLACK_BYTES):
     def too_long(*_):
         raise AssertionError(f"seed {seed}: more than {SECONDS} s")
 
@@ -133,7 +139,7 @@ def limits(seed: int, size_bytes: int):
     try:
         yield
         peak = tracemalloc.get_traced_memory()[1]
-        assert peak <= 2 * size_bytes + SLACK_BYTES, f"{peak:,} bytes of memory for {size_bytes:,}"
+        assert peak <= 2 * size_bytes + slack_bytes, f"{peak:,} bytes of memory for {size_bytes:,}"
     finally:
         tracemalloc.stop()
         signal.setitimer(signal.ITIMER_REAL, 0)

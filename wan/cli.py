@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -32,6 +34,8 @@ from wan.tasks import load_task, preset_names, task_names
 
 if TYPE_CHECKING:
     import torch
+
+MAX_NAME_BYTES = 255  # of a file, on usual file systems
 
 
 def _boolean(text: str) -> bool:
@@ -68,6 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", "--base_seed", dest="seed", metavar="N", help="default -1: random, and printed")
     add("--save_file", metavar="FILE", help=".mp4, or .png for one frame; default: a new name in this folder")
     add("--replay", metavar="FILE", help="make the video of this file again; flags given beside it override")
+    add(
+        "--replay_files",
+        action="store_true",
+        help="use the checkpoint and the other files that the video names: for videos of your own",
+    )
 
     add = parser.add_argument_group("sampling (defaults: the task's official ones)").add_argument
     add("--sample_solver", metavar="NAME", help=f"one of: {', '.join(SOLVER_NAMES)}")
@@ -182,13 +191,18 @@ def _refuse(message: str) -> int:
 def _main(argv: Sequence[str] | None, world: World) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    notes: list[str] = []
     if args.replay:
-        options = replay_options(media.read_settings(args.replay), options)
-    request = build_request(options, world.size)
+        options = replay_options(
+            media.read_settings(args.replay), options, files=bool(args.replay_files), warnings=notes
+        )
+    elif args.replay_files:
+        raise UsageError("--replay_files is for --replay FILE")
+    request = build_request(options, world.size, args.replay)
     spec = load_task(request.task)
     quiet = args.quiet or world.rank > 0
     if not quiet:
-        for warning in request.warnings:
+        for warning in (*notes, *request.warnings):
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         return _dry_run(request, spec, args.json, world.local_size) if world.rank == 0 else 0
@@ -297,12 +311,22 @@ def _describe(error: Exception) -> str:
 
 def _keep_latents(latents: torch.Tensor, save_file: str) -> str:
     """Save what the denoising made, beside the output or in the temporary folder; says where, for the message."""
-    name = f"{Path(save_file).name}.latents.safetensors"
     for folder in (Path(save_file).parent, Path(tempfile.gettempdir())):
-        with contextlib.suppress(SwanError):
-            media.save_latents(folder / name, latents)
-            return f"the latents are kept in {folder / name}"
+        with contextlib.suppress(SwanError, OSError):
+            path = _free_name(folder, Path(save_file).name)
+            media.save_latents(path, latents)
+            return f"the latents are kept in {path}"
     return "the latents could not be saved either"
+
+
+def _free_name(folder: Path, video: str) -> Path:
+    """Where nothing lies yet: the latents of an earlier run stay. A long name is cut, to MAX_NAME_BYTES."""
+    for number in itertools.count(1):
+        ending = f"{f'-{number}' if number > 1 else ''}.latents.safetensors"
+        while len(os.fsencode(video + ending)) > MAX_NAME_BYTES:
+            video = video[:-1]
+        if not os.path.lexists(folder / (video + ending)):
+            return folder / (video + ending)
 
 
 def _peak_memory() -> dict[str, int]:

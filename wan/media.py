@@ -1,4 +1,4 @@
-"""Images in, videos and latents out. Every write is atomic; settings travel inside the file.
+"""Videos and latents out, the settings inside a video in. Every write is atomic.
 
 Heavy libraries are imported where they are used, so that `generate.py --help` stays quick.
 """
@@ -6,13 +6,18 @@ Heavy libraries are imported where they are used, so that `generate.py --help` s
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
-import warnings
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from wan.errors import SwanError, UsageError, one_line
-from wan.files import atomic
+from wan.errors import SwanError, UsageError, one_line, printable
+from wan.files import atomic, open_plain, parse_json
+from wan.pictures import read_image
+
+__all__ = ["read_image", "read_settings", "save_latents", "write_video"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,25 +25,18 @@ if TYPE_CHECKING:
 
 # x264 splits its work by thread, which changes the bits: a fixed number gives one file on every machine.
 X264_OPTIONS = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-threads", "4", "-movflags", "+faststart")
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3] RGB, turned upright as its EXIF tag says.
-
-    Raises UsageError where there is no such file and SwanError where it cannot be read as an image.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    if not Path(path).is_file():
-        raise UsageError(f"no image file {path}")
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    # PIL reports a broken PNG as SyntaxError and other broken formats as OSError, ValueError or EOFError.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SwanError(f"cannot read image {path}: {one_line(error)}") from error
+# Players take what is not tagged for BT.709 in HD, for BT.601 below. `setparams` tags what the filters hand on, which
+# newer versions of ffmpeg go by; older ones go by the options.
+BT709_OPTIONS = (
+    "-vf",
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
+    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
+    *("-color_range", "tv", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+)
+_ESCAPED, _BACKSLASH = re.compile(r"[\\=;#\n]"), r"\\\g<0>"  # in a metadata file of ffmpeg
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_COMMENT_BYTES = 1 << 20  # two prompts of 10,000 letters take 240 kB at most
+_MAX_PARTS = 10_000  # boxes or chunks looked at
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: int, settings: dict[str, Any]) -> None:
@@ -77,13 +75,21 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
     _, height, width, _ = frames.shape
     if width % 2 or height % 2:
         raise SwanError(f"an mp4 needs an even width and height, not {width}x{height}")
-    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *X264_OPTIONS]
-    command += ["-metadata", f"comment={comment}", "-f", "mp4", str(path)]
     pixels = memoryview(np.ascontiguousarray(frames)).cast("B")
-    # Run directly rather than through imageio_ffmpeg's writer, which does not look at ffmpeg's exit status:
-    # a disk that fills up while the index is written would pass unnoticed.
-    done = subprocess.run(command, input=pixels, capture_output=True)
+    with tempfile.TemporaryDirectory(prefix="swan-") as folder:
+        # In a file, for a command line holds some 100 kB, which two long prompts exceed.
+        metadata = Path(folder, "metadata.txt")
+        metadata.write_text(
+            f";FFMETADATA1\ncomment={_ESCAPED.sub(_BACKSLASH, comment)}\n", encoding="utf-8", newline="\n"
+        )
+        source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source]
+        # "file:", for a name with a colon is a protocol to ffmpeg
+        command += ["-f", "ffmetadata", "-i", f"file:{metadata}", "-map", "0:v", "-map_metadata", "1"]
+        command += [*BT709_OPTIONS, *X264_OPTIONS, "-f", "mp4", f"file:{path}"]
+        # Run directly rather than through imageio_ffmpeg's writer, which does not look at ffmpeg's exit status:
+        # a disk that fills up while the index is written would pass unnoticed.
+        done = subprocess.run(command, input=pixels, capture_output=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()
         raise OSError(reason[-1] if reason else f"ffmpeg ended with status {done.returncode}")
@@ -102,32 +108,79 @@ def save_latents(path: str | Path, latents: torch.Tensor) -> None:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings stored by `write_video` in an mp4 or PNG.
+    """The settings stored by `write_video` in an mp4 or PNG. Nothing else of the file is read, and nothing decoded.
 
     Raises UsageError where there is no such file and SwanError where it holds no settings.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"no file {path} to read settings from")
-    try:
-        comment = _png_comment(path) if path.suffix.lower() == ".png" else _mp4_comment(path)
-        settings = json.loads(comment)
-    except (OSError, SyntaxError, ValueError) as error:  # PyAV's errors are OSErrors and ValueErrors
-        raise SwanError(f"{path} holds no Swan settings: {one_line(error)}") from error
-    if not isinstance(settings, dict) or "task" not in settings:
-        raise SwanError(f"{path} holds no Swan settings: its comment is something else")
+    if not os.path.isfile(path):
+        raise UsageError(f"no file {printable(path)} to read settings from")
+    with open_plain(path) as file:
+        try:
+            is_png = file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+            settings = parse_json(_png_comment(file) if is_png else _mp4_comment(file))
+        except (OSError, ValueError) as error:
+            raise SwanError(f"{printable(path)} holds no Swan settings: {one_line(error)}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("task"), str):
+        raise SwanError(f"{printable(path)} holds no Swan settings: its comment is something else")
     return settings
 
 
-def _png_comment(path: Path) -> str:
-    from PIL import Image
+def _png_comment(file: BinaryIO) -> str | bytes:
+    """Of a file that stands behind the signature. Source: the PNG specification, 5.3 and 11.3.3."""
+    for _ in range(_MAX_PARTS):
+        head = file.read(8)
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if len(head) < 8 or kind == b"IEND":
+            break
+        start = file.tell()
+        if kind in (b"tEXt", b"iTXt", b"zTXt") and file.read(8) == b"comment\0":
+            text = _read(file, size - 8)
+            if kind == b"tEXt":
+                return text.decode("latin-1")
+            if kind == b"zTXt" or text[:1] != b"\0":
+                raise ValueError("its comment is compressed")
+            return text[2:].split(b"\0", 2)[-1]  # behind the language and the keyword in it
+        file.seek(start + size + 4)
+    raise ValueError("it has no comment")
 
-    with Image.open(path) as image:
-        return getattr(image, "text", {}).get("comment", "")
+
+def _mp4_comment(file: BinaryIO) -> bytes:
+    """Found without FFmpeg's reader, which takes 700 MB where 2 kB of a file claim ten million frames.
+
+    Source: ISO/IEC 14496-12, 4.2 (boxes); the rest is what ffmpeg writes, as iTunes does.
+    """
+    start, end = 0, os.fstat(file.fileno()).st_size
+    for kind in (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data"):
+        start, end = _box(file, start, end, kind)
+        start += {b"meta": 4, b"data": 8}.get(kind, 0)  # version and flags; type and language
+    file.seek(start)
+    return _read(file, end - start)
 
 
-def _mp4_comment(path: Path) -> str:
-    import av
+def _box(file: BinaryIO, start: int, end: int, kind: bytes) -> tuple[int, int]:
+    """Where the contents of the first box of this kind start and end. Raises ValueError where there is none."""
+    for _ in range(_MAX_PARTS):
+        if end - start < 8:
+            break
+        file.seek(start)
+        head = file.read(16)
+        size, header = int.from_bytes(head[:4], "big"), 8
+        if size == 1:
+            size, header = int.from_bytes(head[8:], "big"), 16
+        elif size == 0:  # as far as there is
+            size = end - start
+        if not header <= size <= end - start:
+            raise ValueError("it is no mp4, or a damaged one")
+        if head[4:8] == kind:
+            return start + header, start + size
+        start += size
+    raise ValueError("it has no comment")
 
-    with av.open(str(path)) as container:
-        return container.metadata.get("comment", "")
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    if not 0 < size <= _MAX_COMMENT_BYTES:
+        raise ValueError(f"its comment has {size:,} bytes, and at most {_MAX_COMMENT_BYTES:,} are read")
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError("it ends within its comment")
+    return data

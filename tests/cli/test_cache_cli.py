@@ -78,7 +78,7 @@ def test_coefficients_from_a_file(generate, folder):
     assert code == 0 and report["cache"]["model"]["cond"]["skipped"] == 7  # ccSScSScSScS
     assert read_settings("a.mp4")["cache_coefficients"] == str(folder / "c.json")
     (folder / "c.json").write_text("{}")
-    code, _, lines = generate("--quiet", "--replay", "a.mp4", "--save_file", "b.mp4")
+    code, _, lines = generate("--quiet", "--replay", "a.mp4", "--replay_files", "--save_file", "b.mp4")
     assert code == 2 and len(lines) == 1 and "c.json: not a coefficients file" in lines[0]
 
 

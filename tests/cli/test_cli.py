@@ -203,6 +203,17 @@ def test_failed_save_keeps_the_latents_elsewhere(pipeline, capsys, tmp_path, mon
     assert err.endswith(f"; the latents are kept in {kept}\n") and kept.is_file()
 
 
+def test_kept_latents_of_two_runs_and_of_a_long_name(pipeline, capsys, tmp_path):
+    pipeline.fail = RuntimeError("x")
+    name = "é" * 120 + ".mp4"  # 244 bytes
+    for _ in range(2):
+        assert main(["--quiet", "--save_file", name]) == 1
+        assert "the latents are kept in " in capsys.readouterr().err
+    kept = sorted(item.name for item in tmp_path.iterdir())
+    assert len(kept) == 2 and kept[0].endswith("é-2.latents.safetensors") and kept[1].endswith("é.latents.safetensors")
+    assert all(len(name.encode()) <= 255 for name in kept)
+
+
 @pytest.mark.parametrize(
     "error, code, line",
     [

@@ -59,7 +59,8 @@ def test_the_video_of_generate(run, tiny_gguf, tmp_path, capsys):
     assert cli.main(["--quiet", *(str(part) for flag in generate.items() for part in (f"--{flag[0]}", flag[1]))]) == 0
     theirs = json.loads(capsys.readouterr().out)
     assert theirs["sha256"] == report["sha256"] and theirs["fps"] == report["fps"] == 8
-    assert cli.main(["--quiet", "--replay", report["file"], "--save_file", str(tmp_path / "c.mp4")]) == 0
+    again = ["--quiet", "--replay", report["file"], "--replay_files", "--save_file", str(tmp_path / "c.mp4")]
+    assert cli.main(again) == 0
     assert json.loads(capsys.readouterr().out)["sha256"] == report["sha256"]
 
 

@@ -61,7 +61,8 @@ def test_transformer_and_text_encoder_from_gguf(tiny, tmp_path, capsys, mode, mo
     with av.open("a.mp4") as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert judge(frames) == ("blue", "square", "up", "white")
-    code, again, _ = generate(capsys, "--replay", "a.mp4", "--gguf_mode", "resident", "--save_file", "b.mp4")
+    again_flags = ("--replay", "a.mp4", "--replay_files", "--gguf_mode", "resident")
+    code, again, _ = generate(capsys, *again_flags, "--save_file", "b.mp4")
     assert again["sha256"] == report["sha256"]  # fp32: both modes give the same bits
 
 

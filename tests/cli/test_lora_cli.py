@@ -66,7 +66,7 @@ def test_video_replay_and_strengths(generate):
     assert sha256("--lora", "a.safetensors:0", "--save_file", "none.png") == bare
     two = sha256("--lora", "a.safetensors:0.5", "--lora", "b.safetensors:-1", "--save_file", "two.png")
     assert two not in (once, bare)
-    code, report, _ = generate("--replay", "two.png", "--save_file", "again.png", quick=())
+    code, report, _ = generate("--replay", "two.png", "--replay_files", "--save_file", "again.png", quick=())
     assert report["sha256"] == two
     code, report, _ = generate("--replay", "two.png", "--lora", "a.safetensors", "--save_file", "c.png", quick=())
     assert report["sha256"] == once
@@ -137,7 +137,7 @@ def test_settings_hold_them(folder):
     first = build_request({"lora": ["a.safetensors:0.5", "b.safetensors"], "save_file": "a.mp4", "seed": 1})
     stored = json.loads(json.dumps(first.settings()))
     assert stored["lora"] == [[str(folder / "a.safetensors"), 0.5], [str(folder / "b.safetensors"), 1.0]]
-    assert build_request(replay_options(stored, {"save_file": "a.mp4"})) == first
+    assert build_request(replay_options(stored, {"save_file": "a.mp4"}, files=True)) == first
     assert not {"lora", "lora_high", "lora_low"} & build_request({}).settings().keys()
 
 

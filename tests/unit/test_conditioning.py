@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from wan.conditioning.condition import Condition
-from wan.conditioning.image import center_crop, conditioning_video, crop_last, frame_mask, image_condition, to_pixels
+from wan.conditioning.image import conditioning_video, crop_last, frame_mask, image_condition, to_pixels
 from wan.conditioning.latent import cover, first_frame_condition
-from wan.conditioning.sizes import i2v_size, last_frame_crop, latent_frames, latent_shape, ti2v_size
+from wan.conditioning.sizes import cover_size, i2v_size, latent_frames, latent_shape, ti2v_size
 from wan.errors import UsageError
 
 # img_h, img_w, max_area, height, width
@@ -85,9 +85,12 @@ def test_latent_shape():
         latent_frames(80)
 
 
-def test_last_frame_crop():
-    assert last_frame_crop(60, 90, 60, 90) == (60, 90)
-    assert last_frame_crop(60, 90, 90, 50) == (90, 162)  # scaled to 162 x 90, then read the wrong way round
+def test_cover_size():
+    assert cover_size(60, 90, 60, 90) == (60, 90)
+    assert cover_size(60, 90, 90, 50) == (162, 90)
+    assert cover_size(60, 90, 600, 1800) == (60, 180)
+    with pytest.raises(UsageError, match="90x9000 is too unlike 90x60 in shape"):
+        cover_size(60, 90, 9000, 90)
 
 
 def test_sizes_need_no_torch():
@@ -107,12 +110,6 @@ def test_frame_mask(num_frames, last):
     assert torch.equal(mask, expected[:, :, None, None].expand(mask.shape))
 
 
-def test_center_crop_cuts_and_pads():
-    pixels = torch.arange(1.0, 7.0).view(1, 2, 3)
-    assert center_crop(pixels, 4, 1).tolist() == [[[0], [2], [5], [0]]]
-    assert torch.equal(center_crop(pixels, 2, 3), pixels)
-
-
 def test_pixels_span_minus_one_to_one():
     image = np.array([[[0, 255, 51]]], dtype=np.uint8)
     assert to_pixels(image).flatten().tolist() == pytest.approx([-1, 1, -0.6])
@@ -121,6 +118,24 @@ def test_pixels_span_minus_one_to_one():
 def test_last_frame_of_equal_size_is_untouched():
     pixels = torch.rand(3, 6, 4)
     assert torch.equal(crop_last(pixels, 6, 4), pixels)
+
+
+def disc(width, height, radius):
+    """White on black, in the middle."""
+    y, x = np.mgrid[:height, :width]
+    inside = (x - (width - 1) / 2) ** 2 + (y - (height - 1) / 2) ** 2 < radius**2
+    return np.repeat(inside[:, :, None] * np.uint8(255), 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "radius"), [(128, 96, 24), (256, 192, 48), (32, 24, 6), (128, 200, 24), (300, 96, 24)]
+)
+def test_last_frame_of_another_size_covers_the_first(width, height, radius):
+    """Scaled by as much as it takes and cropped: the disc stays round, in the middle, and has the size it should."""
+    seen = crop_last(to_pixels(disc(width, height, radius)), 96, 128)
+    expected = to_pixels(disc(128, 96, 24 * max(128 / width, 96 / height) * radius / 24))
+    assert seen.shape == (3, 96, 128) and seen.abs().max() <= 1
+    assert (seen - expected).abs().mean() < 0.05
 
 
 def test_conditioning_video_is_grey_between():

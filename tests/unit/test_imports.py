@@ -14,7 +14,7 @@ PACKAGES = ("wan", "cache", "distributed")
 # A module imports from its own layer or from those before it.
 LAYERS = [
     ("wan", "wan.errors", "wan.files", "cache", "distributed"),
-    ("wan.tasks", "wan.media", "wan.command"),
+    ("wan.tasks", "wan.pictures", "wan.media", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.offload",),
     ("wan.models",),

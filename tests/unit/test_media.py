@@ -1,5 +1,6 @@
 """Videos, images and latents on disk: whole or not at all, with the settings inside."""
 
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,60 @@ def test_mp4_holds_frames_and_settings(tmp_path):
     assert decoded.shape == clip().shape
     assert np.abs(decoded.astype(int) - clip()).mean() < 6
     assert [item.name for item in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def as_a_player_shows(path):
+    """RGB of every frame, as its own tags say it is to be made, which must be those of BT.709 in the range of TV."""
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            tags = (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range)
+            assert [int(tag) for tag in tags] == [1, 1, 1, 1]
+            planes = [
+                np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width] for plane in frame.planes
+            ]
+            y, u, v = planes[0], *(np.kron(plane, np.ones((2, 2), int)) for plane in planes[1:])
+            y, u, v = (y - 16.0) / 219, (u - 128.0) / 224, (v - 128.0) / 224
+            red, blue = y + 2 * (1 - 0.2126) * v, y + 2 * (1 - 0.0722) * u
+            green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
+            yield np.clip(np.stack([red, green, blue], axis=-1), 0, 1) * 255
+
+
+@pytest.mark.parametrize("height, width", [(48, 64), (736, 1296)])
+def test_colours_are_those_that_a_player_shows(tmp_path, height, width):
+    """In small and in HD videos, of which players think differently if they are not told."""
+    colours = [(r, g, b) for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 128, 255)]
+    colours = colours if height < 720 else [(255, 0, 0), (0, 255, 0), (200, 150, 120)]
+    for colour in colours:
+        frames = np.full((2, height, width, 3), colour, np.uint8)
+        write_video(tmp_path / "a.mp4", frames, 8, SETTINGS)
+        shown = list(as_a_player_shows(tmp_path / "a.mp4"))
+        assert len(shown) == 2 and np.abs(np.stack(shown) - frames).max() <= 3, colour
+
+
+PROMPTS = {
+    "long": "\U0001f600" * 10_000,
+    "signs": "\\=;#\n\r\t\"'%{}:,[]" * 50 + "\\",
+    "unicode": "é你好\u2028\x00\x1b\x7f\ufeff",
+    "metadata": ";FFMETADATA1\ncomment=other\n[CHAPTER]\n",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("name", ["a.mp4", "a.png"])
+def test_every_prompt_is_stored_exactly(tmp_path, name, prompt):
+    settings = {"task": "t2v-tiny", "prompt": PROMPTS[prompt], "negative_prompt": PROMPTS[prompt], "=#;\\\n": 1}
+    write_video(tmp_path / name, clip(1, 16, 16), 8, settings)
+    assert read_settings(tmp_path / name) == settings
+    opened, others_name_for_it = (Image.open, "text") if name.endswith("png") else (av.open, "metadata")
+    with opened(str(tmp_path / name)) as file:
+        assert json.loads(getattr(file, others_name_for_it)["comment"]) == settings
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_looks_like_a_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("http:a.mp4", clip(1, 16, 16), 8, SETTINGS)
+    assert read_settings("http:a.mp4") == SETTINGS
 
 
 @pytest.mark.parametrize("name", ["video.mp4", "frame.png"])

@@ -1,5 +1,7 @@
 """Every bad request ends in one line that says what is allowed; a good one has every default filled in."""
 
+import os
+
 import pytest
 from PIL import Image
 
@@ -102,6 +104,11 @@ BAD = [
     ({"sample_solver": "ddim"}, "unipc, dpm\\+\\+, euler"),
     ({"denoising_step_list": "250,500"}, "falling"),
     ({"denoising_step_list": "1001"}, "falling"),
+    ({"denoising_step_list": [1000 - n / 2 for n in range(1500)]}, "falling"),
+    ({"sample_shift": 1e39}, "above 0"),
+    ({"vram_gb": "1e300"}, "above 0"),
+    ({"lora": "red.png:1e39"}, "strength must be a number, not '1e39'"),
+    ({"lora": [["red.png", 10**400]]}, "strength must be a number"),
     ({"denoising_step_list": "1000,500", "sample_steps": "3"}, "contradicts"),
     ({"save_file": "video.avi"}, "must end in .mp4"),
     ({"save_file": "video.png"}, "one frame"),
@@ -169,29 +176,73 @@ def test_the_check_of_the_output_leaves_nothing(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_runs_of_the_same_moment_take_two_names():
+    assert len({build_request({"seed": 1}).save_file for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize(
+    "options, inputs",
+    [
+        ({"task": "i2v-tiny", "image": "a.png", "save_file": "a.png", "frame_num": 1}, "image"),
+        ({"lora": "a.png", "save_file": "a.png", "frame_num": 1}, "lora"),
+        ({"vae": "a.png", "save_file": "a.png", "frame_num": 1}, "vae"),
+        ({"vae": "a.png", "teacache": True, "cache_trace": "a.png"}, "vae"),
+        (
+            {"teacache": True, "cache_trace": "a.png", "save_file": "a.png", "frame_num": 1, "cache_force": True},
+            "save_file",
+        ),
+    ],
+)
+def test_an_output_never_takes_the_place_of_an_input(tmp_path, options, inputs, link):
+    (tmp_path / "red.png").rename("a.png")
+    if link:
+        link("a.png", "b.png")
+        (output,) = [name for name in ("cache_trace", "save_file") if name in options][:1]
+        options = options | {output: "b.png"}
+    with pytest.raises(UsageError, match=f"and --{inputs} both name .*: it would be overwritten"):
+        build_request(options)
+
+
+def test_an_output_is_not_the_replayed_video_or_a_file_of_the_checkpoint(tmp_path):
+    (tmp_path / "a.mp4").write_text("a video")
+    with pytest.raises(UsageError, match="--save_file and --replay both name"):
+        build_request({"save_file": "a.mp4"}, replayed="a.mp4")
+    for name in ("vae.pth", "config.json", "dit.safetensors", "t.jsonl"):
+        (tmp_path / "weights" / name).write_text("precious")
+    official("t2v-1.3B", ckpt_dir=".", save_file="a.mp4")  # a video of an earlier run
+    official("t2v-1.3B", easycache=True, cache_trace="weights/t.jsonl")
+    for name in ("vae.pth", "config.json", "dit.safetensors"):
+        with pytest.raises(UsageError, match=f"--cache_trace .*/{name} is a file of --ckpt_dir"):
+            official("t2v-1.3B", easycache=True, cache_trace=f"weights/{name}")
+    with pytest.raises(UsageError, match="--cache_trace: cannot write to /proc"):
+        official("t2v-1.3B", easycache=True, cache_trace="/proc/trace")
+
+
 def test_settings_make_the_same_request_again():
     first = official("flf2v-14B", image="red.png", last_frame="blue.png", size="832*480", save_file="a.mp4")
-    again = build_request(replay_options(first.settings(), {"save_file": "a.mp4"}))
+    again = build_request(replay_options(first.settings(), {"save_file": "a.mp4"}, files=True))
     assert again == first
 
 
 def test_replay_keeps_what_is_given_and_minds_a_changed_image(tmp_path):
     settings = official("i2v-14B", image="red.png", seed=3).settings()
-    assert build_request(replay_options(settings, {"seed": "4", "size": None})).seed == 4
+    given = {"ckpt_dir": "weights"}
+    assert build_request(replay_options(settings, {"seed": "4", "size": None, **given})).seed == 4
     Image.new("RGB", (60, 40), "green").save("red.png")
     with pytest.raises(SwanError, match="changed since"):
-        replay_options(settings, {})
-    assert build_request(replay_options(settings, {"image": "red.png"})).seed == 3
+        replay_options(settings, given)
+    assert build_request(replay_options(settings, {"image": "red.png", **given})).seed == 3
     (tmp_path / "red.png").unlink()
     with pytest.raises(UsageError, match="gone"):
-        replay_options(settings, {})
+        replay_options(settings, given)
 
 
 def test_options_are_those_of_the_command_line():
     from wan.cli import make_parser
 
     flags = {action.dest for action in make_parser()._actions}
-    assert set(OPTIONS) == flags - {"help", "version", "replay", "dry_run", "json", "quiet"}
+    assert set(OPTIONS) == flags - {"help", "version", "replay", "replay_files", "dry_run", "json", "quiet"}
 
 
 def test_solver_names_are_the_solvers():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from wan.conditioning.condition import Condition
-from wan.conditioning.sizes import last_frame_crop, latent_frames
+from wan.conditioning.sizes import cover_size, latent_frames
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # video [1, 3, T, H, W] in [-1, 1] -> latent [1, z, T', h, w]
 
@@ -53,20 +53,17 @@ def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def crop_last(pixels: torch.Tensor, first_h: int, first_w: int) -> torch.Tensor:
-    """The last frame [3, H, W] brought to the shape of the first one: cropped and padded with grey, not scaled."""
-    height, width = last_frame_crop(first_h, first_w, *pixels.shape[1:])
-    return center_crop(pixels, height, width)
+    """The last frame [3, H, W] at the first one's size [3, first_h, first_w]: scaled to cover it, then cropped.
 
-
-def center_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The middle [3, height, width] of [3, H, W], zeros (mid grey) where the picture is too small."""
-    missing_w, missing_h = max(width - pixels.shape[2], 0), max(height - pixels.shape[1], 0)
-    padding = (missing_w // 2, missing_w - missing_w // 2, missing_h // 2, missing_h - missing_h // 2)
-    pixels = F.pad(pixels, padding)
-    # round() is Python's, to even, on both sides of the comparison with the reference
-    top = round((pixels.shape[1] - height) / 2)
-    left = round((pixels.shape[2] - width) / 2)
-    return pixels[:, top : top + height, left : left + width]
+    The official code computes that scale, but crops the unscaled picture, and to a height and a width in each other's
+    place. A frame of the first one's size stays as it is, here and there.
+    """
+    if tuple(pixels.shape[1:]) == (first_h, first_w):
+        return pixels
+    height, width = cover_size(first_h, first_w, *pixels.shape[1:])
+    scaled = F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    top, left = (height - first_h) // 2, (width - first_w) // 2
+    return scaled[:, top : top + first_h, left : left + first_w]
 
 
 def conditioning_video(frames: list[torch.Tensor], num_frames: int) -> torch.Tensor:

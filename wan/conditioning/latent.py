@@ -8,7 +8,7 @@ from PIL import Image
 
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import Encode, to_pixels
-from wan.conditioning.sizes import latent_frames
+from wan.conditioning.sizes import cover_size, latent_frames
 
 
 def first_frame_condition(
@@ -22,8 +22,8 @@ def first_frame_condition(
 def cover(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     """uint8 [H, W, 3] -> [3, 1, height, width] in [-1, 1]: Lanczos until it covers the size, then the middle of it."""
     picture = Image.fromarray(np.asarray(image))
-    scale = max(width / picture.width, height / picture.height)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
+    covering_h, covering_w = cover_size(height, width, picture.height, picture.width)
+    picture = picture.resize((covering_w, covering_h), Image.LANCZOS)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     picture = picture.crop((left, top, left + width, top + height))
     return to_pixels(np.asarray(picture))[:, None]

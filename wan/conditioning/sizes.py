@@ -10,6 +10,7 @@ import math
 from wan.errors import UsageError
 
 TEMPORAL_STRIDE = 4  # frames per latent frame, after the first, which stands alone
+MAX_COVERING = 16  # so many times the area that is seen may be scaled to cover it
 
 
 def latent_frames(num_frames: int) -> int:
@@ -55,16 +56,13 @@ def ti2v_size(max_area: int, img_h: int, img_w: int, *, multiple: int = 32) -> t
     return first if mismatch(first) < mismatch(second) else second
 
 
-def last_frame_crop(first_h: int, first_w: int, last_h: int, last_w: int) -> tuple[int, int]:
-    """The (height, width) that flf2v crops its last frame to when the two images differ in size.
-
-    The reference scales the last frame's size so that it covers the first's, and then hands (width, height) to a crop
-    that reads (height, width). The swap is kept: it decides what the network sees.
-    """
-    if (first_h, first_w) == (last_h, last_w):
-        return last_h, last_w
-    scale = max(first_w / last_w, first_h / last_h)
-    return round(last_w * scale), round(last_h * scale)
+def cover_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:
+    """The (height, width) of a picture scaled, in its aspect ratio, so that it just covers height x width."""
+    scale = max(width / img_w, height / img_h)
+    covering = round(img_h * scale), round(img_w * scale)
+    if math.prod(covering) > MAX_COVERING * height * width:
+        raise UsageError(f"{img_w}x{img_h} is too unlike {width}x{height} in shape to cover it: crop it first")
+    return covering
 
 
 def _checked(height: int, width: int, max_area: int, img_h: int, img_w: int) -> tuple[int, int]:

@@ -5,18 +5,16 @@ A wrong request raises UsageError (exit code 2); a file that is there but unusab
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cache.options import OPTIONS as CACHE_OPTIONS
-from cache.options import POLICIES as CACHES
 from distributed.grid import Grid
 from wan import __version__
-from wan.errors import SwanError, UsageError
-from wan.request.files import check_ckpt_dir, check_files, check_loras, check_save_file, sha256_of
+from wan.errors import UsageError
+from wan.pictures import image_sha256
+from wan.request.files import check_ckpt_dir, check_files, check_loras, check_outputs, check_save_file
 from wan.request.machine import (
     check_budget,
     check_cache,
@@ -32,17 +30,18 @@ from wan.request.machine import (
 from wan.request.options import (
     DEFAULT_TASK,
     FIELD_OF,
-    GGUF_FLAGS,
     GGUF_MODES,
-    OFFLOAD_OPTIONS,
+    KINDS,
+    MAX_STEPS,
     OPTIONS,
-    PATH_OPTIONS,
-    RANK_OPTIONS,
     SOLVER_NAMES,
+    STORED,
+    STORED_PICTURES,
     VAE_DTYPE_NAMES,
     LoraChoice,
 )
 from wan.request.pictures import check_size, read_images
+from wan.request.replay import replay_options
 from wan.request.sampling import (
     check_boundary_step,
     check_frame_num,
@@ -52,7 +51,7 @@ from wan.request.sampling import (
     check_shift,
     check_step_list,
 )
-from wan.request.values import absolute, choice, or_default, text, whole
+from wan.request.values import absolute, choice, of_kind, or_default, whole
 from wan.tasks import load_preset, load_task
 
 __all__ = ["Request", "build_request", "check_device", "check_loras", "replay_options"]
@@ -133,57 +132,24 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """What is stored in the video: options that make it again, under their flags' names, and the images' hashes."""
-        left_out = {*CACHE_OPTIONS, *RANK_OPTIONS, *OFFLOAD_OPTIONS}
-        plain = [name for name in OPTIONS if name not in left_out]
-        values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in plain}
-        values |= self.files | self.cache | self.loras
+        values = {name: getattr(self, FIELD_OF.get(name, name), None) for name in STORED}
+        values |= self.files | self.loras | {name: self.cache.get(name) for name in CACHE_OPTIONS}
         low, high = self.guide_scale
-        values |= {"sample_guide_scale": low if low == high else [low, high], "save_file": None, "cache_trace": None}
-        stored = {name: value for name, value in values.items() if value is not None}
+        values["sample_guide_scale"] = low if low == high else [low, high]
+        stored = {name: values[name] for name in STORED if values[name] is not None}
         return {"swan": __version__, **stored, "image_sha256": self.image_sha256}
 
 
-def replay_options(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a stored run, overridden by those `given` now (not None).
-
-    Raises SwanError when an image changed since then, unless it is given anew.
-    """
-    options = {name: value for name, value in settings.items() if name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "first_frame" in given:
-        given.setdefault("image", given.pop("first_frame"))
-    if "preset" in given:
-        spec = load_task(given.get("task", options.get("task", DEFAULT_TASK)))
-        given = load_preset(given["preset"], spec) | given
-    for one, other in (("sample_steps", "denoising_step_list"), ("denoising_step_list", "sample_steps")):
-        if one in given:  # each says how many steps there are
-            options.pop(other, None)
-    for flag in GGUF_FLAGS.keys() & given:
-        options.pop(GGUF_FLAGS[flag], None)
-    if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings
-        options = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
-    for flag, digest in settings.get("image_sha256", {}).items():
-        if flag in given:
-            continue
-        path = options.get(flag, "")
-        if not Path(path).is_file():
-            raise UsageError(f"the image of the stored run is gone: {path}; give it with --{flag}")
-        if sha256_of(path) != digest:
-            raise SwanError(f"the image changed since the stored run: {path}; give --{flag} to use it all the same")
-    return {**options, **given}
-
-
-def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Request:
+def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replayed: str | None = None) -> Request:
     """Check `options` (a mapping or an argparse namespace; None or absent = the task's default) into a Request.
 
-    world_size: the number of processes that make this video together. Raises UsageError or SwanError with one line.
+    world_size: the number of processes that make this video together; replayed: the video whose settings are among the
+    options. Raises UsageError or SwanError with one line.
     """
     given = dict(options) if isinstance(options, Mapping) else vars(options)
     if unknown := sorted(set(given) - set(OPTIONS)):
         raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(OPTIONS)}")
-    get = {name: given.get(name) for name in OPTIONS}
-    for name in PATH_OPTIONS:
-        get[name] = get[name] and os.path.expanduser(get[name])
+    get = {name: of_kind(given.get(name), name, kind) for name, kind in KINDS.items()}
     spec = load_task(get["task"] or DEFAULT_TASK)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():
@@ -193,7 +159,9 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
     given_images = images if get["image"] or get["first_frame"] else []
     size, width, height = check_size(spec, get["size"], images, warnings)
     step_list = check_step_list(get["denoising_step_list"], get["sample_steps"])
-    steps = len(step_list) if step_list else whole(get["sample_steps"], spec.sampling.steps, "sample_steps", 1, 1000)
+    steps = (
+        len(step_list) if step_list else whole(get["sample_steps"], spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
+    )
     frame_num = check_frame_num(spec, get["frame_num"])
     trimmed = whole(get["trim_first_frames"], 0, "trim_first_frames", 0, frame_num - 1)
     cache, coefficients = check_cache(spec, get, steps, width * height, bool(images), warnings)
@@ -202,10 +170,10 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
     check_grid(grid, spec, (width, height, frame_num), guide_scale, warnings)
     prompt = check_prompt(spec, get["prompt"])
     seed = check_seed(get["seed"])
-    return Request(
+    request = Request(
         task=spec.name,
         prompt=prompt,
-        negative_prompt=text(or_default(get["negative_prompt"], spec.negative_prompt), "negative_prompt"),
+        negative_prompt=or_default(get["negative_prompt"], spec.negative_prompt),
         seed=seed,
         size=size,
         width=width,
@@ -247,6 +215,13 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1) -> Requ
         dist_timeout=whole(get["dist_timeout"], 600, "dist_timeout", 1, 86_400),
         cache=cache,
         cache_coefficients=coefficients,
-        image_sha256={flag: sha256_of(path) for flag, (path, _, _) in zip(("image", "last_frame"), given_images)},
+        image_sha256={flag: image_sha256(path) for flag, (path, _, _) in zip(STORED_PICTURES, given_images)},
         warnings=tuple(warnings),
     )
+    loras = [(flag, path) for flag, chosen in request.loras.items() for path, _ in chosen]
+    pictures = [("image", request.image), ("last_frame", request.last_image)]
+    coefficients_file = ("cache_coefficients", cache.get("cache_coefficients"))
+    inputs = [*pictures, *loras, *request.files.items(), ("ckpt_dir", request.ckpt_dir), coefficients_file]
+    outputs = {"save_file": request.save_file, "cache_trace": cache.get("cache_trace")}
+    check_outputs(outputs, [*inputs, ("replay", replayed)])
+    return request

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
+import secrets
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from easydict import EasyDict
 
-from wan.errors import UsageError
+from wan.errors import UsageError, printable
+from wan.files import open_plain
 from wan.request.options import FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
-from wan.request.values import absolute, is_number
+from wan.request.values import absolute, is_number, of_kind, shown
 from wan.tasks import embedded_checkpoint
+
+# Names by which folders of weights are read: these are not written to, even inside of a folder that holds videos too.
+_OF_CHECKPOINTS = re.compile(r".*\.(safetensors|gguf|pth|pt|bin|ckpt|model)|(.*config|.*index|.*_map|tokenizer)\.json")
 
 
 def check_ckpt_dir(spec: EasyDict, value: str | None) -> str:
@@ -73,7 +77,7 @@ def check_loras(spec: EasyDict, get: Mapping[str, Any]) -> dict[str, LoraChoice]
     """
     loras: dict[str, LoraChoice] = {}
     for flag, expert in LORA_FLAGS.items():
-        value = get.get(flag)
+        value = of_kind(get.get(flag), flag, "loras")
         if not value:
             continue
         if expert and "experts" not in spec:
@@ -94,17 +98,17 @@ def _lora(value: str | tuple[str, float], flag: str) -> tuple[str, float]:
     if not os.path.exists(path):
         raise UsageError(f"--{flag}: no file {path}")
     if not is_number(strength):
-        raise UsageError(f"--{flag} {path}: the strength must be a number, not {strength!r}")
+        raise UsageError(f"--{flag} {path}: the strength must be a number, not {shown(strength)}")
     if abs(float(strength)) > MAX_STRENGTH:
         allowed = f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}"
-        raise UsageError(f"--{flag} {path}: the strength must be {allowed}, not {strength}")
+        raise UsageError(f"--{flag} {path}: the strength must be {allowed}, not {shown(strength)}")
     return str(Path(path).resolve()), float(strength)
 
 
 def _is_gguf(path: str) -> bool:
     if not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return file.read(4) == b"GGUF"
 
 
@@ -113,24 +117,53 @@ def check_save_file(value: str | None, frame_num: int, stem: str, prompt: str) -
     if not value:
         slug = re.sub(r"[^\w-]+", "_", prompt)[:40].strip("_")
         extension = "png" if frame_num == 1 else "mp4"
-        value = "_".join(filter(None, (stem, slug, time.strftime("%Y%m%d-%H%M%S")))) + f".{extension}"
+        # The last part tells apart runs that start in the same second.
+        parts = (stem, slug, time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3))
+        value = f"{'_'.join(filter(None, parts))}.{extension}"
     path = Path(value).absolute()
     if path.suffix.lower() not in (".mp4", ".png"):
         raise UsageError(f"--save_file must end in .mp4 (or .png for one frame), not {path.name!r}")
     if path.suffix.lower() == ".png" and frame_num != 1:
         raise UsageError(f"--save_file: a PNG holds one frame, and {frame_num} are asked; use .mp4 or --frame_num 1")
-    if os.path.isdir(path):
-        raise UsageError(f"--save_file: {path} is a folder")
-    if not os.path.isdir(path.parent):
-        raise UsageError(f"--save_file: no folder {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent), contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # fails where the name itself is too long
-    except OSError as error:
-        raise UsageError(f"--save_file: cannot write to {path.parent}: {error.strerror}") from error
+    check_writable(str(path), "save_file")
     return str(path)
 
 
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+def check_writable(path: str, flag: str) -> None:
+    """That a file can be written at `path`. Nothing is left there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise UsageError(f"--{flag}: {printable(path)} is a folder")
+    if not os.path.isdir(folder):
+        raise UsageError(f"--{flag}: no folder {printable(folder)}")
+    try:
+        with tempfile.TemporaryFile(dir=folder), contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # fails where the name itself is too long
+    except OSError as error:
+        raise UsageError(f"--{flag}: cannot write to {printable(folder)}: {error.strerror}") from error
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[tuple[str, str | None]]) -> None:
+    """That no output, by its flag, takes the place of an input or of another output. inputs: (flag, file or folder)."""
+    written = [(flag, path) for flag, path in outputs.items() if path]
+    for index, (flag, path) in enumerate(written):
+        for other, there in [*written[:index], *inputs]:
+            if there and _same_file(path, there):
+                raise UsageError(f"--{flag} and --{other} both name {printable(path)}: it would be overwritten")
+            if there and _is_part_of(path, there):
+                raise UsageError(f"--{flag} {printable(path)} is a file of --{other}: it would be overwritten")
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _is_part_of(path: str, folder: str) -> bool:
+    """Whether a file that is there belongs to a checkpoint or another folder that is read, by its place and name."""
+    if not os.path.isfile(path) or not os.path.isdir(folder):
+        return False
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    return inside and bool(_OF_CHECKPOINTS.fullmatch(os.path.basename(os.path.realpath(path))))

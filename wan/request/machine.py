@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from easydict import EasyDict
@@ -16,6 +14,7 @@ from cache.options import check_coefficients, check_options
 from distributed.grid import Grid, choose_grid
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
+from wan.request.files import check_writable
 from wan.request.options import AREA_BELOW_720P, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES
 from wan.request.values import absolute, choice, number, or_default, whole
 
@@ -140,11 +139,6 @@ def check_cache(
         device = check_device_name(options["cache_device"], "cache_device")
         options |= {"cache_device": device} | {name: absolute(options[name]) for name in CACHE_FILES}
         if trace := options["cache_trace"]:
-            if os.path.isdir(trace):
-                raise UsageError(f"--cache_trace: {trace} is a folder")
-            if not Path(trace).absolute().parent.is_dir():
-                raise UsageError(f"--cache_trace: no folder {Path(trace).absolute().parent}")
-            if get["save_file"] and Path(trace).absolute() == Path(get["save_file"]).absolute():
-                raise UsageError(f"--cache_trace and --save_file both name {trace}")
+            check_writable(trace, "cache_trace")
     warnings += notes
     return options, found

@@ -13,11 +13,12 @@ GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": 
 LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
 GGUF_MODES = ("auto", "resident", "stream")
 CACHE_FILES = ("cache_coefficients", "cache_trace")
-PATH_OPTIONS = ("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, *CACHE_FILES, "image", "first_frame", "last_frame", "save_file")
 MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
+_CACHE_KINDS = {"flag": "flag", "bool": "flag", "whole": "number", "number": "number", "name": "name", "file": "path"}
 LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
-MAX_PROMPT_CHARS = 10_000  # the prompt travels in the mp4; models read 512 tokens at most
+MAX_CHARS = {"text": 10_000, "name": 200, "path": 4_096}  # by kind; of a prompt models read 512 tokens at most
 MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
 AREA_BELOW_720P = 832 * 624  # px
 
 OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
@@ -25,18 +26,48 @@ OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
 OFFLOAD_OPTIONS = ("offload", "offload_model", "resident_blocks", "vae_offload", "vram_gb", "ram_gb")
 RANK_OPTIONS = ("ulysses_size", "ring_size", "cfg_parallel", "dit_fsdp", "t5_fsdp", "dist_timeout")
 MAX_RANKS = 4096
-# Options a Request is built from. cli.py has a flag for each; replay and Python callers give the same names.
-OPTIONS = (
-    *("task", "size", "frame_num", "fps", "ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode", *LORA_FLAGS),
-    *("prompt", "negative_prompt", "seed"),
-    *("image", "first_frame", "last_frame", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale"),
-    *("preset", "boundary_step_index", "trim_first_frames"),
-    *("denoising_step_list", "save_file", "t5_cpu", "convert_model_dtype", "device", "dtype"),
-    *("attention", "vae_dtype", "vae_tile_px"),
-    *OFFLOAD_OPTIONS,
-    *CACHE_OPTIONS,
-    *RANK_OPTIONS,
+# Options a Request is built from, with the kinds of their values (see `values.of_kind`). cli.py has a flag for each;
+# replay and Python callers give the same names.
+KINDS = {
+    **dict.fromkeys(("task", "size"), "name"),
+    **dict.fromkeys(("frame_num", "fps"), "number"),
+    **dict.fromkeys(("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS), "path"),
+    "gguf_mode": "name",
+    **dict.fromkeys(LORA_FLAGS, "loras"),
+    **dict.fromkeys(("prompt", "negative_prompt"), "text"),
+    "seed": "number",
+    **dict.fromkeys(("image", "first_frame", "last_frame"), "path"),
+    "sample_solver": "name",
+    **dict.fromkeys(("sample_steps", "sample_shift"), "number"),
+    "sample_guide_scale": "numbers",
+    "preset": "name",
+    **dict.fromkeys(("boundary_step_index", "trim_first_frames"), "number"),
+    "denoising_step_list": "numbers",
+    "save_file": "path",
+    **dict.fromkeys(("t5_cpu", "convert_model_dtype"), "flag"),
+    **dict.fromkeys(("device", "dtype", "attention", "vae_dtype"), "name"),
+    "vae_tile_px": "number",
+    "offload": "name",
+    "offload_model": "flag",
+    "resident_blocks": "number",
+    "vae_offload": "flag",
+    **dict.fromkeys(("vram_gb", "ram_gb"), "number"),
+    **{name: _CACHE_KINDS[option.kind] for name, option in CACHE_OPTIONS.items()},
+    **dict.fromkeys(("ulysses_size", "ring_size"), "number"),
+    **dict.fromkeys(("cfg_parallel", "dit_fsdp", "t5_fsdp"), "flag"),
+    "dist_timeout": "number",
+}
+OPTIONS = tuple(KINDS)
+# What a video stores, and all that is taken from one: not where to write, and no second name for another option.
+STORED = tuple(
+    name
+    for name in OPTIONS
+    if name not in {"save_file", "cache_trace", "first_frame", "preset", "convert_model_dtype"}
+    and name not in {*OFFLOAD_OPTIONS, *RANK_OPTIONS, *GGUF_FLAGS}
 )
+# Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.
+STORED_FILES = ("ckpt_dir", *FILE_FLAGS, *LORA_FLAGS, "cache_coefficients")
+STORED_PICTURES = ("image", "last_frame")
 
 # Fields of Request that are not called like their option.
 FIELD_OF = {

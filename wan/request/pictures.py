@@ -9,10 +9,10 @@ from typing import Any
 
 from easydict import EasyDict
 
-from wan.conditioning.sizes import i2v_size, ti2v_size
+from wan.conditioning.sizes import cover_size, i2v_size, ti2v_size
 from wan.errors import UsageError
-from wan.media import read_image
-from wan.request.values import or_default
+from wan.pictures import read_image
+from wan.request.values import or_default, shown
 from wan.tasks import embedded_checkpoint, grid_px
 
 
@@ -35,6 +35,12 @@ def read_images(spec: EasyDict, get: Mapping[str, Any]) -> list[tuple[str, int, 
     for path in filter(None, (first, last)):
         height, width, _ = read_image(path).shape
         images.append((str(Path(path).resolve()), width, height))
+    if last:
+        (_, width, height), (_, last_width, last_height) = images
+        try:
+            cover_size(height, width, last_height, last_width)
+        except UsageError as error:
+            raise UsageError(f"--last_frame: {error}") from error
     return images
 
 
@@ -42,7 +48,7 @@ def check_size(spec: EasyDict, value: Any, images: list, warnings: list[str]) ->
     """(asked "W*H", width, height) in px."""
     match = re.fullmatch(r"\s*(\d{1,5})\s*[*xX]\s*(\d{1,5})\s*", str(or_default(value, spec.sampling.size)))
     if not match:
-        raise UsageError(f"--size must be WIDTH*HEIGHT or WIDTHxHEIGHT in pixels, such as 832*480, not {value!r}")
+        raise UsageError(f"--size must be WIDTH*HEIGHT or WIDTHxHEIGHT in pixels, such as 832*480, not {shown(value)}")
     width, height = int(match[1]), int(match[2])
     grid = grid_px(spec)
     if width % grid or height % grid or not width or not height:

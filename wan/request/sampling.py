@@ -10,12 +10,12 @@ from easydict import EasyDict
 
 from wan.conditioning.sizes import latent_frames
 from wan.errors import UsageError
-from wan.request.options import MAX_SEED
-from wan.request.values import number, or_default, text, whole
+from wan.request.options import MAX_SEED, MAX_STEPS
+from wan.request.values import listed, number, or_default, shown, whole
 
 
 def check_prompt(spec: EasyDict, prompt: str | None) -> str:
-    prompt = text(or_default(prompt, spec.get("prompt", "")), "prompt")
+    prompt = or_default(prompt, spec.get("prompt", ""))
     if not prompt.strip():
         raise UsageError("the prompt is empty: give --prompt TEXT")
     return prompt
@@ -46,10 +46,10 @@ def check_shift(spec: EasyDict, value: Any, size: str) -> float:
 
 def check_guide_scale(spec: EasyDict, value: Any) -> tuple[float, float]:
     value = or_default(value, spec.sampling.guide_scale)
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    if len(parts) > 2 or (len(parts) == 2 and "experts" not in spec):
+    parts = listed(value)
+    if not 1 <= len(parts) <= 2 or (len(parts) == 2 and "experts" not in spec):
         allowed = "one number, or LOW,HIGH" if "experts" in spec else "one number (this task has one expert)"
-        raise UsageError(f"--sample_guide_scale must be {allowed}, not {value!r}")
+        raise UsageError(f"--sample_guide_scale must be {allowed}, not {shown(value)}")
     allowed = "a number of at least 0"
     scales = [number(part, "sample_guide_scale", float, allowed, lambda n: 0 <= n < math.inf) for part in parts]
     return scales[0], scales[-1]
@@ -58,14 +58,15 @@ def check_guide_scale(spec: EasyDict, value: Any) -> tuple[float, float]:
 def check_step_list(value: Any, steps: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
-    parts = value.replace(",", " ").split() if isinstance(value, str) else value
     allowed = "falling timesteps from at most 1000 to above 0, such as 1000,750,500,250"
-    listed = [number(part, "denoising_step_list", float, allowed, lambda n: 0 < n <= 1000) for part in parts]
-    if not listed or any(later >= earlier for earlier, later in zip(listed, listed[1:])):
-        raise UsageError(f"--denoising_step_list must be {allowed}, not {value!r}")
-    if steps is not None and str(steps) != str(len(listed)):
-        raise UsageError(f"--sample_steps {steps} contradicts --denoising_step_list, which has {len(listed)} steps")
-    return tuple(listed)
+    timesteps = [number(part, "denoising_step_list", float, allowed, lambda n: 0 < n <= 1000) for part in listed(value)]
+    falling = all(later < earlier for earlier, later in zip(timesteps, timesteps[1:]))
+    if not 1 <= len(timesteps) <= MAX_STEPS or not falling:
+        raise UsageError(f"--denoising_step_list must be {allowed}, not {shown(value)}")
+    count = len(timesteps)
+    if steps is not None and str(steps) != str(count):
+        raise UsageError(f"--sample_steps {shown(steps)} contradicts --denoising_step_list, which has {count} steps")
+    return tuple(timesteps)
 
 
 def check_boundary_step(spec: EasyDict, value: Any, steps: int) -> int | None:

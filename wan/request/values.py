@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
+import reprlib
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from wan.errors import UsageError
-from wan.request.options import MAX_PROMPT_CHARS
+from wan.request.options import MAX_CHARS
+
+MAX_FP32 = 3.4e38  # what is computed with is held in fp32
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 2
 
 
 def or_default(value: Any, default: Any) -> Any:
@@ -17,16 +23,57 @@ def or_default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def text(text: Any, flag: str) -> str:
-    if not isinstance(text, str):
-        raise UsageError(f"--{flag} must be text, not {text!r}")
-    if len(text) > MAX_PROMPT_CHARS:
-        raise UsageError(f"--{flag} has {len(text)} characters; at most {MAX_PROMPT_CHARS} are allowed")
+def of_kind(value: Any, flag: str, kind: str) -> Any:
+    """`value`, which must be of the kind that its flag takes, whoever gave it: a Python caller or the file of a replay.
+
+    kind: text, name (short), path (comes back as text, ~ expanded), flag (a bool), number (or text for one), numbers
+    (text, one number or a list), loras (text, a pair of path and strength, or a list of both). None stays None.
+    Raises UsageError.
+    """
+    if value is None:
+        return None
+    if kind in MAX_CHARS:
+        value = os.fspath(value) if kind == "path" and isinstance(value, os.PathLike) else value
+        _check_text(value, flag, kind)
+        return os.path.expanduser(value) if kind == "path" else value
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    fits, allowed = {
+        "flag": (isinstance(value, bool), "true or false"),
+        "number": (_numeric(value), "a number"),
+        "numbers": (all(map(_numeric, parts)), "a number or a list of numbers"),
+        "loras": (_is_lora(value) or all(map(_is_lora, parts)), "FILE, FILE:STRENGTH or a list of [FILE, STRENGTH]"),
+    }[kind]
+    if not fits:
+        raise UsageError(f"--{flag} must be {allowed}, not {shown(value)}")
+    return value
+
+
+def _check_text(value: Any, flag: str, kind: str) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"--{flag} must be {'a path' if kind == 'path' else 'text'}, not {shown(value)}")
+    if len(value) > MAX_CHARS[kind]:
+        raise UsageError(f"--{flag} has {len(value)} characters; at most {MAX_CHARS[kind]} are allowed")
     try:
-        text.encode()
+        os.fsencode(value) if kind == "path" else value.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"--{flag} is not valid UTF-8 text") from error
-    return text
+    if kind == "path" and "\0" in value:
+        raise UsageError(f"--{flag}: no file has a null byte in its name")
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, (str, Real)) and not isinstance(value, bool)
+
+
+def _is_lora(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and _numeric(value[1])
+    path = value[0] if pair else value
+    return isinstance(path, (str, os.PathLike)) and len(os.fspath(path)) <= MAX_CHARS["path"]
+
+
+def shown(value: Any) -> str:
+    """A value for a message: however long or deep it is, a few words."""
+    return _SHORT.repr(value)
 
 
 def number(value: Any, flag: str, convert: Callable[[Any], Any], allowed: str, fits: Callable[[Any], bool]) -> Any:
@@ -35,11 +82,18 @@ def number(value: Any, flag: str, convert: Callable[[Any], Any], allowed: str, f
         if isinstance(value, bool) or (convert is int and isinstance(value, float) and value != int(value)):
             raise ValueError
         number = convert(value)
+        if not fits(number) or (convert is float and abs(number) > MAX_FP32):
+            raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"--{flag} must be {allowed}, not {value!r}") from error
-    if not fits(number):
-        raise UsageError(f"--{flag} must be {allowed}, not {value}")
+        raise UsageError(f"--{flag} must be {allowed}, not {shown(value)}") from error
     return number
+
+
+def listed(value: Any) -> list[Any]:
+    """The parts of a list, or of text with commas or blanks between them."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def whole(value: Any, default: int, flag: str, least: int, most: int) -> int:
@@ -50,13 +104,14 @@ def whole(value: Any, default: int, flag: str, least: int, most: int) -> int:
 def choice(value: Any, default: str, flag: str, allowed: tuple[str, ...]) -> str:
     value = or_default(value, default)
     if value not in allowed:
-        raise UsageError(f"unknown --{flag} {value!r}; choose one of: {', '.join(allowed)}")
+        raise UsageError(f"unknown --{flag} {shown(value)}; choose one of: {', '.join(allowed)}")
     return value
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a number, or text for one, that fp32 can hold."""
     try:
-        return math.isfinite(float(value)) and not isinstance(value, bool)
+        return abs(float(value)) <= MAX_FP32 and not isinstance(value, bool)
     except (TypeError, ValueError, OverflowError):
         return False
 

@@ -1,0 +1,100 @@
+"""Pictures of others: opened in the formats that people use, as 8-bit RGB, and at most so large.
+
+Heavy libraries are imported where they are used, so that `generate.py --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from wan.errors import SwanError, UsageError, one_line, printable
+from wan.files import open_plain
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+# Not all that Pillow knows: it hands EPS to Ghostscript, whatever the file is called.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as uint8 [H, W, 3] RGB, turned upright as its EXIF tag says. 16-bit greys are scaled.
+
+    Raises UsageError where there is no such file and SwanError where it cannot be read as an image.
+    """
+    from PIL import Image
+
+    with _opened(path) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _decode(file)
+        except SwanError as error:
+            raise SwanError(f"cannot read image {printable(path)}: {error}") from error
+        except Image.UnidentifiedImageError as error:
+            raise SwanError(f"cannot read image {printable(path)}: it is none of {', '.join(FORMATS)}") from error
+        # A damaged file makes decoders raise whatever they meet: SyntaxError, struct.error, MemoryError and more.
+        except Exception as error:
+            raise SwanError(f"cannot read image {printable(path)}: {one_line(error)}") from error
+
+
+def image_sha256(path: str | Path) -> str:
+    """SHA-256 of an image file, as it lies on the disk. Raises as `read_image` for what is no plain file."""
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    if not os.path.isfile(path):
+        raise UsageError(f"no image file {printable(path)}")
+    with open_plain(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+            raise SwanError(
+                f"cannot read image {printable(path)}: {size:,} bytes are more than the {MAX_BYTES:,} allowed"
+            )
+        yield io.BufferedReader(file)
+
+
+def _decode(file: BinaryIO) -> np.ndarray:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    Image.init()
+    with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:  # looked at before any pixel is decoded
+            raise SwanError(f"{width}x{height} are more than {MAX_PIXELS // 10**6} million pixels: make it smaller")
+        if image.mode in EIGHT_BIT_MODES:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        white = _white(image)
+        inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # Pillow turns round only greys of 8 bits
+        grey = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint32)
+    grey = (np.minimum(grey, white) * 255 + white // 2) // white
+    grey = (255 - grey if inverted else grey).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _white(image: Image.Image) -> int:
+    """The value that stands for white in a picture of more than 8 bits. Raises SwanError where that is anybody's guess:
+    whole numbers of 32 bits and fractions have no agreed range."""
+    if image.mode.startswith("I;16"):
+        bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+        return 2**bits - 1
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # their 16 bits, in Pillow's wider type
+        return 65_535
+    raise SwanError(f"which of its values is white is not known (mode {image.mode}): save it with 8 or 16 bits")
