@@ -7,6 +7,7 @@ from cache.options import OPTIONS as CACHE_OPTIONS
 DEFAULT_TASK = "t2v-tiny"
 SOLVER_NAMES = ("unipc", "dpm++", "euler")
 DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
+T5_DTYPE_NAMES = DTYPE_NAMES
 VAE_DTYPE_NAMES = ("fp32", "bf16")
 FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
@@ -31,7 +32,7 @@ OPTIONS = (
     *("image", "first_frame", "last_frame", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale"),
     *("preset", "boundary_step_index", "trim_first_frames"),
     *("denoising_step_list", "save_file", "t5_cpu", "convert_model_dtype", "device", "dtype"),
-    *("attention", "vae_dtype", "vae_tile_px"),
+    *("attention", "t5_dtype", "vae_dtype", "vae_tile_px"),
     *OFFLOAD_OPTIONS,
     *CACHE_OPTIONS,
     *RANK_OPTIONS,
