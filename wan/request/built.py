@@ -21,7 +21,7 @@ _NO_WISH = {"gguf_mode": "auto", "device": "auto", "offload": "auto"}  # beside 
 def check_built(request: Any, built: Any, loras: Mapping[str, LoraChoice]) -> None:
     """Raises UsageError where `request` wants other models than those of `built`, the Request of a pipeline.
 
-    loras: those that it has by now. A request that names none takes them as they are.
+    loras: those that it has by now. A request that names no LoRAs, or no file for a component, takes the pipeline's.
     """
     for option, wanted, has in _differences(request, built, loras):
         raise UsageError(
@@ -36,8 +36,8 @@ def _differences(request: Any, built: Any, loras: Mapping[str, LoraChoice]) -> I
         left_open = wanted is None or wanted == _NO_WISH.get(field) or (field == "dtype" and request.auto_dtype)
         if wanted != has and not left_open:
             yield option, wanted, has
-    for part in {**request.files, **built.files}:
-        wanted, has = (one.files.get(part, "that of the checkpoint") for one in (request, built))
+    for part, wanted in request.files.items():
+        has = built.files.get(part, "that of the checkpoint")
         if wanted != has:
             yield part, wanted, has
     if request.loras and request.loras != loras:
