@@ -29,7 +29,15 @@ from wan import __version__, media
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError, one_line
 from wan.request import Request, build_request, check_device, replay_options
-from wan.request.options import DEFAULT_TASK, DTYPE_NAMES, GGUF_FLAGS, OPTIONS, SOLVER_NAMES, VAE_DTYPE_NAMES
+from wan.request.options import (
+    DEFAULT_TASK,
+    DTYPE_NAMES,
+    GGUF_FLAGS,
+    OPTIONS,
+    SOLVER_NAMES,
+    T5_DTYPE_NAMES,
+    VAE_DTYPE_NAMES,
+)
 from wan.tasks import load_task, preset_names, task_names
 
 if TYPE_CHECKING:
@@ -130,8 +138,18 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
-    add("--dtype", metavar="NAME", help=f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16")
+    add(
+        "--dtype",
+        metavar="NAME",
+        help=f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or"
+        " fp32 on a CPU without units for bf16",
+    )
     add("--convert_model_dtype", action="store_true", default=None, help="the same as --dtype bf16")
+    add(
+        "--t5_dtype",
+        metavar="NAME",
+        help=f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
+    )
     add("--vae_dtype", metavar="NAME", help=f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32")
     add("--attention", metavar="NAME", help="attention back end; default sdpa")
     add(
@@ -246,6 +264,8 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World |
         request = replace(request, seed=parallel.gather_objects(request.seed)[0])  # a random one: of the first rank
     with _Progress(quiet, world) as progress:
         pipe = WanPipeline.from_request(replace(request, device=device), spec, parallel)
+        if request.auto_dtype:  # the plan has decided, and the video tells
+            request = replace(request, dtype=pipe.request.dtype, auto_dtype=False)
         if not quiet:
             for note in pipe.notes:
                 print(note, file=sys.stderr)

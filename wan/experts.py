@@ -63,6 +63,10 @@ class Experts:
     def __contains__(self, name: str) -> bool:
         return name in self._models
 
+    def get(self, name: str) -> WanModel | None:
+        """One that is loaded, else None."""
+        return self._models.get(name)
+
     def prepare(self, name: str) -> None:
         """Load one into RAM, in the background; it is moved to the device when it is asked for."""
         if name in self._models or name in self._coming:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,6 +23,7 @@ from cache.options import make_manager
 from cache.telemetry import merged
 from distributed.fsdp import shard_model, weight_mesh
 from distributed.parallel import Parallel
+from wan.checks import StageChecks
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
@@ -34,9 +37,19 @@ from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.text import check_tokenizer
 from wan.models.vae import WanVAE
-from wan.plan import Placement, free_ram, look_with_torch, make_plan, resident_indices, start_lines
+from wan.plan import (
+    Machine,
+    Placement,
+    free_ram,
+    look_with_torch,
+    make_plan,
+    resident_indices,
+    settle_dtype,
+    start_lines,
+)
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
-from wan.request import Request, check_loras
+from wan.request import Request, check_device, check_loras
+from wan.request.built import check_built
 from wan.request.options import LoraChoice
 from wan.solvers import make_solver
 from wan.weights.assign import check_weights, load_weights
@@ -76,12 +89,15 @@ class WanPipeline:
         self.spec, self.files, self.parallel = spec, files, parallel or Parallel()
         self.dit_fsdp, self.t5_fsdp = request.dit_fsdp, request.t5_fsdp
         self.device = torch.device(request.device)
-        self.dtype, self.vae_dtype = DTYPES[request.dtype], DTYPES[request.vae_dtype]
-        self.attention = request.attention
         self.plan = self._make_plan(request)
+        self.request = replace(request, dtype=self.plan["dtypes"]["dit"], auto_dtype=False)
+        self.checks = StageChecks(files, self.request, self.parallel)
+        dtypes = (self.request.dtype, request.t5_dtype, request.vae_dtype)
+        self.dtype, self.t5_dtype, self.vae_dtype = (DTYPES[name] for name in dtypes)
+        self.attention = request.attention
         self.placement = Placement(**self.plan["placement"])
         self.notes: list[str] = start_lines(self.plan)
-        self.loras = self._open_loras(request.loras)  # by expert
+        self.loras, self._asked_loras = self._open_loras(request.loras), dict(request.loras)  # by expert, by flag
         self.latents: Tensor | None = None
         self.cache: NoCache = NO_CACHE
         self.experts = Experts(self._load_expert, lambda: self.device, keep_all=self.placement.offload == "none")
@@ -96,6 +112,7 @@ class WanPipeline:
         Raises UsageError or SwanError, one line, before any work is done.
         """
         get_attention(request.attention)
+        request = replace(request, device=check_device(request.device))
         files = locate(request.ckpt_dir, spec, request.files)
         for paths in files.dit.values():
             check_dit(open_source(paths), spec)
@@ -110,15 +127,22 @@ class WanPipeline:
     def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
         """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
 
-        `cache` takes the place of the one that the request asks for.
+        `cache` takes the place of the one that the request asks for. Raises UsageError where the request wants other
+        models than the pipeline was built for, NotFinite where a stage makes what is no number. After an error or an
+        interruption, what the plan releases is released.
 
         Autograd is off, as everywhere but in tools/tiny, unless the environment says WAN_INFERENCE_ONLY=0.
         """
+        check_built(request, self.request, self._asked_loras)
+        handled = sys.exc_info()[1]  # by the caller, and none of ours
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
             try:
                 return self._run(request, progress, cache)
-            except BaseException:
+            except BaseException as error:
                 self.experts.forget_prepared()  # or the program could not end before it is loaded
+                _clear_frames(error, handled)
+                gc.collect()
+                _empty_cache()
                 raise
 
     def set_loras(self, lora: Any = (), lora_high: Any = (), lora_low: Any = ()) -> None:
@@ -127,9 +151,8 @@ class WanPipeline:
         Each as the flag of the same name: "PATH[:STRENGTH]" or (path, strength), or a list of those. Raises UsageError
         or SwanError, one line; where the files do not fit, nothing has changed. On several processes all call it alike.
         """
-        self.loras = self._open_loras(
-            check_loras(self.spec, {"lora": lora, "lora_high": lora_high, "lora_low": lora_low})
-        )
+        asked = check_loras(self.spec, {"lora": lora, "lora_high": lora_high, "lora_low": lora_low})
+        self.loras, self._asked_loras = self._open_loras(asked), asked
         self.experts.forget_prepared()
         try:
             for name, model in self._loaded.items():
@@ -170,6 +193,7 @@ class WanPipeline:
 
         # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
         embeddings = encode() if self.t5_fsdp else self.parallel.once(encode, self.device)
+        self.checks.text(embeddings)
         return dict(zip(texts, embeddings, strict=True))
 
     def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
@@ -186,6 +210,7 @@ class WanPipeline:
                 condition = first_frame_condition(encode, *pictures, **size)
             else:
                 condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
+        self.checks.image(condition)
         clip_fea = None
         if condition.clip_images:
 
@@ -194,6 +219,7 @@ class WanPipeline:
                     return [clip([image.to(self.device) for image in condition.clip_images])]
 
             clip_fea = self.parallel.once(look, self.device)[0]
+            self.checks.clip(clip_fea)
         return condition, clip_fea
 
     def _denoise(
@@ -223,29 +249,32 @@ class WanPipeline:
             return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
+            self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
             report("denoise", ctx.step + 1, ctx.steps)
             if ctx.step == 0:
                 self._read_ahead(ctx.expert)
 
-        with freed_memory_kept() if self.device.type == "cpu" else nullcontext():
-            latents = denoise(
-                predict,
-                solver,
-                noise,
-                guide_scale=request.guide_scale,
-                boundary=self.spec.get("boundary"),
-                boundary_step_index=request.boundary_step_index,
-                condition=condition,
-                cache=self.cache,
-                parallel=self.parallel,
-                on_step=on_step,
-            )
+        try:
+            with freed_memory_kept() if self.device.type == "cpu" else nullcontext():
+                latents = denoise(
+                    predict,
+                    solver,
+                    noise,
+                    guide_scale=request.guide_scale,
+                    boundary=self.spec.get("boundary"),
+                    boundary_step_index=request.boundary_step_index,
+                    condition=condition,
+                    cache=self.cache,
+                    parallel=self.parallel,
+                    on_step=on_step,
+                )
+        finally:
+            if self.placement.offload != "none":
+                self.experts.release()
+                _empty_cache()
         if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
-        if self.placement.offload != "none":
-            self.experts.release()
-            _empty_cache()
         return latents
 
     def _read_ahead(self, running: str) -> None:
@@ -261,7 +290,7 @@ class WanPipeline:
                 read_ahead(files)
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
-        with self._model("vae") as vae:
+        with self._model("vae") as vae, self.checks.decoding(vae):
             video = vae.decode(latents, tile_px=tile_px, group=self.parallel.world)[0]
         # Truncated, not rounded, as the official code writes its videos.
         pixels = video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
@@ -292,7 +321,7 @@ class WanPipeline:
             self.files.tokenizer,
             text_len=self.spec.dit.text_len,
             device=device,
-            dtype=self.dtype,
+            dtype=self.t5_dtype,
             stream=self.placement.packed["t5"] == "stream",
             shard=self._shard(device) if self.t5_fsdp else None,
             stream_to=self.device if where == "stream" else None,
@@ -355,7 +384,11 @@ class WanPipeline:
         """What lies where. All ranks plan for the one that has the least memory."""
         if self.files.folder is not None and request.ckpt_option is not None:  # what came from the hub is here by now
             request = replace(request, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
-        machines = self.parallel.gather_objects(look_with_torch(self.device, request, self.parallel.local_size))
+
+        def settle(machine: Machine) -> Request:
+            return settle_dtype(request, self.spec, machine)[0]
+
+        machines = self.parallel.gather_objects(look_with_torch(self.device, request, self.parallel.local_size, settle))
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 
 
@@ -373,6 +406,13 @@ def _timed(stage: str, seconds: dict[str, float], report: Progress, total: int =
         torch.cuda.synchronize()
     report(stage, total, total)
     seconds[stage] = time.perf_counter() - started
+
+
+def _clear_frames(error: BaseException | None, before: BaseException | None) -> None:
+    """Whoever holds an error would hold the models and tensors of the functions that it ended. before: an older one."""
+    while error is not None and error is not before:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _empty_cache() -> None:

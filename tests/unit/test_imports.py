@@ -13,14 +13,14 @@ PACKAGES = ("wan", "cache", "distributed")
 
 # A module imports from its own layer or from those before it.
 LAYERS = [
-    ("wan", "wan.errors", "wan.files", "cache", "distributed"),
+    ("wan", "wan.errors", "wan.files", "wan.finite", "cache", "distributed"),
     ("wan.tasks", "wan.pictures", "wan.media", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
     ("wan.request", "wan.plan"),
-    ("wan.denoise", "wan.experts"),
+    ("wan.denoise", "wan.experts", "wan.checks"),
     ("wan.pipeline",),
     ("wan.cli", "wan.convert", "wan.compat"),
     ("generate",),

@@ -132,7 +132,7 @@ class GGUFPipeline(WanPipeline):
             device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
         if device is not None:
             self.device = torch.device(device)
-        self.dtype = dtype or self.dtype
+        self.dtype, self.t5_dtype = dtype or self.dtype, dtype or self.t5_dtype
         for part in [*self._models.values(), *self.experts.loaded()]:
             part.to(device=device, dtype=None if isinstance(part, WanVAE) else dtype)
         return self
@@ -200,7 +200,7 @@ class GGUFPipeline(WanPipeline):
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Latents [B, z, T', h, w] -> fp32 videos [B, 3, T, H, W] in 0..1."""
-        with self._model("vae") as vae, torch.no_grad():
+        with self._model("vae") as vae, torch.no_grad(), self.checks.decoding(vae):
             device = next(vae.parameters()).device
             with torch.autocast(device.type, enabled=False):
                 video = vae.decode(latents.to(device), tile_px=self.vae_tile_px)
@@ -252,6 +252,7 @@ def load_gguf_pipeline(
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, DTYPE_NAMES))}, not {dtype}")
     fixed = {"device": check_device(str(device)), "dtype": DTYPE_NAMES[dtype], "gguf_mode": gguf_mode}
+    fixed |= {"t5_dtype": DTYPE_NAMES[dtype]}
     fixed |= {"offload_model": False, "save_file": str(Path(tempfile.gettempdir(), "unused.mp4"))}
 
     def request_of(options: Mapping[str, Any]) -> tuple[Request, EasyDict]:

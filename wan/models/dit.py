@@ -282,7 +282,7 @@ class WanModel(nn.Module):
         half = self.freq_dim // 2
         rate = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         angle = torch.outer(values.double(), rate)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=1).float().to(device)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1).float().to(device, non_blocking=True)
         time_RC = self.time_embedding["2"](F.silu(self.time_embedding["0"](wave)))
         temb = self.time_projection["1"](F.silu(time_RC))
         return time_RC, temb.unflatten(1, (6, -1)), segments

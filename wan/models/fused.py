@@ -73,28 +73,51 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def modulated_norm(x_BLC: Tensor, shift_RC: Tensor, scale_RC: Tensor, segments: list[tuple[int, int]], eps: float):
-    """LayerNorm without weights, times (1 + scale) plus shift.
+    """LayerNorm without weights, times (1 + scale) plus shift; all in fp32, rounded once.
 
     `segments` is a list of (row of `shift`/`scale`, number of tokens) along the flattened `B*L` tokens.
     The scale rides on the norm's own weight and bias, so this is one fused kernel a segment.
     """
-    dtype = torch.float32 if x_BLC.device.type == "cpu" else x_BLC.dtype  # GPUs have no mixed-precision kernel
-    weight_RC, bias_RC = (1 + scale_RC).to(dtype), shift_RC.to(dtype)
+    weight_RC, bias_RC = 1 + scale_RC.float(), shift_RC.float()
+    has_kernel = x_BLC.dtype == torch.float32 or x_BLC.device.type == "cpu"  # GPUs have none for bf16 beside fp32
+    norm = _norm if has_kernel else norm_in_slices
     parts = [
-        F.layer_norm(part, part.shape[-1:], weight_RC[row], bias_RC[row], eps)
+        norm(part, weight_RC[row], bias_RC[row], eps)
         for part, row in zip(_split(x_BLC, segments), (row for row, _ in segments), strict=True)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x_BLC)
 
 
+def _norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x_NC, x_NC.shape[-1:], weight_C, bias_C, eps)
+
+
+def norm_in_slices(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    """LayerNorm with fp32 weights in fp32, in the type of `x`, where no kernel takes both."""
+    out, rows = torch.empty_like(x_NC), max(1, slice_rows(x_NC) // 2)  # a slice and its norm
+    for start in range(0, len(x_NC), rows):
+        part = slice(start, start + rows)
+        out[part] = _norm(x_NC[part].float(), weight_C, bias_C, eps)
+    return out
+
+
 def gated_add(x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor, segments: list[tuple[int, int]]) -> Tensor:
-    """`x + gate * y`, the gate by segment as in `modulated_norm`."""
-    gate_RC = gate_RC.to(x_BLC.dtype)
+    """`x + gate * y` in fp32, rounded once; the gate by segment as in `modulated_norm`."""
     parts = [
-        torch.addcmul(x, y, gate_RC[row])
+        _gated(x, y, gate_RC[row].float())
         for x, y, (row, _) in zip(_split(x_BLC, segments), _split(y_BLC, segments), segments, strict=True)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view_as(x_BLC)
+
+
+def _gated(x_NC: Tensor, y_NC: Tensor, gate_C: Tensor) -> Tensor:
+    if x_NC.dtype == torch.float32:
+        return torch.addcmul(x_NC, y_NC, gate_C)
+    out, rows = torch.empty_like(x_NC), max(1, slice_rows(x_NC) // 2)  # a slice of x and of y
+    for start in range(0, len(x_NC), rows):
+        part = slice(start, start + rows)
+        out[part] = x_NC[part].float().addcmul_(y_NC[part].float(), gate_C)
+    return out
 
 
 def _split(x_BLC: Tensor, segments: list[tuple[int, int]]) -> tuple[Tensor, ...]:

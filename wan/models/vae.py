@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distributed.halo import RowShards
 from distributed.shards import ALONE, Group
+from wan.finite import NotFinite, is_finite
 from wan.models.vae_blocks import (
     AttentionBlock,
     CausalConv3d,
@@ -151,7 +152,10 @@ class WanVAE(nn.Module):
         return (_tiled(encode, video, tile_px, 1 / self.stride_s, self.stride_s) - mean) * (1 / std)
 
     def decode(self, z: Tensor, tile_px: int = 0, group: Group = ALONE) -> Tensor:
-        """Normalised latent `[B, z, T', h, w]` -> video `[B, 3, 4T'-3, sh, sw]` in [-1, 1], fp32."""
+        """Normalised latent `[B, z, T', h, w]` -> video `[B, 3, 4T'-3, sh, sw]` in [-1, 1], fp32.
+
+        Raises NotFinite, which names the frames.
+        """
         mean, std = self._stats(z)
         z = z.float() / (1 / std) + mean
         decode = partial(self.decode_raw, group=group)
@@ -170,10 +174,13 @@ class WanVAE(nn.Module):
         return rows.gather(mean.permute(0, 4, 1, 2, 3).float().contiguous(), 3)
 
     def decode_raw(self, z: Tensor, group: Group = ALONE) -> Tensor:
-        """Pixels, not clamped, of a latent in the VAE's own scale."""
+        """Pixels, not clamped, of a latent in the VAE's own scale. Raises NotFinite as soon as a frame is not."""
         B, _, T, h, w = z.shape
         video = None
         for start, chunk in self._decode_chunks(z, RowShards(group, h)):
+            if not is_finite(chunk):  # before anything is clamped, which makes a number of an infinity
+                last = start + chunk.shape[2]
+                raise NotFinite(f"frame{f's {start + 1} to' if last > start + 1 else ''} {last} of the decoded video")
             if video is None:
                 video = chunk.new_empty(B, 3, 4 * T - 3, *chunk.shape[3:], dtype=torch.float32)
             video[:, :, start : start + chunk.shape[2]] = chunk

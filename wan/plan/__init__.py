@@ -8,7 +8,7 @@ from wan.plan.files import check_one_quantised, find_files, missing_files
 from wan.plan.machine import Machine, free_ram, look, look_with_torch
 from wan.plan.make import make_plan
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, choose, resident_indices
+from wan.plan.placement import Placement, choose, resident_indices, settle_dtype
 from wan.plan.text import format_plan, start_lines
 from wan.plan.work import forward_flops, high_noise_steps, parameters
 
@@ -29,5 +29,6 @@ __all__ = [
     "missing_files",
     "parameters",
     "resident_indices",
+    "settle_dtype",
     "start_lines",
 ]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GPU_FLOPS, CPU_FLOPS, TRANSFER_RATE, DISK_RATE = 120e12, 0.1e12, 24e9, 2e9
 # Memory of the device that the driver takes before the first tensor; assumed, it differs by GPU and driver.
 CONTEXT_BYTES = 500_000_000
+CPUINFO = Path("/proc/cpuinfo")
+_BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 _SMI_QUERY = ("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
 _SMI_SECONDS = 10
 
@@ -36,7 +38,7 @@ class Machine:
     ram_bytes: the most of the machine's memory that this process may hold in all, as its peak RSS; vram_bytes: of
     device memory, the driver's part included; None: the device is the CPU, or its memory is unknown.
     flops: of matrix products, a second; transfer_rate: from host to device; disk_rate: of reading files; both bytes/s.
-    is_measured: whether flops and transfer_rate are of this machine.
+    is_measured: whether flops and transfer_rate are of this machine. has_bf16: whether a CPU multiplies bf16 itself.
     """
 
     device: str
@@ -46,6 +48,7 @@ class Machine:
     transfer_rate: float = TRANSFER_RATE
     disk_rate: float = DISK_RATE
     is_measured: bool = False
+    has_bf16: bool = True
 
 
 def look(request: Request, local_size: int = 1) -> Machine:
@@ -58,18 +61,24 @@ def look(request: Request, local_size: int = 1) -> Machine:
         kind = "cuda" if vram or request.vram_bytes else "mps" if is_mac else "cpu"
     if kind == "cpu":
         _refuse_vram(request)
-        return Machine("cpu", ram, None, CPU_FLOPS)
+        return Machine("cpu", ram, None, CPU_FLOPS, has_bf16=_has_bf16())
     return Machine(kind, ram, request.vram_bytes or (ram if kind == "mps" else vram), GPU_FLOPS)
 
 
-def look_with_torch(device: torch.device, request: Request, local_size: int = 1) -> Machine:
-    """The machine at the start of a run, with what it can do as measured. Imports torch."""
+def look_with_torch(
+    device: torch.device, request: Request, local_size: int = 1, settle: Callable[[Machine], Request] | None = None
+) -> Machine:
+    """The machine at the start of a run, with what it can do as measured. Imports torch.
+
+    settle: tells in which type the request computes on a machine, where that is left to the plan.
+    """
     import torch
 
     ram = request.ram_bytes or _ram_of_one(local_size)
     if device.type == "cpu":
         _refuse_vram(request)
-        return Machine("cpu", ram, None, _cpu_flops(request.dtype), is_measured=True)
+        machine = Machine("cpu", ram, None, CPU_FLOPS, is_measured=True, has_bf16=_has_bf16())
+        return replace(machine, flops=_cpu_flops((settle(machine) if settle else request).dtype))
     if device.type != "cuda":
         return Machine(device.type, ram, request.vram_bytes or ram, GPU_FLOPS)
     # The driver's part and what torch holds by now are in use already, and count.
@@ -89,6 +98,16 @@ def free_ram() -> int:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free = min(free, int((group / "memory.max").read_text()) - used + int(stat.get("file", 0)))  # files can go
     return free
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU says so (Linux). Where nobody tells, no: fp32 is never slow, bf16 without units by far."""
+    with contextlib.suppress(OSError):
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, words = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # of x86, of Arm; all processors are alike
+                return not _BF16_UNITS.isdisjoint(words.split())
+    return False
 
 
 def _ram_of_one(local_size: int) -> int:

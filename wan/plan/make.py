@@ -11,7 +11,7 @@ from distributed.grid import attention_bytes, split
 from wan.plan.files import check_one_quantised, find_files
 from wan.plan.machine import Machine
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, decide
+from wan.plan.placement import Placement, decide, settle_dtype
 from wan.plan.transfers import transfers
 from wan.plan.weights import ITEMSIZE, expert_names
 from wan.plan.work import forward_flops, high_noise_steps, parameters
@@ -25,6 +25,7 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
     Raises UsageError where a budget is too small, see `decide`, or where two files hold the same quantised network.
     """
     check_one_quantised(request, spec)
+    request, dtype_notes = settle_dtype(request, spec, machine)
     load = Workload(request, spec)
     decision = decide(load, machine)
     high_steps = high_noise_steps(request, spec)
@@ -43,6 +44,7 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "shift": request.shift,
         "guide_scale": list(request.guide_scale),
         "files": find_files(request, spec),
+        "dtypes": {"dit": request.dtype, "t5": request.t5_dtype, "vae": request.vae_dtype},
         "latent_shape": list(load.latent),
         "tokens": load.all_tokens,
         "steps": request.steps,
@@ -56,7 +58,7 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "memory_bytes": decision.memory,
         "weights": weight_rows(load, machine, decision.placement),
         "transfers": transfers(load, machine, decision.placement),
-        "notes": list(decision.notes),
+        "notes": [*dtype_notes, *decision.notes],
         "save_file": request.save_file,
     }
     if "experts" in spec:

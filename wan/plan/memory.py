@@ -98,7 +98,7 @@ class Workload:
         texts = [request.prompt] + [request.negative_prompt] * (self.branches == 2 or request.grid.cfg == 2)
         # Not tokenized here; no token is shorter than a letter, and the end has one of its own.
         words = min(spec.dit.text_len, max(map(len, texts)) + 2)
-        text = text_bytes(spec, len(texts), words, itemsize)
+        text = text_bytes(spec, len(texts), words, ITEMSIZE[request.t5_dtype])
         # Sample, noise, two predictions and the solver's history in fp32; the input with its condition.
         latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * spec.dit.in_dim // spec.vae.z_dim)
         hidden = [dit_bytes(spec, self.tokens, self.all_tokens, itemsize, on_cpu) for on_cpu in (True, False)]
@@ -215,7 +215,7 @@ class _Held:
             return own, work if self.on_cpu else 0
         if placement.text == "stream":
             # One layer at a time, of which the embedding is the largest.
-            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.dtype]
+            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.t5_dtype]
             return {"device": embedding, "ram": whole + tokenizer}, work
         return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
 

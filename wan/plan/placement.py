@@ -55,7 +55,29 @@ class Decision:
 
 def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
     """The placement of a run. Raises UsageError, one line, where it does not fit into --vram_gb or --ram_gb."""
-    return decide(Workload(request, spec), machine).placement
+    return decide(Workload(settle_dtype(request, spec, machine)[0], spec), machine).placement
+
+
+def settle_dtype(request: Request, spec: EasyDict, machine: Machine) -> tuple[Request, tuple[str, ...]]:
+    """`request` with its type decided, and notes on why. All else is planned for that type.
+
+    On a CPU without units for bf16, where fp32 is several times faster, auto is fp32 if any placement of it fits, or
+    lacks no more than bf16 does.
+    """
+    settled = replace(request, auto_dtype=False)
+    if machine.device != "cpu" or machine.has_bf16 or request.dtype != "bf16":
+        return settled, ()
+    slow = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
+    if not request.auto_dtype:
+        return settled, (f"warning: {slow}: --dtype bf16 is what was asked for, --dtype auto or fp32 is faster",)
+    wide = replace(settled, dtype="fp32")
+    load, lacking = Workload(wide, spec), _excess(decide(Workload(settled, spec), machine).memory, machine).keys()
+    memories = (memory_by_stage(load, machine.device, placement) for placement, _ in _candidates(load, machine))
+    if any(_excess(memory, machine).keys() <= lacking for memory in memories):
+        return wide, (f"{slow}: --dtype auto is fp32",)
+    return settled, (
+        f"warning: {slow}, and fp32 does not fit into {gigabytes(machine.ram_bytes)}: --dtype auto is bf16",
+    )
 
 
 def decide(load: Workload, machine: Machine) -> Decision:
@@ -177,9 +199,10 @@ def _packed_modes(
         if modes[part] == "auto":
             is_streamed = part != "t5" and name in ("block", "phase")
             fits = RESIDENT_MARGIN * dense <= free[where]
+            dtype = request.t5_dtype if part == "t5" else request.dtype
             stays = is_streamed or all_packed[part != "t5"] or not fits
             modes[part] = "stream" if stays else "resident"
-            notes.append(_mode_note(component, request.dtype, dense, free[where], modes[part], is_streamed))
+            notes.append(_mode_note(component, dtype, dense, free[where], modes[part], is_streamed))
         if name == "none":
             free[where] -= component.packed.total if modes[part] == "stream" else dense
     return modes, tuple(notes)

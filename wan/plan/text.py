@@ -22,6 +22,7 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         f"latent      {'x'.join(map(str, plan['latent_shape']))}, {plan['tokens']} tokens",
         f"sampling    {plan['solver']}, {steps} steps, {plan['forwards']} forwards, shift {plan['shift']:g}",
         f"work        {_short(work['total'])} TFLOP a forward ({parts}), {_short(plan['tflop_total'])} TFLOP in all",
+        "types       " + ", ".join(f"{name} {dtype}" for name, dtype in plan["dtypes"].items()),
         "parameters  " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan["parameters"].items()),
         f"machine     {_machine(plan['machine'])}",
         f"placement   {_placement(plan)}",

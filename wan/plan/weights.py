@@ -124,7 +124,7 @@ def _transformer(request: Request, spec: EasyDict, part: str, name: str) -> Comp
 
 
 def _encoder(request: Request, spec: EasyDict, part: str, count: int) -> Component:
-    itemsize = ITEMSIZE[request.dtype]
+    itemsize = ITEMSIZE[request.t5_dtype if part == "t5" else request.dtype]
     layers = spec.text.num_layers if part == "t5" else 0
     blocks = ((text_layer_params(spec) * itemsize,),) * layers if layers else ()
     files = tuple(component_files(request, spec, part))

@@ -30,8 +30,8 @@ class _Packed(nn.Module):
 class QuantLinear(_Packed):
     """`nn.Linear` over packed blocks: the product with the weights dequantised to the type of the input.
 
-    It is bit for bit `F.linear` with the dequantised weights, but for some on a GPU, see products.py. branches: modules
-    whose results are added to that; they are called with the input and `product`, see `wan.weights.lora_formulas`.
+    It is bit for bit `F.linear` with the dequantised weights, unless SWAN_SCALED_MM=1, see products.py. branches:
+    modules whose results are added to that, called with the input and `product`, see `wan.weights.lora_formulas`.
     """
 
     def __init__(self, weight: PackedTensor, bias: nn.Parameter | None = None):

@@ -1,7 +1,8 @@
 """Products of activations and 8-bit weights by the matrix units of a GPU, without dequantising the weights.
 
 The activations are rounded to 8 bits as well, each token by its own scale, which dequantisation does not do: results
-differ from those of dequantised weights by that rounding. SWAN_SCALED_MM=0 turns this off.
+differ from those of dequantised weights by that rounding, and so between weights that stay packed and weights that do
+not. Off until it is measured that this is worth it: SWAN_SCALED_MM=1 turns it on.
 
 NOT RUN BY US: no GPU was at hand. The first product on a device is compared with the dequantised one, and where it
 fails or differs too much, weights are dequantised there, with a warning. On a CPU nothing of this applies.
@@ -31,16 +32,18 @@ _TOLERANCE = 0.05  # relative error of the whole result; rounding to 8 bits give
 def scaled_product(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor | None:
     """`F.linear(x, weight, bias)` for `x` [..., in] -> [..., out], or None where it has to be dequantised.
 
-    For fp8 and int8 weights with a scale per row (or one for all), and bf16 activations, on a CUDA device that has the
-    units for it. Not run on a device by us, see above.
+    Where SWAN_SCALED_MM=1 asks for it, for fp8 and int8 weights with a scale per row (or one for all), and bf16
+    activations, on a CUDA device that has the units for it. Not run on a device by us, see above.
     """
+    if os.environ.get("SWAN_SCALED_MM") != "1":
+        return None
     scheme = weight.type
     if x.device.type != "cuda" or not isinstance(scheme, Scheme) or scheme.name not in _CAPABILITY:
         return None
     rows, columns = weight.shape
     fits = scheme.groups(columns) == 1 and rows % _MULTIPLE == 0 and columns % _MULTIPLE == 0
     fits = fits and scheme.code_dtype in (torch.int8, torch.float8_e4m3fn)
-    if not fits or x.dtype not in _DTYPES or torch.is_grad_enabled() or os.environ.get("SWAN_SCALED_MM") == "0":
+    if not fits or x.dtype not in _DTYPES or torch.is_grad_enabled():
         return None
     tokens = x.reshape(-1, columns)
     if len(tokens) < _MIN_TOKENS or not _works(scheme.name, x.device):

@@ -24,6 +24,7 @@ from wan.request.machine import (
     check_grid,
     check_offload,
     check_resident_blocks,
+    check_t5_dtype,
     check_tile,
     make_grid,
 )
@@ -69,7 +70,9 @@ class Request:
     image:          the (first) image, absolute path, or None; last_image: the last frame of flf2v
     image_option:   the image that the user gave (None: none, or the one that comes with an embedded task)
     ckpt_dir:       folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
-    dtype:          compute type of DiT and encoders: bf16, fp16 or fp32; vae_dtype: bf16 or fp32
+    dtype:          compute type of DiT and image encoder: bf16, fp16 or fp32; t5_dtype: of the text encoder;
+                    vae_dtype: bf16 or fp32
+    auto_dtype:     dtype was not asked for, and the plan may take another, see `wan.plan.settle_dtype`
     files:          single files given in place of the checkpoint's own, by component (see FILE_FLAGS)
     loras:          (absolute path, strength) each, by flag; only the flags that were given
     gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
@@ -113,6 +116,8 @@ class Request:
     t5_cpu: bool
     vae_dtype: str
     vae_tile_px: int
+    t5_dtype: str = "bf16"
+    auto_dtype: bool = field(default=False, compare=False)
     offload: str = "auto"
     resident_blocks: int | None = None
     vae_offload: bool | None = None
@@ -169,6 +174,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     grid = make_grid(get, world_size)
     check_grid(grid, spec, (width, height, frame_num), guide_scale, warnings)
     prompt = check_prompt(spec, get["prompt"])
+    dtype, auto_dtype = check_dtype(spec, get["dtype"], get["convert_model_dtype"])
     seed = check_seed(get["seed"])
     request = Request(
         task=spec.name,
@@ -196,9 +202,11 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
             get["save_file"], frame_num - trimmed, f"{spec.name}_{width}x{height}_{seed}", prompt
         ),
         device=check_device_name(get["device"], ranks=world_size),
-        dtype=check_dtype(spec, get["dtype"], get["convert_model_dtype"]),
+        dtype=dtype,
+        auto_dtype=auto_dtype,
         attention=get["attention"] or "sdpa",
         t5_cpu=bool(get["t5_cpu"]),
+        t5_dtype=check_t5_dtype(spec, get["t5_dtype"]),
         vae_dtype=choice(get["vae_dtype"], "fp32", "vae_dtype", VAE_DTYPE_NAMES),
         vae_tile_px=check_tile(get["vae_tile_px"], spec.vae_stride[1]),
         offload=check_offload(get, world_size),

@@ -15,7 +15,7 @@ from distributed.grid import Grid, choose_grid
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
 from wan.request.files import check_writable
-from wan.request.options import AREA_BELOW_720P, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES
+from wan.request.options import AREA_BELOW_720P, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES, T5_DTYPE_NAMES
 from wan.request.values import absolute, choice, number, or_default, whole
 
 
@@ -104,14 +104,21 @@ def check_device(name: str, flag: str = "device") -> str:
     return name
 
 
-def check_dtype(spec: EasyDict, value: Any, convert: bool | None) -> str:
-    """The type asked for; "auto" is the task's own, bf16 unless its file says otherwise."""
+def check_dtype(spec: EasyDict, value: Any, convert: bool | None) -> tuple[str, bool]:
+    """The type asked for, and whether the plan may take another: "auto" is the task's own, or else bf16 for now."""
     dtype = choice(value, "auto", "dtype", DTYPE_NAMES)
     if convert and dtype not in ("auto", "bf16"):
         raise UsageError(f"--convert_model_dtype casts the weights to bf16, which contradicts --dtype {dtype}")
-    if dtype == "auto":
-        return "bf16" if convert else spec.get("dtype", "bf16")
-    return dtype
+    if dtype != "auto" or convert:
+        return "bf16" if convert else dtype, False
+    return spec.get("dtype", "bf16"), "dtype" not in spec
+
+
+def check_t5_dtype(spec: EasyDict, value: Any) -> str:
+    """The text encoder's type. "auto" is the task's own, or else bf16, whatever the DiT's is: fp32 takes 22 GB for
+    UMT5-XXL, whose weights are released in bf16, and fp16 cannot hold its activations."""
+    dtype = choice(value, "auto", "t5_dtype", T5_DTYPE_NAMES)
+    return spec.get("dtype", "bf16") if dtype == "auto" else dtype
 
 
 def check_tile(value: Any, stride: int) -> int:

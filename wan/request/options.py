@@ -7,6 +7,7 @@ from cache.options import OPTIONS as CACHE_OPTIONS
 DEFAULT_TASK = "t2v-tiny"
 SOLVER_NAMES = ("unipc", "dpm++", "euler")
 DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
+T5_DTYPE_NAMES = DTYPE_NAMES
 VAE_DTYPE_NAMES = ("fp32", "bf16")
 FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
@@ -45,7 +46,7 @@ KINDS = {
     "denoising_step_list": "numbers",
     "save_file": "path",
     **dict.fromkeys(("t5_cpu", "convert_model_dtype"), "flag"),
-    **dict.fromkeys(("device", "dtype", "attention", "vae_dtype"), "name"),
+    **dict.fromkeys(("device", "dtype", "attention", "t5_dtype", "vae_dtype"), "name"),
     "vae_tile_px": "number",
     "offload": "name",
     "offload_model": "flag",

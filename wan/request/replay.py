@@ -38,6 +38,8 @@ def replay_options(
     to add to the command line, for files that are not given.
     """
     options, hashes = _stored(settings, warnings)
+    if "dtype" in options:  # of a video made when the text encoder had the type of the DiT
+        options.setdefault("t5_dtype", options["dtype"])
     given = {name: value for name, value in given.items() if value is not None}
     if "first_frame" in given:
         given.setdefault("image", given.pop("first_frame"))

@@ -1,0 +1,90 @@
+"""Elementwise chains: in fp32 and rounded once, whatever the type of the hidden states and the device."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from wan.models import fused
+
+EPS = 1e-6
+C, TOKENS = 64, 5000  # several slices of a CPU
+SEGMENTS = [(0, 1000), (1, 3500), (0, 500)]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def hidden(dtype, seed=0):
+    return torch.randn(1, TOKENS, C, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rows(seed):
+    """Modulation as it is in a network: most of it far below what bf16 holds beside 1."""
+    return torch.randn(2, C, generator=torch.Generator().manual_seed(seed)) * 0.003
+
+
+def by_token(rows_RC):
+    return torch.cat([rows_RC[row].expand(count, -1) for row, count in SEGMENTS])[None]
+
+
+def exact_norm(x, shift, scale):
+    return torch.nn.functional.layer_norm(x.double(), (C,), eps=EPS) * (1 + by_token(scale).double()) + by_token(shift)
+
+
+def rounded_once(made, exact):
+    """As close as the type of `made` allows, but for ties that fp32 decides otherwise."""
+    assert (made == exact.to(made.dtype)).float().mean() > 0.999
+    torch.testing.assert_close(made.double(), exact, rtol=torch.finfo(made.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_modulation_is_not_rounded(dtype):
+    x, y, shift, scale = hidden(dtype), hidden(dtype, 1), rows(2), rows(3)
+    made = fused.modulated_norm(x, shift, scale, SEGMENTS, EPS)
+    if dtype == torch.float32:
+        torch.testing.assert_close(made.double(), exact_norm(x, shift, scale), rtol=1e-5, atol=1e-5)
+    else:
+        rounded_once(made, exact_norm(x, shift, scale))
+        rounded_once(fused.gated_add(x, y, scale, SEGMENTS), x.double() + by_token(scale).double() * y.double())
+    assert made.dtype == dtype and made.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_scale_counts_where_no_kernel_takes_both_types(dtype):
+    """What a GPU computes, on a CPU: a scale of 0.003 would vanish in bf16, beside 1."""
+    x, shift = hidden(dtype)[0], torch.zeros(C)
+    made = fused.norm_in_slices(x, torch.full((C,), 1.003), shift, EPS)
+    exact = torch.nn.functional.layer_norm(x.double(), (C,), eps=EPS) * 1.003
+    rounded_once(made, exact)
+    assert not torch.equal(made, fused.norm_in_slices(x, torch.ones(C), shift, EPS))
+
+
+class LayerNorms(TorchFunctionMode):
+    """Types and numbers of rows that layer_norm is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.layer_norm:
+            self.seen.append((args[0].dtype, kwargs["weight"].dtype, len(args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_the_cpu_slices_are_normed_in_fp32(dtype):
+    """The meta device stands for one that is not there: no kernel takes two types, and no copy is of all tokens."""
+    tokens, width = 40_000, 1024
+    x = torch.empty(1, tokens, width, dtype=dtype, device="meta")
+    shift = scale = torch.empty(1, width, device="meta")
+    with LayerNorms() as norms:
+        made = fused.modulated_norm(x, shift, scale, [(0, tokens)], EPS)
+    assert made.shape == x.shape and made.dtype == dtype
+    assert {kinds[:2] for kinds in norms.seen} == {(torch.float32, torch.float32)}
+    counts = [count for _, _, count in norms.seen]
+    assert sum(counts) == tokens and (dtype == torch.float32 or max(counts) * width * 4 <= 32 << 20)
+    assert fused.gated_add(x, x, scale, [(0, tokens)]).dtype == dtype

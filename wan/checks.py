@@ -1,0 +1,101 @@
+"""After each stage: are its numbers finite? Else the run ends with one line, of what computed them and what to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from cache import StepContext
+from distributed.parallel import Parallel
+from wan.conditioning.condition import Condition
+from wan.denoise import scale_of
+from wan.finite import NotFinite, is_finite, largest
+from wan.request import Request
+from wan.weights.locate import CheckpointFiles
+
+# Latents have a deviation of about 1 and reach some 10; guidance of 1000 makes 300 of that. What is beyond this is no
+# picture, and soon overflows in squares.
+LARGEST_LATENT = 1e4
+_WIDER = {"fp16": "bf16 or fp32", "bf16": "fp32"}
+
+
+class StageChecks:
+    """Each raises NotFinite, on all ranks alike. built: the Request that the models are loaded by."""
+
+    def __init__(self, files: CheckpointFiles, built: Request, parallel: Parallel):
+        self._files, self._built, self._parallel = files, built, parallel
+
+    def text(self, embeddings: Sequence[Tensor]) -> None:
+        if not all(map(is_finite, embeddings)):
+            what = "the embedding of the prompt is not finite"
+            raise _error("encode_text", what, self._files.t5, ("t5_dtype", self._built.t5_dtype), "t5")
+
+    def image(self, condition: Condition) -> None:
+        if not all(is_finite(latent) for latent in (condition.y, condition.frame) if latent is not None):
+            raise self._of_vae("encode_image", "the latent of the image is not finite")
+
+    def clip(self, features: Tensor) -> None:
+        if not is_finite(features):
+            what = "what the image encoder makes of the image is not finite"
+            raise _error("encode_image", what, self._files.clip, ("dtype", self._built.dtype), "clip")
+
+    def step(self, request: Request, ctx: StepContext, latent: Tensor, model: nn.Module | None) -> None:
+        """The one wait for the device in a step: the progress that is shown next has been made."""
+        size = largest(latent)
+        is_bad = not size < LARGEST_LATENT
+        if not self._parallel.world.sum((float(is_bad),))[0]:
+            return
+        what = "the latent of another rank is not finite"
+        if is_bad:
+            what = f"the latent reaches {size:.2g} (10 is usual)" if math.isfinite(size) else "the latent is not finite"
+        weight, scale = _bad_weight(model), scale_of(ctx.expert, request.guide_scale)
+        tries = [f"a --sample_guide_scale below {scale:g}"] if scale > 1 and not weight else []
+        tries += ["no cache"] if request.cache and not weight else []
+        tries += ["--attention sdpa"] if self._built.attention != "sdpa" and not weight else []
+        tries += ["no --lora"] if request.loras else []
+        flag = "dit" if ctx.expert == "model" else ctx.expert
+        stage, dtype = f"denoise, step {ctx.step + 1} of {ctx.steps}", ("dtype", self._built.dtype)
+        raise _error(stage, what, self._files.dit[ctx.expert], dtype, flag, weight, tries)
+
+    @contextmanager
+    def decoding(self, vae: nn.Module) -> Iterator[None]:
+        """Around `vae.decode`, which finds them frame by frame, before it clamps them."""
+        try:
+            yield
+        except NotFinite as error:
+            raise self._of_vae("decode", f"{error} is not finite", _bad_weight(vae)) from None
+
+    def _of_vae(self, stage: str, what: str, weight: str = "") -> NotFinite:
+        return _error(stage, what, self._files.vae, ("vae_dtype", self._built.vae_dtype), "vae", weight)
+
+
+def _error(
+    stage: str,
+    what: str,
+    paths: Sequence[Path],
+    dtype: tuple[str, str],
+    file_flag: str,
+    weight: str = "",
+    tries: Sequence[str] = (),
+) -> NotFinite:
+    """paths: of the weights; dtype: (its flag, the type that was computed in); weight: the name of one that is not
+    finite; tries: what else may help."""
+    type_flag, name = dtype
+    wider = [f"--{type_flag} {_WIDER[name]}"] if name in _WIDER else []
+    weights = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"
+    weights += f", whose {weight} is not finite" if weight else ""
+    advice = [*wider, *tries, f"another file with --{file_flag}"]
+    return NotFinite(f"{stage}: {what} (computed in {name} with {weights}); try {' or '.join(advice)}")
+
+
+def _bad_weight(model: nn.Module | None) -> str:
+    """The name of the first weight of a model that is not finite; "" if none can be seen."""
+    for name, weight in model.named_parameters() if model is not None else ():
+        is_here = type(weight.data) is Tensor and not weight.is_meta  # and whole: not shared out among ranks
+        if is_here and weight.is_floating_point() and weight.numel() and not is_finite(weight.data):
+            return name
+    return ""
