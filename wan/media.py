@@ -83,7 +83,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
     pixels = memoryview(np.ascontiguousarray(frames)).cast("B")
     # Run directly rather than through imageio_ffmpeg's writer, which does not look at ffmpeg's exit status:
     # a disk that fills up while the index is written would pass unnoticed.
-    done = subprocess.run(command, input=pixels, capture_output=True)
+    # In a session of its own, for the terminal's Ctrl-C would end it with an error before this process has heard.
+    done = subprocess.run(command, input=pixels, capture_output=True, start_new_session=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()
         raise OSError(reason[-1] if reason else f"ffmpeg ended with status {done.returncode}")
