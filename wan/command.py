@@ -25,6 +25,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse's. SwanError where there is no folder to work in; --help needs none."""
+        parsed = super().parse_args(*args, **kwargs)
+        try:
+            os.getcwd()
+        except OSError as error:  # libraries of torch end the process
+            raise SwanError(f"the working folder is gone ({error.strerror}); cd to one that is there") from error
+        return parsed
+
     def _print_message(self, message: str, file: Any = None) -> None:
         put(message, end="")  # --help and --version
 
