@@ -1,8 +1,19 @@
 """Make a video: python generate.py --help"""
 
-import sys
+from typing import NoReturn
 
-from wan.cli import main
+from wan.command import run_process
+
+
+def make() -> int:
+    from wan.cli import main  # here, for a signal may come while it is imported
+
+    return main()
+
+
+def main() -> NoReturn:
+    run_process(make)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

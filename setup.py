@@ -22,7 +22,7 @@ setup(
     package_dir={"wan.configs": "configs"},
     package_data={"wan": ["assets/**/*", "quant/kernels.c"], "cache": ["data/*.json"], "wan.configs": ["**/*.yaml"]},
     py_modules=["generate"],
-    entry_points={"console_scripts": ["swan-generate=wan.cli:main"]},
+    entry_points={"console_scripts": ["swan-generate=generate:main"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=4.51",

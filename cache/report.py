@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("a picture needs matplotlib: pip install matplotlib", 1)
     except OSError as error:
         return _fail(f"--out: cannot write {out}: {error.strerror or error}", 1)
-    print(out)
+    try:
+        print(out, flush=True)
+    except OSError as error:
+        if sys.stdout is sys.__stdout__:  # what it still holds is written nowhere, or Python's end would try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # a reader that has gone wants no more
+            return _fail(f"{out} is made, but its name cannot be written: {error.strerror or error}", 1)
     return 0
 
 

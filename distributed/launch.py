@@ -8,21 +8,32 @@ see `watchdog.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import json
 import os
+import queue
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from distributed.watchdog import END_S, Board, Failure, Watchdog, end_within, name_ranks, say
+from distributed.signals import WORDS
+from distributed.watchdog import ANSWER_S, END_S, SENT, Board, Failure, Watchdog, end_within, name_ranks, say
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 DESTROY_S = 5.0  # for torch to take its connections down
+MAX_SIZE = 4096  # processes
+MAX_NAMED = 5  # differences in one line
+
+
+class Disagreement(RuntimeError):
+    """Ranks were given different things. The message names them, as `World.agree` was told to call them."""
 
 
 class World:
@@ -38,6 +49,9 @@ class World:
         self.at_failure: Callable[[], str | None] | None = None
         self._started = self._closed = False
         self._watchdog: Watchdog | None = None
+        self._board: Board | None = None
+        self._agreed = 0  # calls of agree
+        self._timeout_s = 0.0
         self._store: TCPStore | None = None  # kept, for the host is in it, and must outlive the process group
         self._lock = threading.Lock()
 
@@ -48,6 +62,8 @@ class World:
         if "RANK" not in env and "WORLD_SIZE" not in env:
             return cls()
         rank, size = _whole(env, "RANK", 0), _whole(env, "WORLD_SIZE", 1)
+        if size > MAX_SIZE:
+            raise ValueError(f"WORLD_SIZE must be {MAX_SIZE} at most, not {size}")
         if rank >= size:
             raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}")
         if size == 1:
@@ -61,18 +77,21 @@ class World:
             raise ValueError("WORLD_SIZE is set, but MASTER_ADDR is not")
         if not 0 < _whole(env, "MASTER_PORT", 1) < 65536:
             raise ValueError(f"MASTER_PORT must be below 65536, not {env['MASTER_PORT']}")
-        # A lost store is reported in one line; torch, which reads this when imported, warns of it in forty.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # A lost store is reported in one line; torch, which reads this when imported, tells of it in forty.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         return cls(rank, size, local_rank, local_size)
 
-    def start(self, device_type: Literal["cpu", "cuda"], timeout_s: float) -> None:
+    def start(
+        self, device_type: Literal["cpu", "cuda"], timeout_s: float, alike: Mapping[str, str] | None = None
+    ) -> None:
         """Meet the other processes and form the process group. From the main thread, once. RuntimeError: in one line.
 
-        timeout_s: for all to come, for a collective, and for a process to answer before it counts as lost.
+        timeout_s: for all to come, for a collective, and for a process to answer before it counts as lost. alike: what
+        must be the same on all ranks, see `agree`, before anything else is done together.
         """
         if self.size == 1:
             return
-        self._started = True
+        self._started, self._timeout_s = True, timeout_s
         import torch
         from torch.distributed import PrefixStore
 
@@ -82,12 +101,13 @@ class World:
         try:
             self._store = self._connect(hosted and self.rank == 0, hosted, timeout_s, deadline)
             own = self._connect(False, hosted, timeout_s, deadline)
-            board = Board(PrefixStore(f"launch/{restart}", own), self.rank, self.size)
+            board = self._board = Board(PrefixStore(f"launch/{restart}", own), self.rank, self.size)
             self._watchdog = Watchdog(board, hosted, timeout_s, lambda: self.stage, self._rescue)
             if device_type == "cuda":
                 self._take_gpu()
             self._meet(board, timeout_s, deadline)
             self._watchdog.start()
+            self.agree(alike or {})
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 timeout=timedelta(seconds=timeout_s),
@@ -95,8 +115,38 @@ class World:
                 rank=self.rank,
                 world_size=self.size,
             )
+        except Disagreement:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise RuntimeError(_one_line(error)) from error
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Compare `facts`, texts by what they are called, with those of all ranks, which all call this alike.
+
+        Raises Disagreement, the same on all ranks, which says what differs from rank 0 and on which ranks.
+        """
+        if self.size == 1:
+            return
+        self._agreed += 1
+        what = f"facts/{self._agreed}"
+        mine = json.dumps({name: _digest(text) for name, text in sorted(facts.items())})
+        self._board.tell(f"{what}/all", mine)
+        self._board.tell(what, _digest(mine))
+        deadline = time.monotonic() + self._timeout_s
+        while (digests := self._board.told(what)) is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not all ranks have come so far within {self._timeout_s:g} s")
+            time.sleep(0.02)
+        if len(set(digests)) == 1:
+            return
+        first, *others = [json.loads(text) for text in self._board.told(f"{what}/all")]
+        names = sorted({name for one in (first, *others) for name in one})
+        differ = {
+            name: [rank for rank, one in enumerate(others, 1) if one.get(name) != first.get(name)] for name in names
+        }
+        told = [f"{name} ({name_ranks(ranks)})" for name, ranks in differ.items() if ranks]
+        more = f" and {len(told) - MAX_NAMED} more" if len(told) > MAX_NAMED else ""
+        raise Disagreement(f"not the same as on rank 0: {', '.join(told[:MAX_NAMED])}{more}")
 
     def report(self, message: str, exit_code: int) -> int:
         """This rank has failed. Prints `message`, or what it follows from, if no other rank speaks for the job.
@@ -110,7 +160,8 @@ class World:
         mine = Failure(self.rank, self.stage, message, exit_code)
         end_within(END_S, exit_code)
         if self._watchdog is None:  # there was no store to be reached, so the others cannot be asked
-            say(mine.line)
+            if self.rank == 0 or message not in [WORDS[signum] for signum in SENT]:  # sent: it is one of many to end
+                say(mine.line)
             return exit_code
         first = self._watchdog.conclude(mine)
         if first is mine:
@@ -127,7 +178,9 @@ class World:
         if failure is not None:
             end_within(END_S, failure.exit_code)
             self._rescue()
-        with contextlib.suppress(OSError, ValueError):  # what is lost when the timer strikes; closed: nothing to lose
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # what is lost when the timer strikes; closed: nothing to lose
             sys.stdout.flush()
         timer = end_within(DESTROY_S, failure.exit_code if failure else 0)
         _destroy_group()
@@ -140,11 +193,25 @@ class World:
         from torch.distributed import TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        name = "rank 0" if hosted else "the launcher"
         if not host and (error := _reach(address, port, deadline)):
-            name = "rank 0" if hosted else "the launcher"
             raise RuntimeError(f"{name} did not come within {timeout_s:g} s ({address}:{port}: {_one_line(error)})")
-        timeout = timedelta(seconds=timeout_s)
-        return TCPStore(address, port, is_master=host, timeout=timeout, wait_for_workers=False)
+        # The host is its own first client, whatever others call it.
+        where, timeout = "localhost" if host else address, timedelta(seconds=timeout_s)
+        try:
+            store = _within(
+                deadline, lambda: TCPStore(where, port, is_master=host, timeout=timeout, wait_for_workers=False)
+            )
+        except (RuntimeError, OSError) as error:
+            if host and errno.errorcode[errno.EADDRINUSE] in str(error):
+                problem = "is taken on this machine, by another job or by a second process of RANK 0"
+                raise RuntimeError(f"MASTER_PORT {port} {problem}") from error
+            does = "cannot be had here" if host else f"is not {name}'s, or it has not answered for {timeout_s:g} s"
+            raise RuntimeError(f"{address}:{port} {does} ({_one_line(error)})") from error
+        if host and (error := _reach(address, port, deadline)):
+            reason = f"{address}:{port}: {_one_line(error)}"
+            raise RuntimeError(f"rank 0 does not reach itself under MASTER_ADDR within {timeout_s:g} s ({reason})")
+        return store
 
     def _meet(self, board: Board, timeout_s: float, deadline: float) -> None:
         """Wait for all ranks. Not with the store's own wait, which is deaf to failures of others and to Ctrl-C."""
@@ -196,6 +263,31 @@ def _reach(address: str, port: int, deadline: float) -> OSError | None:
             if time.monotonic() > deadline:
                 return error
         time.sleep(0.1)
+
+
+def _within(deadline: float, call: Callable[[], Any]) -> Any:
+    """call(), which may be deaf to Ctrl-C and know no end: in a thread. TimeoutError some time after the deadline."""
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((call(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            value, error = answers.get(timeout=0.1)
+            if error is not None:
+                raise error
+            return value
+        if time.monotonic() > deadline + ANSWER_S:
+            raise TimeoutError("no answer")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _destroy_group() -> None:

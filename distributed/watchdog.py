@@ -2,7 +2,8 @@
 
 The main thread may be inside a collective for as long as its timeout, deaf to signals and to the failures of others. So
 two threads stand beside it: the pulse talks to the store, the guard waits for signals, of which it hears through
-`signal.set_wakeup_fd`, and ends the process where the main thread does not. Knows nothing of Wan; imports no torch.
+`signal.set_wakeup_fd`, and ends the process where the main thread does not. What the main thread does about signals:
+see `signals.py`. Knows nothing of Wan; imports no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import queue
 import re
+import secrets
 import select
 import signal
 import socket
@@ -22,19 +24,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from distributed.signals import WORDS, listening
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 PERIOD_S = 0.5  # from beat to beat
 STILL_S = 3.0  # without a beat for so long: lost, where something has failed already
-TERMINATED_S = 2.0  # the same after a SIGTERM: less, for some launchers kill a few seconds later
+TERMINATED_S = 2.0  # the same after what launchers send: less, for some launchers kill a few seconds later
 GRACE_S = 3.0  # for the main thread to end by itself
 ANSWER_S = 5.0  # for the store, once this process is ending
 FAREWELL_S = 10.0  # for the others, before the process that hosts the store leaves
+MAX_RANKS_NAMED = 16  # in one line
 END_S = 28.0  # for all of that together; torchrun kills after 30 s
 
 GONE = "gone"  # the last beat
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes
+# Signals that a launcher sends to all when one has failed: what they follow from is worth looking for.
+SENT = tuple(signum for signum in WORDS if signum != signal.SIGINT)
 
 # What a collective says when another process is at fault: gloo, NCCL, sockets, exceptions of torch.distributed.
 _SECONDARY = re.compile(
@@ -46,7 +52,7 @@ _SECONDARY = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job ends: what a rank says, who in doing what. message: "" for an end without words."""
+    """Why a job ends: what a rank says, who in doing what."""
 
     rank: int
     stage: str
@@ -56,12 +62,12 @@ class Failure:
     @property
     def secondary(self) -> bool:
         """Whether it looks like the consequence of another rank's end."""
-        return bool(_SECONDARY.search(self.message))
+        return self.message in [WORDS[signum] for signum in SENT] or bool(_SECONDARY.search(self.message))
 
     @property
     def line(self) -> str:
         """The message, with the rank and its stage behind `error:`. An interruption is nobody's fault."""
-        if self.message in ("", "interrupted"):
+        if self.message in WORDS.values():
             return self.message
         prefix, text = re.fullmatch(r"((?:internal )?error: )?(.*)", self.message, re.DOTALL).groups(default="")
         return f"{prefix}rank {self.rank}, {self.stage}: {text}"
@@ -69,14 +75,15 @@ class Failure:
 
 def say(line: str) -> None:
     """One line on stderr, in one write, for several processes share it."""
-    if line:
+    if line and sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the end must go on
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    more = f" and {len(ranks) - MAX_RANKS_NAMED} more" if len(ranks) > MAX_RANKS_NAMED else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:MAX_RANKS_NAMED]))}{more}"
 
 
 def _describe_loss(ranks: Sequence[int]) -> str:
@@ -121,6 +128,13 @@ class Board:
         store.compare_set("failure", "", "")  # there from now on: who reads a key that is not there waits for it
 
     def arrive(self) -> None:
+        """RuntimeError where the ranks are not told the same number of ranks, or two the same rank."""
+        size = self._store.compare_set("size", "", str(self.size)).decode()
+        if size != str(self.size):
+            raise RuntimeError(f"WORLD_SIZE is {self.size}, but {size} on another rank")
+        token = secrets.token_hex(8)
+        if self._store.compare_set(f"who/{self.rank}", "", token).decode() != token:
+            raise RuntimeError(f"another process has RANK {self.rank} too")
         self.beat(0)
         self._store.add("arrived", 1)
 
@@ -132,6 +146,14 @@ class Board:
 
     def beat(self, beat: int | str) -> None:
         self._store.set(f"beat/{self.rank}", str(beat))
+
+    def tell(self, what: str, text: str) -> None:
+        self._store.set(f"{what}/{self.rank}", text)
+
+    def told(self, what: str) -> list[str] | None:
+        """What each rank told; None until all have."""
+        keys = [f"{what}/{rank}" for rank in range(self.size)]
+        return [text.decode() for text in self._store.multi_get(keys)] if self._store.check(keys) else None
 
     def fail(self, failure: Failure) -> Failure:
         """The first failure of the job: `failure` itself if there was none."""
@@ -221,8 +243,8 @@ class Watchdog:
         self._pulse, self._silence = Pulse(board, timeout_s), Silence()
         self._guard = threading.Thread(target=self._stand_guard, name="guard", daemon=True)
         self._released = threading.Event()
-        self._raised = self._stopped = self._unanswered = False
-        self._handlers: dict[int, Any] = {}
+        self._stopped = self._unanswered = False
+        self._listening = contextlib.ExitStack()
         self._wakeup_fd = -1
 
     def start(self) -> None:
@@ -230,9 +252,7 @@ class Watchdog:
         self._ear, self._bell = socket.socketpair()
         self._bell.setblocking(False)
         self._wakeup_fd = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # a job in the background of a shell ignores SIGINT
-                self._handlers[signum] = signal.signal(signum, self._raise)
+        self._signals = self._listening.enter_context(listening())
         self._pulse.start()
         self._guard.start()
 
@@ -246,6 +266,8 @@ class Watchdog:
     def release(self) -> None:
         """The main thread ends by itself from here on. Waits for what the guard is about to settle."""
         self._released.set()
+        if self._guard.ident is not None:
+            self._signals.end()
         if self._guard.is_alive():
             with contextlib.suppress(BlockingIOError):  # full of signals: it is awake anyway
                 self._bell.send(b"\0")
@@ -278,8 +300,7 @@ class Watchdog:
         if self._stopped or self._guard.ident is None:
             return
         self._stopped = True
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler or signal.SIG_DFL)  # None: set by C code, which Python cannot do
+        self._listening.close()
         signal.set_wakeup_fd(self._wakeup_fd)
         if not self._guard.is_alive():  # else it still reads from there
             self._ear.close()
@@ -297,7 +318,7 @@ class Watchdog:
             if cause is None:
                 continue
             timer = end_within(END_S, cause.exit_code)
-            if signum == signal.SIGTERM:
+            if signum in SENT:
                 self.settle(cause)
             if not self._released.wait(max(0.0, ends - time.monotonic())):
                 self._leave(self.settle(cause))
@@ -307,7 +328,7 @@ class Watchdog:
         if not select.select([self._ear], [], [], PERIOD_S)[0]:
             return None
         signals = self._ear.recv(4096)
-        return next((signum for signum in (signal.SIGTERM, signal.SIGINT) if signum in signals), None)
+        return next((signum for signum in (*SENT, signal.SIGINT) if signum in signals), None)
 
     def _cause(self, signum: int | None) -> Failure | None:
         """The reason to end this process, if there is one."""
@@ -315,10 +336,9 @@ class Watchdog:
         waiting_s = self._silence.update([pulse.rounds])[0]
         if pulse.failure is not None:
             return pulse.failure
-        if signum == signal.SIGTERM:
-            return self._trace(self._mine("", TERMINATED), TERMINATED_S)
-        if signum == signal.SIGINT:
-            return self._mine("interrupted", INTERRUPTED)
+        if signum is not None:
+            told = self._mine(WORDS[signum], 128 + signum)
+            return self._trace(told, TERMINATED_S) if signum in SENT else told
         if pulse.silent:
             return self._mine(f"error: {name_ranks(pulse.silent)} has not answered for {self._timeout_s:g} s", 1)
         if self._host_excused():
@@ -370,13 +390,7 @@ class Watchdog:
     def _leave(self, failure: Failure) -> NoReturn:
         self._rescue()
         self.farewell()
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it any more
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(failure.exit_code)
-
-    def _raise(self, signum: int, _: object) -> None:
-        """The handler, in the main thread when that is in Python. Once: a second one would hit the cleaning up."""
-        if not (self._raised or self._released.is_set()):
-            self._raised = True
-            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)

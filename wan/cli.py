@@ -1,7 +1,6 @@
 """The command line: flags -> Request -> run -> exit code. `--help` and `--dry_run` import no torch.
 
-Exit codes: 0 done, 1 a file or the machine is at fault, 2 the request is wrong, 130 interrupted.
-Progress and messages go to stderr; stdout gets one JSON line (or the plan).
+Exit codes: see `command.py`. Progress and messages go to stderr; stdout gets one JSON line (or the plan).
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 from easydict import EasyDict
 
 from cache.options import OPTIONS as CACHE_OPTIONS
-from distributed.launch import World
+from distributed.launch import Disagreement, World
+from distributed.signals import Signals, listening
 from wan import __version__, media
-from wan.command import Parser, run_command
+from wan.command import Parser, put, run_command
 from wan.errors import SwanError, UsageError, one_line
 from wan.request import Request, build_request, check_device, replay_options
+from wan.request.alike import file_fact, request_facts
 from wan.request.options import (
     DEFAULT_TASK,
     DTYPE_NAMES,
@@ -39,6 +40,7 @@ from wan.request.options import (
     VAE_DTYPE_NAMES,
 )
 from wan.tasks import load_task, preset_names, task_names
+from wan.weights.locate import TOKENIZER_FILES, CheckpointFiles
 
 if TYPE_CHECKING:
     import torch
@@ -192,14 +194,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Started by torchrun, this is one of several processes that make one video.
     """
     world = World()
-    try:
+    with listening():
         try:
-            world = World.from_environment()
-        except ValueError as error:
-            return run_command(partial(_refuse, str(error)))
-        return run_command(partial(_main, argv, world), world.report)
-    finally:
-        world.close()
+            try:
+                world = World.from_environment()
+            except ValueError as error:
+                return run_command(partial(_refuse, str(error)))
+            return run_command(partial(_main, argv, world), world.report)
+        finally:
+            world.close()
 
 
 def _refuse(message: str) -> int:
@@ -226,9 +229,10 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
         return _dry_run(request, spec, args.json, world.local_size) if world.rank == 0 else 0
     if not quiet:
         print(f"{request.task}, seed {request.seed}", file=sys.stderr)
-    report = run(request, spec, quiet=quiet, world=world)
+    seeded = str(options.get("seed")).strip() == str(request.seed)
+    report = run(request, spec, quiet=quiet, world=world, seeded=seeded)
     if world.rank == 0:
-        print(json.dumps(report), flush=True)
+        print_report(report)
     return 0
 
 
@@ -236,36 +240,48 @@ def _dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -
     from wan.plan import format_plan, look, make_plan, missing_files
 
     plan = make_plan(request, spec, look(request, local_size))
-    print(json.dumps(plan) if as_json else format_plan(plan), flush=True)
+    put(json.dumps(plan) if as_json else format_plan(plan))
     if missing := missing_files(plan):
         raise SwanError(f"missing: {', '.join(missing)}")
     return 0
 
 
-def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World | None = None) -> dict[str, Any]:
+def print_report(report: dict[str, Any]) -> None:
+    """The one line on stdout."""
+    try:
+        put(json.dumps(report))
+    except SwanError as error:
+        raise SwanError(f"{error}; the video is in {report['file']}") from error
+
+
+def run(
+    request: Request, spec: EasyDict, *, quiet: bool = False, world: World | None = None, seeded: bool = False
+) -> dict[str, Any]:
     """Make the video and write it to request.save_file. Returns the report that is printed as JSON.
 
     Once denoising is done, a failure keeps the latents in a file and names it in the SwanError. Of several processes
-    each calls this; the first one writes.
+    each calls this; the first one writes. seeded: the seed is no random one, so all ranks must have the same.
     """
     started = time.perf_counter()
     world = world or World()
-    device = check_device(request.device)
+    with listening() as signals, signals.held():  # an import that is interrupted may go on half done
+        device = check_device(request.device)
+        from distributed.parallel import Parallel
+        from wan.pipeline import WanPipeline
     if request.cache:
         check_device(request.cache["cache_device"], "cache_device")
-    world.start("cuda" if device.startswith("cuda") else "cpu", request.dist_timeout)
-    from distributed.parallel import Parallel
-    from wan.pipeline import WanPipeline
-
     device_type = "cuda" if device.startswith("cuda") else "cpu"
+    _start(world, device_type, request, spec, seeded)
     parallel = Parallel(*request.grid, device_type=device_type, local_size=world.local_size)
     if world.size > 1:
         device = f"cuda:{world.local_rank}" if device == "cuda" else device
         request = replace(request, seed=parallel.gather_objects(request.seed)[0])  # a random one: of the first rank
-    with _Progress(quiet, world) as progress:
+    with listening() as signals, _Progress(quiet, world, signals) as progress:
         pipe = WanPipeline.from_request(replace(request, device=device), spec, parallel)
         if request.auto_dtype:  # the plan has decided, and the video tells
             request = replace(request, dtype=pipe.request.dtype, auto_dtype=False)
+        if world.size > 1:
+            _compare_files(world, pipe.files, request)
         if not quiet:
             for note in pipe.notes:
                 print(note, file=sys.stderr)
@@ -305,10 +321,39 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World |
         **({"gguf_mode": modes} if (modes := {name: mode for name, mode in packed.items() if mode}) else {}),
         **cached,
         **({"grid": request.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
-        **peaks[0],
+        **{name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
         "file": request.save_file,
         "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
     }
+
+
+def _start(world: World, device_type: str, request: Request, spec: EasyDict, seeded: bool) -> None:
+    """Meet the other processes, all of which must have been given the same."""
+    try:
+        world.start(device_type, request.dist_timeout, request_facts(request, spec, device_type, seeded))
+    except Disagreement as error:
+        raise UsageError(f"{error}; give all processes the same options") from error
+    except RuntimeError as error:
+        raise SwanError(one_line(error)) from error
+
+
+def _compare_files(world: World, files: CheckpointFiles, request: Request) -> None:
+    """That all processes have the same checkpoint and LoRAs, before any of it is loaded."""
+    from wan.weights.source import open_source
+
+    found = {f"the weights of {part}": open_source(paths).paths for part, paths in files.dit.items()}
+    found |= {"the VAE": open_source(files.vae).paths, "the text encoder": open_source(files.t5).paths}
+    found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := files.tokenizer / name).is_file()]
+    if files.clip:
+        found["the image encoder"] = open_source(files.clip).paths
+    for flag, chosen in request.loras.items():
+        found |= {f"--{flag} number {number}": [Path(path)] for number, (path, _) in enumerate(chosen, 1)}
+    try:
+        world.agree({name: file_fact(paths) for name, paths in found.items()})
+    except Disagreement as error:
+        raise SwanError(f"{error}; give all processes the same files") from error
+    except OSError as error:
+        raise SwanError(f"{error.filename}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def _report_cache(request: Request, cache: Any, quiet: bool) -> None:
@@ -331,9 +376,9 @@ def _describe(error: Exception) -> str:
 
 def _keep_latents(latents: torch.Tensor, save_file: str) -> str:
     """Save what the denoising made, beside the output or in the temporary folder; says where, for the message."""
-    for folder in (Path(save_file).parent, Path(tempfile.gettempdir())):
-        with contextlib.suppress(SwanError, OSError):
-            path = _free_name(folder, Path(save_file).name)
+    for find in (lambda: Path(save_file).parent, lambda: Path(tempfile.gettempdir())):
+        with contextlib.suppress(SwanError, OSError):  # OSError: no temporary folder
+            path = _free_name(find(), Path(save_file).name)
             media.save_latents(path, latents)
             return f"the latents are kept in {path}"
     return "the latents could not be saved either"
@@ -371,13 +416,14 @@ def _peak_memory() -> dict[str, int]:
 class _Progress:
     """One bar a stage on stderr, of the first rank. The pipeline calls it with (stage, done, total)."""
 
-    def __init__(self, quiet: bool, world: World):
-        self.quiet, self.world, self.stage, self.bar = quiet, world, None, None
+    def __init__(self, quiet: bool, world: World, signals: Signals):
+        self.quiet, self.world, self.signals, self.stage, self.bar = quiet, world, signals, None, None
 
     def __enter__(self) -> _Progress:
         return self
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self.signals.check()  # one may have been swallowed
         self.world.stage = stage
         if self.quiet:
             return

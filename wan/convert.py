@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.command import Parser, run_command
+from distributed.signals import Signals, listening
+from wan.command import Parser, put, run_command, run_process
 from wan.errors import SwanError, UsageError
 from wan.files import visible_files
 from wan.weights.locate import MLX_FILES
@@ -96,46 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv) and return its exit code. Never raises for a failed run."""
-    with _Signals() as signals:
+    with listening() as signals:
         return run_command(lambda: _main(argv, signals))
 
 
-class _Signals:
-    """Ctrl-C and SIGTERM: the run ends as `interrupted`, and the unfinished file is removed.
-
-    Before the writing starts, and for the second signal, KeyboardInterrupt is raised wherever the program is. While
-    tensors are written the first signal is kept for `check`, for an exception between any two instructions may find a
-    thread that is started and not yet known to its pool, or be swallowed by a callback of an import.
-    """
-
-    def __init__(self) -> None:
-        self.writing = False
-        self._received = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # only that one may set handlers
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(signum) != signal.SIG_IGN:  # a job in the background of a shell ignores SIGINT
-                    self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        at_once = self._received or not self.writing
-        self._received = True
-        if at_once:
-            raise KeyboardInterrupt
-
-    def check(self) -> None:
-        if self._received:
-            raise KeyboardInterrupt
-
-
-def _main(argv: Sequence[str] | None, signals: _Signals) -> int:
+def _main(argv: Sequence[str] | None, signals: Signals) -> int:
     args = make_parser().parse_args(argv)
     to = args.to or ("gguf" if args.type or args.output else "mlx")
     unfit = _FOLDER_FLAGS if to == "gguf" else (*_FILE_FLAGS, *(_MLX_FLAGS if to != "mlx" else ()))
@@ -143,11 +107,14 @@ def _main(argv: Sequence[str] | None, signals: _Signals) -> int:
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning with --to {to}")
     report = _to_gguf(args, signals) if to == "gguf" else _to_folder(args, to, signals)
-    print(json.dumps(report), flush=True)
+    try:
+        put(json.dumps(report))
+    except SwanError as error:
+        raise SwanError(f"{error}; what was asked for is in {report.get('file') or report['folder']}") from error
     return 0
 
 
-def _to_gguf(args: argparse.Namespace, signals: _Signals) -> dict[str, Any]:
+def _to_gguf(args: argparse.Namespace, signals: Signals) -> dict[str, Any]:
     if not (args.type and args.output):
         raise UsageError("--to gguf needs --type and --output (see --help)")
     type_name = args.type.upper().replace("-", "_")
@@ -177,7 +144,7 @@ def _to_gguf(args: argparse.Namespace, signals: _Signals) -> dict[str, Any]:
         )
 
 
-def _to_folder(args: argparse.Namespace, to: str, signals: _Signals) -> dict[str, Any]:
+def _to_folder(args: argparse.Namespace, to: str, signals: Signals) -> dict[str, Any]:
     if to != "mlx" and not args.output_dir:
         raise UsageError(f"--to {to} needs --output-dir")
     if not args.quantize and (args.bits or args.group_size):
@@ -381,23 +348,21 @@ def _warn_again(kinds: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool, signals: _Signals) -> Iterator[Callable[[int, int], None]]:
+def _progress(quiet: bool, signals: Signals) -> Iterator[Callable[[int, int], None]]:
     """While it is open, tensors are written: a bar by bytes on stderr, and the place where a signal ends the run."""
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc="convert", file=sys.stderr, disable=quiet) as bar:
+    # Kept back meanwhile: an exception between any two instructions may find a thread that is started and not yet known
+    # to its pool.
+    with signals.held(), tqdm(unit="B", unit_scale=True, desc="convert", file=sys.stderr, disable=quiet) as bar:
 
         def show(done: int, total: int) -> None:
             signals.check()
             bar.total = total
             bar.update(done - bar.n)
 
-        signals.writing = True
-        try:
-            yield show
-        finally:
-            signals.writing = False
+        yield show
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

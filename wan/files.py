@@ -6,15 +6,24 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 import secrets
+import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from wan.errors import SwanError, one_line, printable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAX_JSON_BYTES = 100_000_000
 _MANY_VALUES = 1_000_000
@@ -97,15 +106,113 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+# Writing. What a killed run left behind is removed by the next run that writes there: each temporary file or folder is
+# locked by its writer, and the lock ends with the process. Another machine's locks may not be seen here.
+
+_HERE = hashlib.sha256(socket.gethostname().encode(errors="surrogateescape")).hexdigest()[:8]
+_STALE_S = 24 * 3600  # of another machine, and not touched for so long: its writer is gone
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that is moved there on success and removed on any failure or Ctrl-C."""
-    temporary = path.with_name(f".swan-{secrets.token_hex(8)}.tmp")
-    try:
+    with _writing(path), temporary_name(path.parent) as temporary:
         yield temporary
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place on success and is removed on any failure or Ctrl-C."""
+    with _writing(path), temporary_name(path.parent, is_folder=True) as temporary:
+        yield temporary
+        # Not a temporary name: were this process killed between the two, it would be all that is left.
+        old = path.with_name(_drawn_name(".old"))
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+        finally:
+            if old.exists():
+                os.replace(old, temporary if path.exists() else path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """OSError becomes SwanError that names `path`."""
+    try:
+        yield
     except OSError as error:
         raise SwanError(f"cannot write {printable(path)}: {error.strerror or one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def temporary_name(folder: Path, is_folder: bool = False) -> Iterator[Path]:
+    """A new file or folder, locked, and removed at the end if it is still there."""
+    _remove_stale(folder)
+    path, lock = _create_locked(folder, is_folder)
+    try:
+        yield path
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if lock is not None:
+            os.close(lock)
+        _remove(path)
+
+
+def _drawn_name(end: str) -> str:
+    return f".swan-{_HERE}-{secrets.token_hex(8)}{end}"
+
+
+def _create_locked(folder: Path, is_folder: bool) -> tuple[Path, int | None]:
+    while True:
+        path = folder / _drawn_name(".tmp")
+        path.mkdir() if is_folder else path.touch(exist_ok=False)
+        lock = _lock(path, wait=True)
+        # Another run may have taken it for stale before it was locked.
+        if lock is None or _is_same(path, lock):
+            return path, lock
+        os.close(lock)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove the temporary files and folders whose writers are gone. What cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".swan-*.tmp"):
+            with contextlib.suppress(OSError):
+                is_ours = path.name.startswith(f".swan-{_HERE}-")
+                if (is_ours or time.time() - path.lstat().st_mtime > _STALE_S) and _is_abandoned(path):
+                    _remove(path)
+
+
+def _is_abandoned(path: Path) -> bool:
+    if fcntl is None:  # Windows: a file that is open cannot be removed, and of a folder nothing is known
+        return not path.is_dir()
+    lock = _lock(path, wait=False)
+    if lock is None:
+        return False
+    os.close(lock)  # nobody else takes it up: its name is drawn anew by each writer
+    return True
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """A descriptor that holds the lock, till it is closed; None where there is none to be had."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by its writer; or the file system has no locks, and then nothing is taken for stale
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    return False
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -9,12 +9,11 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wan.errors import SwanError, UsageError, one_line, printable
-from wan.files import atomic, open_plain, parse_json
+from wan.files import atomic, open_plain, parse_json, temporary_name
 from wan.pictures import read_image
 
 __all__ = ["read_image", "read_settings", "save_latents", "write_video"]
@@ -76,9 +75,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
     if width % 2 or height % 2:
         raise SwanError(f"an mp4 needs an even width and height, not {width}x{height}")
     pixels = memoryview(np.ascontiguousarray(frames)).cast("B")
-    with tempfile.TemporaryDirectory(prefix="swan-") as folder:
-        # In a file, for a command line holds some 100 kB, which two long prompts exceed.
-        metadata = Path(folder, "metadata.txt")
+    # In a file, for a command line holds some 100 kB, which two long prompts exceed.
+    with temporary_name(path.parent) as metadata:
         metadata.write_text(
             f";FFMETADATA1\ncomment={_ESCAPED.sub(_BACKSLASH, comment)}\n", encoding="utf-8", newline="\n"
         )
@@ -89,7 +87,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
         command += [*BT709_OPTIONS, *X264_OPTIONS, "-f", "mp4", f"file:{path}"]
         # Run directly rather than through imageio_ffmpeg's writer, which does not look at ffmpeg's exit status:
         # a disk that fills up while the index is written would pass unnoticed.
-        done = subprocess.run(command, input=pixels, capture_output=True)
+        # In a session of its own, for the terminal's Ctrl-C would end it with an error before this process has heard.
+        done = subprocess.run(command, input=pixels, capture_output=True, start_new_session=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()
         raise OSError(reason[-1] if reason else f"ffmpeg ended with status {done.returncode}")

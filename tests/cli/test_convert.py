@@ -19,6 +19,7 @@ from tests.unit.tiny_checkpoint import dit_state, shrunk, t5_state, write_checkp
 from tests.unit.weight_helpers import DictSource
 from wan.convert import find_weights, main, tokenizer_metadata
 from wan.errors import SwanError, UsageError
+from wan.files import atomic
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
 
@@ -190,9 +191,17 @@ def slow_checkpoint(tmp_path_factory):
     return path
 
 
+KILLED = [
+    ("SIGTERM", 143, "terminated"),
+    ("SIGHUP", 129, "terminated (hangup)"),
+    ("SIGINT", 130, "interrupted"),
+    ("SIGKILL", -9, None),
+]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_killed_half_way(slow_checkpoint, tmp_path, sent, code):
+@pytest.mark.parametrize("sent, code, said", KILLED)
+def test_killed_half_way(slow_checkpoint, tmp_path, sent, code, said):
     output = tmp_path / "out.gguf"
     args, env = command("--type", "IQ4_XS", "--threads", 1, "--checkpoint-dir", slow_checkpoint, "--output", output)
     process = subprocess.Popen(args, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -200,12 +209,17 @@ def test_killed_half_way(slow_checkpoint, tmp_path, sent, code):
     while not any(path.stat().st_size for path in tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(sent)
+    process.send_signal(getattr(signal, sent))
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and out == ""
     assert not output.exists()
-    if sent != signal.SIGKILL:
-        assert err.splitlines()[-1] == "interrupted" and not list(tmp_path.iterdir())
+    if said:
+        assert err.splitlines()[-1] == said and not list(tmp_path.iterdir())
+        return
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".swan-")
+    with atomic(tmp_path / "next"):  # whatever is written there next
+        assert not left.exists()
 
 
 # The tokenizer

@@ -23,6 +23,7 @@ WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from distributed.launch import World
+from distributed.signals import listening
 
 def touch(name):
     path = Path(f"{name}-{world.rank}")
@@ -61,8 +62,9 @@ def main():
         raise ValueError("bad flag")
     if timeout_s < 30:
         import_together()  # which takes longer on a busy machine than the timeout may be
-    world.start("cpu", timeout_s)
+    world.start("cpu", timeout_s, {"--steps": str(2 + world.rank // 2) if case == "differ" else "2", "--size": "3"})
     world.stage = "load"
+    world.agree({"the weights": str(world.rank if case == "differ in files" else 0)})
     if case == "all fail":
         raise ValueError("no such file")
     if case == "load":
@@ -77,16 +79,15 @@ def main():
 case, timeout_s = sys.argv[1], float(sys.argv[2])
 world = World.from_environment()
 code = 0
-try:
-    main()
-except KeyboardInterrupt:
-    code = world.report("interrupted", 130)
-except SystemExit as error:
-    code = error.code
-except Exception as error:
-    code = world.report(f"error: {error}".splitlines()[0], 1)
-finally:
-    world.close()
+with listening() as signals:
+    try:
+        main()
+    except KeyboardInterrupt:
+        code = world.report(signals.word, signals.exit_code)
+    except Exception as error:
+        code = world.report(f"error: {error}".splitlines()[0], 1)
+    finally:
+        world.close()
 sys.exit(code)
 """
 
@@ -94,7 +95,7 @@ sys.exit(code)
 class Job:
     """Processes that run WORKER in a folder: started by torchrun, or one by one, as by srun."""
 
-    def __init__(self, folder, case, ranks=3, torchrun=False, timeout_s=PATIENCE_S, absent=()):
+    def __init__(self, folder, case, ranks=3, torchrun=False, timeout_s=PATIENCE_S, absent=(), named=None, port=None):
         self.folder, self.ranks, self.mark = folder, ranks, f"mark-{os.getpid()}-{folder.name}"
         self.torchrun = torchrun
         (folder / "worker.py").write_text(WORKER)
@@ -106,8 +107,8 @@ class Job:
             self.processes = [self._spawn(launcher + command[1:], env)]
             return
         with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        numbers = [rank for rank in range(ranks) if rank not in absent]
+            port = port or free.getsockname()[1]
+        numbers = named or [rank for rank in range(ranks) if rank not in absent]
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PRESENT": str(len(numbers))}
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         self.processes = [self._spawn(command, env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in numbers]
@@ -144,7 +145,7 @@ class Job:
         wait_for(lambda: not [process for process in self.orphans() if process.pid not in but], self.stderr)
         assert "destroy_process_group" not in self.stderr()
         assert self.torchrun or "Traceback" not in self.stderr(), self.stderr()  # torchrun has some of its own
-        starts = ("error:", "internal error:", "interrupted", "note:", "warning:")
+        starts = ("error:", "internal error:", "interrupted", "terminated", "note:", "warning:")
         return [p.returncode for p in waited], [line for line in self.stderr().splitlines() if line.startswith(starts)]
 
 
@@ -236,6 +237,34 @@ def test_missing_first_rank(job):
     assert len(lines) == 1 and lines[0].startswith("error: rank 1, start: rank 0 did not come within 1 s ("), lines
 
 
+def test_ranks_that_were_given_different_things(job):
+    codes, lines = job("differ").end()
+    [line] = [line for line in lines if line != "note: kept"]
+    assert codes == [1, 1, 1] and line.endswith(", start: not the same as on rank 0: --steps (rank 2)")
+
+
+def test_ranks_that_find_different_files(job):
+    codes, lines = job("differ in files").end()
+    [line] = [line for line in lines if line != "note: kept"]
+    assert codes == [1, 1, 1] and line.endswith(", load: not the same as on rank 0: the weights (ranks 1, 2)")
+
+
+def test_two_processes_of_one_rank(job):
+    codes, lines = job("loop", named=[0, 1, 1]).end()
+    errors = [line for line in lines if line != "note: kept"]
+    assert codes == [1, 1, 1] and errors == ["error: rank 1, start: another process has RANK 1 too"]
+
+
+def test_a_port_that_is_taken(job):
+    """By something that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        codes, lines = job("loop", ranks=2, timeout_s=2, port=other.getsockname()[1]).end()
+    errors = [line for line in lines if line != "note: kept"]
+    assert codes == [1, 1] and len(errors) == 2, errors
+    assert any(line.startswith("error: rank 0, start: MASTER_PORT ") and " is taken " in line for line in errors)
+    assert any(line.startswith("error: rank 1, start: 127.0.0.1:") and " is not rank 0's" in line for line in errors)
+
+
 @pytest.mark.parametrize("case, ranks", [("loop", [0, 1, 2]), ("stuck", [1])])
 def test_interrupted(job, case, ranks):
     work = job(case)
@@ -251,7 +280,8 @@ def test_interrupted(job, case, ranks):
     "signum, said",
     [
         (signal.SIGINT, "interrupted"),
-        (signal.SIGTERM, None),
+        (signal.SIGTERM, "terminated"),
+        (signal.SIGHUP, "terminated (hangup)"),
         (signal.SIGKILL, "lost the launcher"),
     ],
 )
@@ -264,7 +294,7 @@ def test_end_of_the_launcher(job, signum, said):
     if signum == signal.SIGKILL:  # the ranks have lost what they would agree through on who says so
         assert 1 <= len(errors) <= 2 and all(line.endswith(f", denoise: {said}") for line in errors), lines
     else:
-        assert errors == ([said] if said else []), work.stderr()
+        assert errors == [said], work.stderr()
 
 
 # Without processes
@@ -306,6 +336,7 @@ def test_environment(monkeypatch):
         ("RANK", None, "RANK is not set, but WORLD_SIZE is"),
         ("RANK", "8", "RANK is 8, but WORLD_SIZE is 8"),
         ("RANK", "-1", "RANK must be a whole number from 0, not '-1'"),
+        ("WORLD_SIZE", "9" * 12, f"WORLD_SIZE must be 4096 at most, not {'9' * 12}"),
         ("WORLD_SIZE", "two", "WORLD_SIZE must be a whole number from 1, not 'two'"),
         ("LOCAL_RANK", None, "LOCAL_RANK is not set, but RANK is"),
         ("LOCAL_RANK", "2", "LOCAL_RANK is 2, but LOCAL_WORLD_SIZE is 2"),
@@ -333,6 +364,7 @@ def test_nonsense_in_the_environment(monkeypatch, name, value, message):
         ("internal error: KeyError: 'x'", "internal error: rank 2, decode: KeyError: 'x'"),
         ("no such file", "rank 2, decode: no such file"),
         ("interrupted", "interrupted"),
+        ("terminated", "terminated"),
     ],
 )
 def test_line(message, line):

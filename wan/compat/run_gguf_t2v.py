@@ -7,12 +7,11 @@ imports no torch.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
-from wan.cli import run
-from wan.command import Parser, run_command
+from wan.cli import print_report, run
+from wan.command import Parser, run_command, run_process
 from wan.compat.config import read_fun_config
 from wan.compat.request import guidance, text_request
 from wan.compat.sampler import DEFAULT_SAMPLER, SAMPLERS, sampler
@@ -106,9 +105,9 @@ def _main(argv: Sequence[str] | None) -> int:
         if line:
             print(f"warning: {line}", file=sys.stderr)
     print(f"{request.task}, seed {request.seed}", file=sys.stderr)
-    print(json.dumps(run(request, spec)), flush=True)
+    print_report(run(request, spec))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -91,7 +91,10 @@ def look_with_torch(
 
 def free_ram() -> int:
     """Bytes of memory that are free, of the machine's or of the container's."""
-    free = psutil.virtual_memory().available
+    try:
+        free = psutil.virtual_memory().available
+    except OSError:  # no /proc; and the system's cache of files is not counted here
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit ("max")
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
@@ -112,7 +115,14 @@ def _has_bf16() -> bool:
 
 def _ram_of_one(local_size: int) -> int:
     """What each of the processes of this machine may hold in all."""
-    return (free_ram() + local_size * psutil.Process().memory_info().rss) // local_size
+    return (free_ram() + local_size * _resident()) // local_size
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; 0 where that cannot be told."""
+    with contextlib.suppress(OSError, psutil.Error):
+        return psutil.Process().memory_info().rss
+    return 0
 
 
 def _refuse_vram(request: Request) -> None:

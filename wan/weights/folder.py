@@ -14,15 +14,12 @@ Format of the files: https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +27,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from wan.errors import SwanError, UsageError, one_line
+from wan.errors import SwanError, UsageError
+from wan.files import atomic_folder
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.tasks import load_task, task_names
 from wan.weights.export import component_of, plan_tensors
@@ -227,7 +225,7 @@ def export_folder(
         if on_progress:
             on_progress(done, total)
 
-    with _appearing(output) as folder:
+    with atomic_folder(output) as folder:
         for name, (source, plan) in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("wb") as file:
@@ -293,29 +291,6 @@ def _check_output(output: Path, written: set[str], replace: bool) -> None:
     # A folder is deleted only if all in it is what such a folder has.
     if others := sorted(there - {Path(name).parts[0] for name in written}):
         raise UsageError(f"--output-dir: {output} holds other things as well ({others[0]}): not replaced")
-
-
-@contextlib.contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place on success and is removed on any failure or Ctrl-C."""
-    token = secrets.token_hex(8)
-    temporary, old = (output.with_name(f".swan-{token}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir()
-        yield temporary
-        if output.exists():
-            os.replace(output, old)
-        try:
-            os.replace(temporary, output)
-        except OSError:
-            if old.exists():
-                os.replace(old, output)
-            raise
-    except OSError as error:
-        raise SwanError(f"cannot write {output}: {error.strerror or one_line(error)}") from error
-    finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # The config

@@ -36,7 +36,7 @@ MLX_FILES = {  # of mlx-video, all in one folder
 }
 _MLX_VAE_ENCODER = "vae_encoder.safetensors"  # there in some versions
 _LIGHTX2V_BLOCK = re.compile(r"(non_)?block(_\d+)?\.safetensors")  # one file for each block
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ def _quantised_twins(official: Path) -> list[Path]:
 def _find_tokenizer(root: Path, spec: Mapping[str, Any]) -> Path:
     folders = [root / spec["files"]["tokenizer"], root / _DIFFUSERS["tokenizer"]]
     for folder in folders:
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
     looked_for = " and ".join(f"{folder.relative_to(root)}/" for folder in folders)
-    raise _missing(root, "tokenizer", f"{looked_for} with {' or '.join(_TOKENIZER_FILES)}")
+    raise _missing(root, "tokenizer", f"{looked_for} with {' or '.join(TOKENIZER_FILES)}")
 
 
 def _files_at(path: Path) -> list[Path]:
