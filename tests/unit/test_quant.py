@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+import warnings
 
 import gguf
 import numpy as np
@@ -133,7 +134,10 @@ def test_without_kernels(break_it, monkeypatch, tmp_path):
     }[break_it]
     monkeypatch.setenv(name, value)
     native._library.cache_clear()
-    assert native._library() is None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert native._library() is None
+    assert len(seen) == (break_it != "switched off")
     one = packed("Q6_K", 4, 256)
     assert torch.equal(one.dequantize(), by_gguf(one.blocks, "Q6_K"))
     native._library.cache_clear()
@@ -204,4 +208,4 @@ def test_kernels_use_the_threads_of_torch():
     if compiler is None or native._openmp_runtime() is None:
         pytest.skip("no C compiler, or no OpenMP in torch")
     ctypes.CDLL(native._openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(native._compiled(compiler, openmp=True)))
+    ctypes.CDLL(native._compiled(compiler, openmp=True))
