@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -185,7 +186,7 @@ def _to_folder(args: argparse.Namespace, to: str, signals: _Signals) -> dict[str
     output = Path(args.output_dir or "wan_mlx_model").expanduser().absolute()
     if not output.parent.is_dir():
         raise UsageError(f"--output-dir: no folder {output.parent}")
-    if checkpoint.resolve().is_relative_to(output.resolve()):
+    if Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(output)):
         raise UsageError(f"--output-dir {output} holds the input")
 
     import torch

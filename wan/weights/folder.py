@@ -14,15 +14,13 @@ Format of the files: https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from wan.errors import SwanError, UsageError, one_line
+from wan.errors import SwanError
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.tasks import load_task, task_names
 from wan.weights.export import component_of, plan_tensors
@@ -40,6 +38,7 @@ from wan.weights.mlx import mlx_name, to_mlx
 from wan.weights.names import Rows, official_names, official_t5_name
 from wan.weights.recipes import RECIPES
 from wan.weights.source import Source
+from wan.weights.written import appearing, check_inputs, check_output, list_files
 
 FORMATS = ("mlx", "fp8", "int8")
 PARTS = ("dit", "high", "low", "t5", "vae")
@@ -204,9 +203,9 @@ def export_folder(
     """Write the folder `output` from `parts` ("dit", or "high" and "low"; "t5"; "vae").
 
     copies: files and folders to copy, by their places in `output`. config: of config.json. replace: an `output` that
-    holds nothing else is replaced. on_progress: called with (bytes written, bytes in all); what it raises ends the
-    run. The folder appears whole or not at all; in memory are one tensor and its codes. Returns a report: folder,
-    bytes, format, files (name -> bytes), tensors, quantized, seconds.
+    holds nothing but what this function wrote is replaced. on_progress: called with (bytes written, bytes in all); what
+    it raises ends the run. The folder appears whole or not at all; in memory are one tensor and its codes. Returns a
+    report: folder, bytes, format, files (name -> bytes), tensors, quantized, seconds.
 
     Raises SwanError where a source is not what can be written, holds values that are not finite, or the disk has no
     room; UsageError where `output` exists.
@@ -214,7 +213,9 @@ def export_folder(
     started = time.perf_counter()
     files = {file_name(part, form, source): (source, plan_part(source, part, form)) for part, source in parts.items()}
     total = sum(one.size_bytes for _, plan in files.values() for entry in plan for one in entry.pieces)
-    _check_output(output, {*files, *(copies or ()), "config.json"}, replace)
+    place, output = output, Path(os.path.realpath(output))  # of a link, what it leads to is written
+    check_output(output, replace)
+    check_inputs(output, [*(path for source in parts.values() for path in source.paths), *(copies or {}).values()])
     free = shutil.disk_usage(output.parent).free
     if total > free:
         room = f"{output.parent} has {free / 1e9:.2f} GB free"
@@ -227,21 +228,22 @@ def export_folder(
         if on_progress:
             on_progress(done, total)
 
-    with _appearing(output) as folder:
-        for name, (source, plan) in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / name).open("wb") as file:
-                _write_file(file, source, plan, form, advance)
+    with appearing(output) as folder:
         for name, path in (copies or {}).items():
             advance(0)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(path, folder / name) if path.is_dir() else shutil.copyfile(path, folder / name)
         if config:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        metadata = {"format": "mlx" if form.format == "mlx" else "pt"} | list_files(folder, files)
+        for name, (source, plan) in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("wb") as file:
+                _write_file(file, source, plan, metadata, advance)
     sizes = {name: (output / name).stat().st_size for name in files}
     plans = [entry for _, plan in files.values() for entry in plan]
     return {
-        "folder": str(output),
+        "folder": str(place),
         "bytes": sum(sizes.values()),
         "format": form.format,
         "files": sizes,
@@ -252,12 +254,16 @@ def export_folder(
 
 
 def _write_file(
-    file: BinaryIO, source: Source, plan: list[Planned], form: Form, advance: Callable[[int], None]
+    file: BinaryIO,
+    source: Source,
+    plan: list[Planned],
+    metadata: Mapping[str, str],
+    advance: Callable[[int], None],
 ) -> None:
     """A safetensors file; every tensor is written to its place as soon as it is made."""
     # Larger elements first, so that every tensor lies at a multiple of its element size.
     pieces = sorted((one for entry in plan for one in entry.pieces), key=lambda one: -one.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx" if form.format == "mlx" else "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     starts, end = {}, 0
     for one in pieces:
         starts[one.name], end = end, end + one.size_bytes
@@ -282,40 +288,6 @@ def _make(source: Source, entry: Planned) -> tuple[Tensor, ...]:
         raise SwanError(f"{source.describe()}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise SwanError(f"{source.describe()}: tensor {entry.stored}: {error}") from None
-
-
-def _check_output(output: Path, written: set[str], replace: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output-dir: {output} is a file")
-    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if there and not replace:
-        raise UsageError(f"--output-dir: {output} is not empty; --overwrite replaces it")
-    # A folder is deleted only if all in it is what such a folder has.
-    if others := sorted(there - {Path(name).parts[0] for name in written}):
-        raise UsageError(f"--output-dir: {output} holds other things as well ({others[0]}): not replaced")
-
-
-@contextlib.contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place on success and is removed on any failure or Ctrl-C."""
-    token = secrets.token_hex(8)
-    temporary, old = (output.with_name(f".swan-{token}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir()
-        yield temporary
-        if output.exists():
-            os.replace(output, old)
-        try:
-            os.replace(temporary, output)
-        except OSError:
-            if old.exists():
-                os.replace(old, output)
-            raise
-    except OSError as error:
-        raise SwanError(f"cannot write {output}: {error.strerror or one_line(error)}") from error
-    finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # The config
