@@ -16,7 +16,7 @@ from cache.options import check_coefficients, check_options
 from distributed.grid import Grid, choose_grid
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
-from wan.request.options import AREA_BELOW_720P, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES
+from wan.request.options import AREA_BELOW_720P, ATTENTION_NAMES, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES
 from wan.request.values import absolute, choice, number, or_default, whole
 
 
@@ -113,6 +113,12 @@ def check_dtype(spec: EasyDict, value: Any, convert: bool | None) -> str:
     if dtype == "auto":
         return "bf16" if convert else spec.get("dtype", "bf16")
     return dtype
+
+
+def check_attention(name: str, dtype: str) -> None:
+    choice(name, "sdpa", "attention", ATTENTION_NAMES)
+    if name != "sdpa" and dtype == "fp32":
+        raise UsageError(f"--attention {name} computes in bf16 and fp16, not in --dtype fp32; sdpa does")
 
 
 def check_tile(value: Any, stride: int) -> int:

@@ -40,6 +40,8 @@ def list_files(folder: Path, weights: Collection[str]) -> dict[str, str]:
 
 def check_output(output: Path, replace: bool) -> None:
     """Raises UsageError where the folder `output` holds anything that is not to be replaced."""
+    if not output.parent.is_dir():
+        raise UsageError(f"--output-dir: no folder {printable(output.parent)}")
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output-dir: {printable(output)} is a file")
     try:
