@@ -260,8 +260,10 @@ def _check_output(name: str, overwrite: bool) -> Path:
         raise UsageError(f"--output: {path} is a folder")
     if not path.parent.is_dir():
         raise UsageError(f"--output: no folder {path.parent}")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UsageError(f"--output: {path} exists; --overwrite replaces it")
+    if not Path(os.path.realpath(path)).parent.is_dir():
+        raise UsageError(f"--output: {path} is a link to a folder that is not there")
     return path
 
 

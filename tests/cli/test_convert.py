@@ -115,6 +115,20 @@ def test_the_input_is_not_overwritten(checkpoint, tmp_path, capsys):
     assert path.read_bytes() == before
 
 
+def test_of_a_link_the_file_that_it_leads_to_is_written(checkpoint, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link.gguf"
+    link.symlink_to("disk/real.gguf")
+    fails(capsys, 2, "exists; --overwrite replaces it", checkpoint, link)
+    assert convert(checkpoint, link, "--overwrite") == 0
+    assert json.loads(capsys.readouterr().out)["file"] == str(link)
+    assert link.is_symlink() and open_source(tmp_path / "disk/real.gguf").keys()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.gguf"]
+    gone = tmp_path / "gone.gguf"
+    gone.symlink_to("gone/real.gguf")
+    fails(capsys, 2, "is a link to a folder that is not there", checkpoint, gone, "--overwrite")
+
+
 def test_quantising_twice_warns(checkpoint, tmp_path, capsys):
     assert convert(checkpoint, tmp_path / "a.gguf") == 0
     capsys.readouterr()

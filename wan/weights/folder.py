@@ -216,10 +216,11 @@ def export_folder(
     place, output = output, Path(os.path.realpath(output))  # of a link, what it leads to is written
     check_output(output, replace)
     check_inputs(output, [*(path for source in parts.values() for path in source.paths), *(copies or {}).values()])
-    free = shutil.disk_usage(output.parent).free
-    if total > free:
+    copied = (one for path in (copies or {}).values() for one in (path, *path.rglob("*")) if one.is_file())
+    needed, free = total + sum(one.stat().st_size for one in copied), shutil.disk_usage(output.parent).free
+    if needed > free:
         room = f"{output.parent} has {free / 1e9:.2f} GB free"
-        raise SwanError(f"{output} needs {total / 1e9:.2f} GB, and {room}")
+        raise SwanError(f"{output} needs {needed / 1e9:.2f} GB, and {room}")
     done = 0
 
     def advance(size_bytes: int) -> None:
