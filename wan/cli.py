@@ -289,7 +289,7 @@ def run(
             world.at_failure = lambda: None if pipe.latents is None else _keep_latents(pipe.latents, request.save_file)
         try:
             result = pipe(request, progress=progress)
-            peaks = parallel.gather_objects(_peak_memory())
+            peaks = parallel.gather_objects(_peak_memory(pipe.device))
             if world.rank > 0:
                 return {}
             saving = time.perf_counter()
@@ -394,10 +394,8 @@ def _free_name(folder: Path, video: str) -> Path:
             return folder / (video + ending)
 
 
-def _peak_memory() -> dict[str, int]:
-    """Peak bytes of this process so far (resident), and of what torch held on the GPU if it used one."""
-    import torch
-
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of this process so far (resident), and of what torch held on `device`, where that is a GPU."""
     peak = {}
     try:  # Linux; its ru_maxrss would count what the parent process held when it started this one
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -408,8 +406,8 @@ def _peak_memory() -> dict[str, int]:
 
             unit = 1 if sys.platform == "darwin" else 1024
             peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def _to_folder(args: argparse.Namespace, to: str, signals: Signals) -> dict[str,
     output = Path(args.output_dir or "wan_mlx_model").expanduser().absolute()
     if not output.parent.is_dir():
         raise UsageError(f"--output-dir: no folder {output.parent}")
-    if checkpoint.resolve().is_relative_to(output.resolve()):
+    if Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(output)):
         raise UsageError(f"--output-dir {output} holds the input")
 
     import torch
@@ -227,8 +228,10 @@ def _check_output(name: str, overwrite: bool) -> Path:
         raise UsageError(f"--output: {path} is a folder")
     if not path.parent.is_dir():
         raise UsageError(f"--output: no folder {path.parent}")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UsageError(f"--output: {path} exists; --overwrite replaces it")
+    if not Path(os.path.realpath(path)).parent.is_dir():
+        raise UsageError(f"--output: {path} is a link to a folder that is not there")
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,10 +50,9 @@ def denoise(
     condition, parallel = condition or Condition(), parallel or Parallel()
     latent = condition.restore(latent.float())
     contexts = []
-    for step, timestep in enumerate(solver.timesteps.tolist()):
-        expert = expert_at(timestep, boundary)
-        if boundary is not None and boundary_step_index is not None:
-            expert = "high" if step < boundary_step_index else "low"
+    timesteps = solver.timesteps.tolist()
+    experts = experts_of(timesteps, boundary, boundary_step_index)
+    for step, (timestep, expert) in enumerate(zip(timesteps, experts, strict=True)):
         sigma = solver.sigmas[step].item()
         contexts.append(StepContext(step, solver.steps, timestep, sigma, expert, "cond", run))
     with cache.run(contexts):
@@ -94,6 +93,13 @@ def expert_at(timestep: float, boundary: float | None) -> str:
     if boundary is None:
         return "model"
     return "high" if timestep >= boundary * NUM_TRAIN_TIMESTEPS else "low"
+
+
+def experts_of(timesteps: Sequence[float], boundary: float | None, boundary_step_index: int | None) -> list[str]:
+    """The expert of each step."""
+    if boundary is None or boundary_step_index is None:
+        return [expert_at(timestep, boundary) for timestep in timesteps]
+    return ["high" if step < boundary_step_index else "low" for step in range(len(timesteps))]
 
 
 def scale_of(expert: str, guide_scale: float | tuple[float, float]) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -79,7 +79,9 @@ class Experts:
 
         def load() -> None:
             try:
-                future.set_result(self._load(name, CPU, check))
+                with _queue_of_its_own(self._device()):
+                    model = self._load(name, CPU, check)
+                future.set_result(model)
             except BaseException as error:  # told to whoever asks for it
                 future.set_exception(error)
 
@@ -118,6 +120,16 @@ class Experts:
         return [getattr(model, "offload", Resident()) for model in self._models.values()]  # a caller's may have none
 
 
+@contextlib.contextmanager
+def _queue_of_its_own(device: torch.device) -> Iterator[None]:
+    """What this thread enqueues on a GPU does not wait for what computes there, and has ended on leaving."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with torch.cuda.stream(stream):
+        yield
+        if stream is not None:
+            stream.synchronize()
+
+
 def load_expert(
     model: WanModel,
     source: Source,
@@ -152,11 +164,15 @@ def load_expert(
 
     weights.fill(place)
     set_loras(model, source, loras, compute_device)
+    if device != compute_device and not units:
+        model.to(device)  # what LoRAs have put beside packed layers
     if units:
+        merging = torch.cuda.Stream(compute_device) if compute_device.type == "cuda" else None
 
         def read(name: str, out: Tensor) -> None:
-            changed = read_with_loras(model, name, source, weights.stored(name), compute_device)
-            weights.read(name, out) if changed is None else out.copy_(changed)
+            with torch.cuda.stream(merging):  # in the stream of what computes, it would wait for all that was enqueued
+                changed = read_with_loras(model, name, source, weights.stored(name), compute_device)
+                weights.read(name, out) if changed is None else out.copy_(changed)
 
         model.offload = Streamed(units, stream_to, read)
     return model

@@ -2,8 +2,9 @@
 
 The rest of the model and some blocks stay on the device. The others (units) take turns in a ring of slots there: while
 one computes, the next is on its way, read by a thread from RAM or from disk and, for a GPU, copied from pinned memory
-by a stream of its own. Nothing waits but by events: a copy for the last use of its slot, a computation for its copy,
-the thread for the copy that still reads its pinned buffer. Pinned are two buffers of a unit, never the model.
+by a stream of its own. Nothing waits but by events: a copy for the last use of its slot, or of the memory that the slot
+was made of, a computation for its copy, the thread for the copy that still reads its pinned buffer. Pinned are two
+buffers of a unit, never the model.
 
 `model.offload.hold(module)` stands around each use of a block or part; for one that is resident it does nothing.
 """
@@ -32,7 +33,7 @@ class Device(Protocol):
     """What a ring asks of a device. An event stands for a point in one of its two queues, copying and computing."""
 
     def slot(self, size_bytes: int) -> Tensor:
-        """uint8 on the device."""
+        """uint8 on the device; what was let go of, which may still be in use by what computes, is made use of again."""
 
     def staging(self, size_bytes: int) -> Tensor | None:
         """uint8 that the device can copy from; None where the host writes to the slots itself."""
@@ -105,7 +106,7 @@ class _Slot:
         self.buffer = buffer
         self.unit: int | None = None
         self.arrival: Future[Event] | None = None  # of that unit; its result comes when the copy is enqueued
-        self.used: Event | None = None  # the end of the last computation with it
+        self.used: Event | None = None  # the end of the last computation with it, or with its memory before
         self.is_held = False
 
 
@@ -120,6 +121,10 @@ class Ring:
     ):
         self._device, self._count, self._fill = device, count, fill
         self._slots = [_Slot(device.slot(size_bytes)) for _ in range(min(slots, count))]
+        # Their memory may have been let go of a moment ago by what still computes with it.
+        allocated = device.computed()
+        for slot in self._slots:
+            slot.used = allocated
         stagings = [device.staging(size_bytes) for _ in self._slots]
         self._stagings: list[tuple[Tensor, Event | None]] = [(one, None) for one in stagings if one is not None]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="offload")

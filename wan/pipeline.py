@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,11 +28,11 @@ from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
-from wan.denoise import denoise
+from wan.denoise import denoise, experts_of
 from wan.errors import SwanError
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.media import read_image
-from wan.models.attention import get_attention
+from wan.models.attention import check_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.text import check_tokenizer
@@ -111,8 +111,8 @@ class WanPipeline:
 
         Raises UsageError or SwanError, one line, before any work is done.
         """
-        get_attention(request.attention)
         request = replace(request, device=check_device(request.device))
+        check_attention(request.attention, DTYPES[request.dtype], request.device)
         files = locate(request.ckpt_dir, spec, request.files)
         for paths in files.dit.values():
             check_dit(open_source(paths), spec)
@@ -166,15 +166,15 @@ class WanPipeline:
         self.latents, self.cache = None, cache or NO_CACHE
         seconds: dict[str, float] = {}
         report = progress or (lambda stage, done, total: None)
-        with _timed("encode", seconds, report):
+        with _timed("encode", seconds, report, self.device):
             texts = self._encode_texts(request)
             condition, clip_fea = self._encode_images(request)
         self.experts.take_seconds()
-        with _timed("denoise", seconds, report, request.steps):
+        with _timed("denoise", seconds, report, self.device, request.steps):
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
-        with _timed("decode", seconds, report):
+        with _timed("decode", seconds, report, self.device):
             frames = self._decode(latents, request.vae_tile_px)[request.trim_first_frames :]
         return Result(frames, self.latents, seconds)
 
@@ -248,11 +248,14 @@ class WanPipeline:
             model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
             return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
+        timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
+        following = set(experts_of(timesteps, boundary, request.boundary_step_index))
+
         def on_step(ctx: StepContext, latent: Tensor) -> None:
             self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
             report("denoise", ctx.step + 1, ctx.steps)
             if ctx.step == 0:
-                self._read_ahead(ctx.expert)
+                self._read_ahead(following - {ctx.expert})
 
         try:
             with freed_memory_kept() if self.device.type == "cpu" else nullcontext():
@@ -277,13 +280,13 @@ class WanPipeline:
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
         return latents
 
-    def _read_ahead(self, running: str) -> None:
-        """The expert whose turn comes later, while this one computes: into RAM, or into the system's cache of files, if
+    def _read_ahead(self, following: Collection[str]) -> None:
+        """The expert whose turn comes later, while another computes: into RAM, or into the system's cache of files, if
         free memory can hold it."""
-        for name, paths in self.files.dit.items():
-            if name == running or name in self.experts:
+        for name in following:
+            if name in self.experts:
                 continue
-            files = open_source(paths).paths
+            files = open_source(self.files.dit[name]).paths
             if self.placement.next_expert == "ram":
                 self.experts.prepare(name)
             elif sum(path.stat().st_size for path in files) <= free_ram():
@@ -336,7 +339,8 @@ class WanPipeline:
         )
 
     def _load_expert(self, name: str, device: torch.device, check: Check) -> WanModel:
-        _empty_cache()
+        if device == self.device:  # while another expert computes there, its memory is left alone
+            _empty_cache()
         with torch.device("meta"):
             model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
         offload = self.placement.offload
@@ -398,12 +402,14 @@ def _empty_vae(spec: Any) -> WanVAE:
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float], report: Progress, total: int = 1) -> Iterator[None]:
+def _timed(
+    stage: str, seconds: dict[str, float], report: Progress, device: torch.device, total: int = 1
+) -> Iterator[None]:
     started = time.perf_counter()
     report(stage, 0, total)
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     report(stage, total, total)
     seconds[stage] = time.perf_counter() - started
 
@@ -418,5 +424,5 @@ def _clear_frames(error: BaseException | None, before: BaseException | None) -> 
 def _empty_cache() -> None:
     free_scratch()
     return_freed_memory()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU leaves the GPU alone
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import string
 import struct
@@ -113,6 +114,20 @@ def test_the_input_is_not_overwritten(checkpoint, tmp_path, capsys):
     for output in (path, link):
         fails(capsys, 2, "is the input", path, output, "--overwrite")
     assert path.read_bytes() == before
+
+
+def test_of_a_link_the_file_that_it_leads_to_is_written(checkpoint, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link.gguf"
+    link.symlink_to("disk/real.gguf")
+    fails(capsys, 2, "exists; --overwrite replaces it", checkpoint, link)
+    assert convert(checkpoint, link, "--overwrite") == 0
+    assert json.loads(capsys.readouterr().out)["file"] == str(link)
+    assert link.is_symlink() and open_source(tmp_path / "disk/real.gguf").keys()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.gguf"]
+    gone = tmp_path / "gone.gguf"
+    gone.symlink_to("gone/real.gguf")
+    fails(capsys, 2, "is a link to a folder that is not there", checkpoint, gone, "--overwrite")
 
 
 def test_quantising_twice_warns(checkpoint, tmp_path, capsys):
@@ -383,6 +398,157 @@ def test_usage_errors_of_folders(checkpoint, tmp_path, capsys, args, match, monk
     places = {"IN": checkpoint, "FULL": tmp_path / "full"}
     refuses(capsys, 2, match, "--checkpoint-dir", checkpoint, *(places.get(one, one) for one in args))
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.doc"]
+
+
+FP8 = ("--to", "fp8", "--overwrite")
+
+
+@pytest.fixture
+def written(checkpoint, tmp_path, capsys):
+    """A folder that the converter wrote."""
+    assert to_folder(checkpoint, tmp_path / "out", "--to", "fp8") == 0
+    capsys.readouterr()
+    return tmp_path / "out"
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_what_the_converter_wrote_is_replaced(checkpoint, written, tmp_path):
+    """By other forms too, after a move or a copy, and where nothing but a text encoder was written."""
+    shutil.copytree(written, tmp_path / "copy")
+    assert to_folder(checkpoint, tmp_path / "copy", "--to", "int8", "--overwrite") == 0
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert "models_t5_umt5-xxl-enc-int8.safetensors" in names and "models_t5_umt5-xxl-enc-fp8.safetensors" not in names
+    t5 = checkpoint / "models_t5_umt5-xxl-enc-bf16.pth"
+    for _ in range(2):
+        assert to_folder(t5, tmp_path / "copy", *FP8) == 0
+        assert [path.name for path in (tmp_path / "copy").iterdir()] == ["models_t5_umt5-xxl-enc-fp8.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "out"]
+
+
+SOMEBODYS = {
+    "a file beside the tokenizer": "google/mine/notes.txt",
+    "a hidden file": ".gitattributes",
+    "a file of macOS": "._config.json",
+    "weights": "mine.safetensors",
+    "weights under our name": "diffusion_pytorch_model.safetensors",
+    "a config under our name": "config.json",
+    "a tokenizer under our name": "google/umt5-xxl/tokenizer.json",
+    "an empty folder": "google/empty/",
+    "a link": "google/link",
+    "a link in place of weights": "Wan2.1_VAE.safetensors",
+}
+
+
+@pytest.mark.parametrize("what", SOMEBODYS)
+def test_what_somebody_put_there_is_not_deleted(checkpoint, written, tmp_path, capsys, what):
+    path = written / SOMEBODYS[what]
+    if what.startswith("a link"):
+        if path.exists():
+            shutil.move(path, tmp_path / "moved")
+        path.symlink_to(tmp_path / "moved")
+    elif SOMEBODYS[what].endswith("/"):
+        path.mkdir()
+    else:
+        path.parent.mkdir(exist_ok=True)
+        data = {"a config under our name": json.dumps({"mine": 1}).encode()}.get(what, b"precious")
+        if what.startswith("weights"):
+            save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+            data = (tmp_path / "a.safetensors").read_bytes()
+        path.write_bytes(data)
+    before, place = contents(tmp_path), path.relative_to(written)
+    refuses(
+        capsys,
+        2,
+        f"holds other things as well ({place}), which this converter did not write: not replaced",
+        *("--checkpoint-dir", checkpoint, "--output-dir", written, *FP8),
+    )
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_our_names_that_we_did_not_write(checkpoint, tmp_path, capsys):
+    """As a download has them."""
+    folder = write_checkpoint(tmp_path / "download", shrunk("t2v-1.3B"))
+    before = contents(tmp_path)
+    refuses(capsys, 2, "did not write", "--checkpoint-dir", checkpoint, "--output-dir", folder, *FP8)
+    assert contents(tmp_path) == before
+
+
+def test_no_input_is_deleted(checkpoint, written, tmp_path, capsys):
+    """Whatever leads to it: a link to a file or to a folder, and an output inside of what is copied."""
+    before = contents(written)
+    (tmp_path / "in").mkdir()
+    for name in ("diffusion_pytorch_model.safetensors", "config.json"):
+        (tmp_path / "in" / name).symlink_to(written / name)
+    (tmp_path / "link").symlink_to(written)
+    for source, output in (
+        (tmp_path / "in", written),
+        (tmp_path / "link", written),
+        (written, tmp_path / "link"),
+        (written / "Wan2.1_VAE.safetensors", written),
+    ):
+        refuses(capsys, 2, "holds the input", "--checkpoint-dir", source, "--output-dir", output, *FP8)
+    inside = written / "google" / "umt5-xxl" / "new"
+    refuses(capsys, 2, "lies in the input", "--checkpoint-dir", written, "--output-dir", inside, *FP8)
+    assert contents(written) == before
+
+
+def test_of_a_link_the_folder_that_it_leads_to_is_written(checkpoint, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for _ in range(2):
+        assert to_folder(checkpoint, tmp_path / "link", *FP8) == 0
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames", "at the second rename"])
+def test_an_interrupted_replacement_loses_nothing(checkpoint, written, tmp_path, capsys, monkeypatch, moment):
+    before, real, calls = contents(tmp_path), os.replace, []
+
+    def replace(*args):
+        calls.append(args)
+        if len(calls) == 2 and moment != "while writing":
+            raise KeyboardInterrupt if moment == "between the renames" else OSError(28, "no")
+        return real(*args)
+
+    def write_config(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    if moment == "while writing":
+        monkeypatch.setattr(Path, "write_text", write_config)
+    code = to_folder(checkpoint, written, *FP8)
+    assert code == (1 if moment == "at the second rename" else 130) and contents(tmp_path) == before
+
+
+def test_what_was_put_there_in_the_meantime_is_kept(checkpoint, written, tmp_path, capsys, monkeypatch):
+    real = Path.write_text
+
+    def write_config(path, *args, **kwargs):
+        (written / "notes.txt").touch()
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_config)
+    refuses(capsys, 2, "(notes.txt)", "--checkpoint-dir", checkpoint, "--output-dir", written, *FP8)
+    assert (written / "notes.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_what_a_killed_converter_left_is_removed(checkpoint, tmp_path):
+    import fcntl
+
+    for name in ("killed", "running", "young"):
+        (tmp_path / f".swan-{name}.tmp").mkdir()
+    for name in ("killed", "running"):
+        os.utime(tmp_path / f".swan-{name}.tmp", (1, 1))
+    running = os.open(tmp_path / ".swan-running.tmp", os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_EX)
+    assert to_folder(checkpoint, tmp_path / "out", *FP8) == 0
+    os.close(running)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".swan-running.tmp", ".swan-young.tmp", "out"]
 
 
 @pytest.mark.parametrize("flags", [("--to", "fp8"), ("--quantize", "--bits", "4", "--group-size", "64")])

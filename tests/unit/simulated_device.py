@@ -32,13 +32,16 @@ class SimulatedDevice:
     # What a ring asks for
 
     def slot(self, size_bytes):
-        return torch.zeros(size_bytes, dtype=torch.uint8)
+        slot = torch.zeros(size_bytes, dtype=torch.uint8)
+        self._add("compute", None, slot)  # the memory was let go of by what still computes with it
+        return slot
 
     def staging(self, size_bytes):
         return torch.zeros(size_bytes, dtype=torch.uint8)
 
     def copy(self, staging, slot, after):
-        if after is not None and "slot is free" not in self._forget:
+        is_first = after is not None and self.operations[after].reads is None
+        if after is not None and ("memory is free" if is_first else "slot is free") not in self._forget:
             self._waits["copy"].add(after)
         slot.copy_(staging)
         # Given to the device by the reader, so it comes after all that the reader has done.

@@ -1,10 +1,12 @@
 """The transformer: equal to diffusers', and its own batching, timesteps and back ends."""
 
+import sys
+
 import pytest
 import torch
 
 from distributed import Parallel
-from wan.errors import UsageError
+from wan.errors import SwanError, UsageError
 from wan.models import attention
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
 from wan.weights.assign import load_weights
@@ -205,6 +207,57 @@ def test_a_back_end_is_there_once_its_package_and_a_gpu_are(monkeypatch):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name == "sageattention" or None)
     assert attention.available() == ["sdpa", "sage_attn2"]
     assert attention.get_attention("sage_attn2") is attention.BACK_ENDS["sage_attn2"]
+
+
+@pytest.mark.parametrize(
+    "name, package, version, is_there",
+    [
+        ("sage_attn2", "sageattention", "1.0.6", False),
+        ("sage_attn2", "sageattention", "2.2.0+cu128", True),
+        ("flash_attn2", "flash_attn", "1.0.9", False),
+        ("flash_attn2", "flash_attn", "2.7.4.post1", True),
+        ("flash_attn2", "flash_attn", "0+unknown", False),
+    ],
+)
+def test_only_a_version_that_has_what_is_called_is_taken(monkeypatch, tmp_path, name, package, version, is_there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    info = tmp_path / f"{package}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (name in attention.available()) == is_there
+    if not is_there:
+        with pytest.raises(UsageError, match=rf"needs the package {package} \(version 2 or later\) and a CUDA device"):
+            attention.get_attention(name)
+
+
+def test_a_package_that_does_not_work_is_said_before_anything_is_loaded(monkeypatch, tmp_path):
+    """As one that was built for another torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    with pytest.raises(
+        SwanError, match=r"^the package flash_attn cannot be used: undefined symbol: _ZN3c10 more; inst"
+    ):
+        attention.check_attention("flash_attn2", torch.bfloat16, "cuda")
+    with pytest.raises(UsageError, match="needs a CUDA device, not cpu"):
+        attention.check_attention("flash_attn2", torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("name", ["flash_attn2", "flash_attn3", "sage_attn2"])
+def test_kernels_of_16_bits_refuse_fp32(monkeypatch, name):
+    monkeypatch.setattr(attention.BackEnd, "is_installed", lambda self: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    wanted = f"attention back end '{name}' computes in bf16 and fp16, not float32"
+    with pytest.raises(UsageError, match=wanted):
+        attention.check_attention(name, torch.float32, "cuda")
+    q = torch.zeros(1, 2, 3, 8)
+    for run in (attention.get_attention(name), attention.get_attention(name).with_lse):
+        with pytest.raises(UsageError, match=wanted):
+            run(q, q, q)
 
 
 def test_sdpa_is_softmax_attention():

@@ -1,11 +1,13 @@
 """The expert whose turn comes later is read ahead into the system's cache."""
 
+import contextlib
 import ctypes
 import mmap
 import os
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +15,19 @@ from safetensors.torch import save_file
 
 from benchmarks.common import in_fresh_process
 from benchmarks.loading import anonymous_bytes, peak_anonymous
+from wan import experts as experts_module
 from wan import pipeline
 from wan.errors import SwanError
 from wan.experts import Experts, load_expert, read_ahead
 from wan.models.dit import WanModel
+from wan.offload import Cpu
 from wan.pipeline import WanPipeline
 from wan.quant.scratch import return_freed_memory
 from wan.request import build_request
 from wan.tasks import load_task
 from wan.weights.source import open_source
+
+SMALL = {"dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "text_dim": 8, "text_len": 4, "freq_dim": 32}
 
 
 def cached_share(path):
@@ -61,6 +67,97 @@ def test_only_what_comes_later_and_fits(monkeypatch, tmp_path, free_bytes, ahead
     pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
     pipe(request, progress=lambda stage, done, total: steps.append(done) if stage == "denoise" and done else None)
     assert [path.parent.name for _, [path] in asked] == ahead and all(done == 1 for done, _ in asked)
+
+
+@pytest.mark.parametrize("boundary_step, place", [(0, "ram"), (0, "disk"), (1, "ram")])
+def test_an_expert_without_a_step_is_not_read(monkeypatch, tmp_path, boundary_step, place):
+    asked = []
+    monkeypatch.setattr(pipeline, "read_ahead", asked.append)
+    options = {"task": "i2v-tiny", "sample_steps": 1, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
+    request = build_request(options | {"boundary_step_index": boundary_step})
+    pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
+    pipe.placement, real = replace(pipe.placement, next_expert=place), pipe.experts._load
+
+    def load(name, device, check):
+        asked.append(name)
+        return real(name, device, check)
+
+    pipe.experts._load = load
+    pipe(request)
+    assert asked == ["high" if boundary_step else "low"]
+
+
+class Streams:
+    """torch.cuda's streams where there is no GPU: what is called within which."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.current = [], None
+        monkeypatch.setattr(torch.cuda, "Stream", self.make)
+        monkeypatch.setattr(torch.cuda, "stream", self.within)
+
+    def make(self, device):
+        stream = SimpleNamespace(device=device)
+        stream.synchronize = lambda: self.calls.append(("synchronize", stream))
+        return stream
+
+    @contextlib.contextmanager
+    def within(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def call(self, what):
+        self.calls.append((what, self.current))
+
+
+def test_loading_ahead_has_a_queue_of_its_own_on_the_gpu(monkeypatch):
+    """LoRAs are merged there: behind what computes, the loading would wait for it."""
+    streams, device = Streams(monkeypatch), torch.device("cuda:1")
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(model, "to", lambda where: model)
+
+    def load(name, where, check):
+        streams.call("load")
+        return model
+
+    experts = Experts(load, lambda: device, keep_all=False)
+    experts.prepare("low")
+    assert experts["low"] is model
+    [(loaded, stream), (ended, same)] = streams.calls
+    assert (loaded, ended) == ("load", "synchronize") and stream is same and stream.device == device
+
+
+def test_loras_of_streamed_blocks_are_merged_in_a_queue_of_their_own(monkeypatch, tmp_path):
+    streams, device = Streams(monkeypatch), torch.device("cuda:1")
+    with torch.device("meta"):
+        model = WanModel(**SMALL)
+    save_file({name: torch.ones(one.shape) for name, one in model.named_parameters()}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(experts_module, "set_loras", lambda *_: None)
+    monkeypatch.setattr(experts_module, "make_device", lambda _: Cpu())
+
+    def merge(model, name, source, stored, where):
+        streams.call(where)
+        return torch.zeros(model.get_parameter(name).shape)
+
+    monkeypatch.setattr(experts_module, "read_with_loras", merge)
+    options = {"dtype": torch.float32, "packed": False, "granularity": "block", "blocks_from": "disk"}
+    source = open_source(tmp_path / "a.safetensors")
+    load_expert(model, source, device=torch.device("cpu"), compute_device=device, **options)
+    with model.offload.hold(model.blocks[0]):
+        assert not model.blocks[0].ffn["0"].weight.any()
+    model.offload.close()
+    assert {where for where, _ in streams.calls} == {device}
+    [stream] = {id(stream): stream for _, stream in streams.calls}.values()
+    assert stream.device == device
+
+
+def test_a_stage_is_timed_on_the_device_that_it_runs_on(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cuda:1", "cpu"):
+        with pipeline._timed("decode", {}, lambda *_: None, torch.device(name)):
+            pass
+    assert waited == [torch.device("cuda:1")]
 
 
 def test_the_next_expert_is_loaded_while_the_first_one_runs(tmp_path):

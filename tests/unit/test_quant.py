@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+import warnings
 
 import gguf
 import numpy as np
@@ -106,6 +107,48 @@ def test_compiled_is_exact(name):
     assert torch.equal(bits(compiled(blocks)), bits(by_gguf(blocks, name)))
 
 
+def counting_compiler(monkeypatch, compile_graph=lambda graph: graph.forward):
+    """torch.compile without the machinery that a GPU needs; the list grows with each piece that is compiled."""
+    pieces, real = [], torch.compile
+
+    def backend(graph, inputs):
+        pieces.append(graph)
+        return compile_graph(graph)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
+    _compiled.cache_clear()
+    torch.compiler.reset()
+    return pieces
+
+
+def test_every_type_has_a_compiled_kernel(monkeypatch):
+    """torch gives up on a piece of code that it has compiled eight times."""
+    pieces = counting_compiler(monkeypatch)
+    device = torch.device("cpu")
+    for count, name in enumerate(UNPACK, start=1):
+        blocks = edge_blocks(name)
+        assert torch.equal(bits(_compiled(name, torch.float32, device)(blocks)), bits(by_gguf(blocks, name)))
+        assert len(pieces) == count
+    assert count > 8
+    _compiled.cache_clear()
+
+
+def test_a_compiler_that_fails_later_is_said(monkeypatch):
+    def broken(graph):
+        if len(pieces) > 1:
+            raise RuntimeError("no more")
+        return graph.forward
+
+    pieces = counting_compiler(monkeypatch, broken)
+    run = _compiled("Q8_0", torch.float32, torch.device("cpu"))
+    blocks = random_blocks(BY_NAME["Q8_0"], 1)  # one alone is a case of its own
+    with pytest.warns(UserWarning, match="Q8_0 weights are not dequantised by a compiled kernel"):
+        assert torch.equal(run(blocks), by_gguf(blocks, "Q8_0"))
+    assert torch.equal(run(blocks), by_gguf(blocks, "Q8_0")) and len(pieces) == 2
+    _compiled.cache_clear()
+    torch.compiler.reset()
+
+
 def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
     if native._library() is None:
         pytest.skip("no C compiler")
@@ -133,7 +176,10 @@ def test_without_kernels(break_it, monkeypatch, tmp_path):
     }[break_it]
     monkeypatch.setenv(name, value)
     native._library.cache_clear()
-    assert native._library() is None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert native._library() is None
+    assert len(seen) == (break_it != "switched off")
     one = packed("Q6_K", 4, 256)
     assert torch.equal(one.dequantize(), by_gguf(one.blocks, "Q6_K"))
     native._library.cache_clear()
@@ -204,4 +250,4 @@ def test_kernels_use_the_threads_of_torch():
     if compiler is None or native._openmp_runtime() is None:
         pytest.skip("no C compiler, or no OpenMP in torch")
     ctypes.CDLL(native._openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(native._compiled(compiler, openmp=True)))
+    ctypes.CDLL(native._compiled(compiler, openmp=True))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from wan.errors import UsageError
+from wan.plan.nvidia import free_vram
 from wan.request import Request
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ GPU_FLOPS, CPU_FLOPS, TRANSFER_RATE, DISK_RATE = 120e12, 0.1e12, 24e9, 2e9
 CONTEXT_BYTES = 500_000_000
 CPUINFO = Path("/proc/cpuinfo")
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
-_SMI_QUERY = ("--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
-_SMI_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def look(request: Request, local_size: int = 1) -> Machine:
     """The machine as far as it can be known without torch. local_size: processes of this run on it."""
     ram = request.ram_bytes or _ram_of_one(local_size)
     kind = request.device.partition(":")[0]
-    vram = _free_vram(request.device) if kind in ("auto", "cuda") else None
+    vram = free_vram(request.device) if kind in ("auto", "cuda") else None
     if kind == "auto":
         is_mac = sys.platform == "darwin" and os.uname().machine == "arm64"
         kind = "cuda" if vram or request.vram_bytes else "mps" if is_mac else "cpu"
@@ -128,24 +125,6 @@ def _resident() -> int:
 def _refuse_vram(request: Request) -> None:
     if request.vram_bytes is not None:
         raise UsageError("--vram_gb is for a GPU, this run is on the CPU: use --ram_gb")
-
-
-def _free_vram(device: str) -> int | None:
-    """Free bytes of the GPU that a run on `device` would take, by nvidia-smi; None if it says nothing."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = int(device.partition(":")[2] or 0)
-    tool = shutil.which("nvidia-smi")
-    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
-    if tool is None or (names is not None and (index >= len(names) or names[index] == "-1")):
-        return None
-    wanted = str(index) if names is None else names[index]  # a number or a UUID, as nvidia-smi takes them too
-    try:
-        done = subprocess.run(
-            [tool, f"--id={wanted}", *_SMI_QUERY], capture_output=True, text=True, timeout=_SMI_SECONDS, check=True
-        )
-        return int(done.stdout.split(",")[0]) << 20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 def _timed(call: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> float:

@@ -55,13 +55,30 @@ def _compiled(name: str, dtype: torch.dtype, device: torch.device) -> Callable[[
     def eager(blocks: Tensor) -> Tensor:
         return dequantize_blocks(blocks, name).to(dtype)
 
-    compiled = torch.compile(eager, dynamic=True)
+    # torch compiles a piece of code a few times only, and then runs it as it is without a word: each has its own, and
+    # fullgraph makes it an error.
+    eager.__code__ = eager.__code__.replace(co_name=f"dequantize_{name}")
+    compiled = torch.compile(eager, dynamic=True, fullgraph=True)
+    failed = False
+
+    def run(blocks: Tensor) -> Tensor:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(blocks)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler can meet: no Triton, no driver, a bug of its own
+                failed = True
+                _warn(name, type(error).__name__)
+        return eager(blocks)
+
     blocks = random_blocks(BY_NAME[name], 500).to(device)
-    try:
-        if torch.equal(compiled(blocks), eager(blocks)):
-            return compiled
-        reason = "its numbers are wrong"
-    except Exception as error:  # whatever a compiler can meet: no Triton, no driver, a bug of its own
-        reason = f"{type(error).__name__}"
-    warnings.warn(f"{name} weights are not dequantised by a compiled kernel ({reason}): slower", stacklevel=2)
+    if torch.equal(run(blocks), eager(blocks)):
+        return run
+    _warn(name, "its numbers are wrong")
     return eager
+
+
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(f"{name} weights are not dequantised by a compiled kernel ({reason}): slower", stacklevel=3)

@@ -5,30 +5,46 @@ Without a compiler everything works, through torch, about ten times slower. SWAN
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from wan.errors import one_line
 from wan.quant.blocks import UNPACK, dequantize_blocks
 from wan.quant.ggml import BY_NAME, GGMLType, random_blocks
+from wan.quant.kernel_cache import keep, kept
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fPIC"]
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 30  # it takes one or two
+# Never closed: a library is known by the path it was loaded from, and that of these holds their number.
+_loaded: list[BinaryIO] = []
+
+
+class _Unusable(Exception):
+    """There are no kernels; the message says why."""
+
+
+class _Stuck(_Unusable):
+    """The compiler does not end."""
 
 
 def dequantize_native(blocks: Tensor, type: GGMLType, out: Tensor) -> bool:
@@ -45,58 +61,127 @@ def dequantize_native(blocks: Tensor, type: GGMLType, out: Tensor) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no compiler or its code does not give the right numbers."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None or os.environ.get("SWAN_NATIVE") == "0":
+    if os.environ.get("SWAN_NATIVE") == "0":
         return None
+    compiler = os.environ.get("CC", "").strip() or "cc"
     # torch's own OpenMP runtime: with a second one, the threads of both would wait for each other's cores.
-    runtime = _openmp_runtime()
+    runtime, reason = _openmp_runtime(), ""
     for openmp in (True, False) if runtime else (False,):
         try:
             if openmp:
                 ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-            library = ctypes.CDLL(str(_compiled(compiler, openmp)))
-        except (OSError, subprocess.SubprocessError):
-            continue
-        library.dequantize.argtypes = (
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int,
-        )
-        if _is_exact(library):
-            return library
-        warnings.warn(f"{SOURCE.name} gives wrong numbers when compiled by {compiler}; not used", stacklevel=2)
+            return _opened(_compiled(compiler, openmp))
+        except (OSError, _Unusable) as error:
+            reason = one_line(error)
+            if isinstance(error, _Stuck):
+                break
+    warnings.warn(f"no compiled kernels: {reason}; packed weights are dequantised by torch, slower", stacklevel=2)
     return None
 
 
-def _compiled(compiler: str, openmp: bool) -> Path:
-    """The shared library for this source, compiler and processor; compiled if it is not in the cache yet."""
+def _compiled(compiler: str, openmp: bool) -> str:
+    """The shared library for this source, compiler and processor, checked; from the cache, or compiled and kept there.
+
+    compiler: a command, which may have arguments. Returns the path to load it by, in this process only. Raises
+    _Unusable or OSError.
+    """
+    command = _find(compiler)
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, flags, _processor())).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swan"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError:  # no home, or none that can be written to
-        folder = Path(tempfile.mkdtemp(prefix="swan-"))
-    path = folder / f"kernels-{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            parts = [str(Path(work) / name) for name in ("kernels.o", "kernels.so")]
-            # Linked without -fopenmp: its functions are found in the runtime that is loaded already.
-            for command in ([*flags, "-c", str(SOURCE), "-o", parts[0]], ["-shared", parts[0], "-o", parts[1]]):
-                subprocess.run([compiler, *command], check=True, capture_output=True, timeout=_COMPILE_SECONDS)
-            os.replace(parts[1], path)
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((command, flags, _processor())).encode()).hexdigest()[:24]
+    prefix = f"kernels-{key}-"
+    if (data := kept(prefix)) is not None:
+        with contextlib.suppress(OSError, _Unusable):  # made where other things are installed
+            path = _in_memory(data)
+            _check(path)
+            return path
+    data = _compile(command, flags)
+    path = _in_memory(data)
+    _check(path)
+    keep(prefix, data)
     return path
+
+
+def _find(compiler: str) -> list[str]:
+    try:
+        name, *arguments = shlex.split(compiler)
+    except ValueError as error:
+        raise _Unusable(f"CC={compiler} is no command: {error}") from None
+    path = shutil.which(name)
+    if path is None:
+        raise _Unusable(f"there is no C compiler {name}")
+    return [os.path.abspath(path), *arguments]
+
+
+def _compile(command: list[str], flags: list[str]) -> bytes:
+    """The bytes of the library."""
+    with tempfile.TemporaryDirectory(prefix="swan-", ignore_cleanup_errors=True) as work:
+        parts = [str(Path(work) / name) for name in ("kernels.o", "kernels.so")]
+        # Linked without -fopenmp: its functions are found in the runtime that is loaded already.
+        for arguments in (
+            [*flags, "-c", str(SOURCE.absolute()), "-o", parts[0]],
+            ["-shared", parts[0], "-o", parts[1]],
+        ):
+            _run([*command, *arguments], work)
+        return Path(parts[1]).read_bytes()
+
+
+def _run(command: list[str], folder: str) -> None:
+    """A command whose output nobody wants, ended in time together with all that it started."""
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+    )
+    try:
+        status = process.wait(_COMPILE_SECONDS)
+    except BaseException as error:  # it takes too long, or Ctrl-C
+        with contextlib.suppress(OSError, AttributeError):  # Windows has no groups
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise _Stuck(f"{command[0]} has not ended after {_COMPILE_SECONDS} s") from None
+        raise
+    if status:
+        raise _Unusable(f"{command[0]} cannot compile {SOURCE.name}: it ended with status {status}")
+
+
+def _in_memory(data: bytes) -> str:
+    """A path to load a library from that no other process can reach; where the system has none such, it is loaded here,
+    from a folder that is gone afterwards."""
+    if hasattr(os, "memfd_create"):
+        with contextlib.suppress(OSError):
+            file = open(os.memfd_create("swan-kernels"), "wb")
+            file.write(data)
+            file.flush()
+            path = f"/proc/self/fd/{file.fileno()}"
+            ctypes.CDLL(path)
+            _loaded.append(file)
+            return path
+    with tempfile.TemporaryDirectory(prefix="swan-", ignore_cleanup_errors=True) as folder:
+        path = str(Path(folder) / "kernels.so")
+        Path(path).write_bytes(data)
+        ctypes.CDLL(path)
+    return path  # loaded already: a library is found by its name
+
+
+def _opened(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    if not hasattr(library, "dequantize"):
+        raise _Unusable(f"{SOURCE.name} was compiled to something else")
+    library.dequantize.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+    return library
+
+
+def _check(path: str) -> None:
+    """Raises _Unusable where the numbers are not right, OSError where it is no library."""
+    if not _is_exact(_opened(path)):
+        raise _Unusable(f"{SOURCE.name} gives wrong numbers when compiled")
 
 
 def _processor() -> str:
     """What -march=native means here: a home folder may be shared by different machines."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    text = _proc("/proc/cpuinfo")
+    if not text:
         return platform.machine() + platform.processor()
     found = (re.search(rf"^{field}\s*:(.*)$", text, re.MULTILINE) for field in ("model name", "flags", "Features"))
     return "".join(match[1] for match in found if match)
@@ -104,12 +189,16 @@ def _processor() -> str:
 
 def _openmp_runtime() -> str | None:
     """Path of the OpenMP runtime in this process."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    match = re.search(r"\S*/lib(gomp|iomp5|omp)[-.][^/\s]*$", maps, re.MULTILINE)
+    match = re.search(r"(/.*/)lib(gomp|iomp5|omp)[-.][^/]*$", _proc("/proc/self/maps"), re.MULTILINE)
     return match[0] if match else None
+
+
+def _proc(path: str) -> str:
+    """ "" where the system has no such file."""
+    try:
+        return os.fsdecode(Path(path).read_bytes())
+    except OSError:
+        return ""
 
 
 def _is_exact(library: ctypes.CDLL) -> bool:

@@ -16,6 +16,7 @@ from wan.errors import UsageError
 from wan.pictures import image_sha256
 from wan.request.files import check_ckpt_dir, check_files, check_loras, check_outputs, check_save_file
 from wan.request.machine import (
+    check_attention,
     check_budget,
     check_cache,
     check_device,
@@ -134,6 +135,9 @@ class Request:
     cache_coefficients: dict[str, Any] = field(default_factory=dict)
     image_sha256: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_attention(self.attention, self.dtype)
 
     def settings(self) -> dict[str, Any]:
         """What is stored in the video: options that make it again, under their flags' names, and the images' hashes."""

@@ -15,7 +15,15 @@ from distributed.grid import Grid, choose_grid
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
 from wan.request.files import check_writable
-from wan.request.options import AREA_BELOW_720P, CACHE_FILES, DTYPE_NAMES, MAX_RANKS, OFFLOAD_NAMES, T5_DTYPE_NAMES
+from wan.request.options import (
+    AREA_BELOW_720P,
+    ATTENTION_NAMES,
+    CACHE_FILES,
+    DTYPE_NAMES,
+    MAX_RANKS,
+    OFFLOAD_NAMES,
+    T5_DTYPE_NAMES,
+)
 from wan.request.values import absolute, choice, number, or_default, whole
 
 
@@ -119,6 +127,12 @@ def check_t5_dtype(spec: EasyDict, value: Any) -> str:
     UMT5-XXL, whose weights are released in bf16, and fp16 cannot hold its activations."""
     dtype = choice(value, "auto", "t5_dtype", T5_DTYPE_NAMES)
     return spec.get("dtype", "bf16") if dtype == "auto" else dtype
+
+
+def check_attention(name: str, dtype: str) -> None:
+    choice(name, "sdpa", "attention", ATTENTION_NAMES)
+    if name != "sdpa" and dtype == "fp32":
+        raise UsageError(f"--attention {name} computes in bf16 and fp16, not in --dtype fp32; sdpa does")
 
 
 def check_tile(value: Any, stride: int) -> int:

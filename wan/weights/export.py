@@ -231,9 +231,10 @@ def export_gguf(
     header = io.BytesIO()
     write_header(header, metadata, planned)
     total = header.tell() + data_bytes(planned)
-    _check_space(output, total)
+    place = Path(os.path.realpath(output))  # of a link, what it leads to is written
+    _check_space(place, total)
     report = on_progress or (lambda done, total: None)
-    with atomic(output) as temporary, ThreadPoolExecutor(threads or _cores()) as pool, temporary.open("wb") as file:
+    with atomic(place) as temporary, ThreadPoolExecutor(threads or _cores()) as pool, temporary.open("wb") as file:
         file.write(header.getvalue())
         for one in planned:
             start = file.tell()

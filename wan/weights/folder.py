@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from wan.errors import SwanError, UsageError
+from wan.errors import SwanError
 from wan.files import atomic_folder
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.tasks import load_task, task_names
@@ -38,6 +39,7 @@ from wan.weights.mlx import mlx_name, to_mlx
 from wan.weights.names import Rows, official_t5_name
 from wan.weights.recipes import RECIPES
 from wan.weights.source import Source
+from wan.weights.written import check_inputs, check_output, list_files
 
 FORMATS = ("mlx", "fp8", "int8")
 PARTS = ("dit", "high", "low", "t5", "vae")
@@ -202,9 +204,9 @@ def export_folder(
     """Write the folder `output` from `parts` ("dit", or "high" and "low"; "t5"; "vae").
 
     copies: files and folders to copy, by their places in `output`. config: of config.json. replace: an `output` that
-    holds nothing else is replaced. on_progress: called with (bytes written, bytes in all); what it raises ends the
-    run. The folder appears whole or not at all; in memory are one tensor and its codes. Returns a report: folder,
-    bytes, format, files (name -> bytes), tensors, quantized, seconds.
+    holds nothing but what this function wrote is replaced. on_progress: called with (bytes written, bytes in all); what
+    it raises ends the run. The folder appears whole or not at all; in memory are one tensor and its codes. Returns a
+    report: folder, bytes, format, files (name -> bytes), tensors, quantized, seconds.
 
     Raises SwanError where a source is not what can be written, holds values that are not finite, or the disk has no
     room; UsageError where `output` exists.
@@ -212,11 +214,14 @@ def export_folder(
     started = time.perf_counter()
     files = {file_name(part, form, source): (source, plan_part(source, part, form)) for part, source in parts.items()}
     total = sum(one.size_bytes for _, plan in files.values() for entry in plan for one in entry.pieces)
-    _check_output(output, {*files, *(copies or ()), "config.json"}, replace)
-    free = shutil.disk_usage(output.parent).free
-    if total > free:
+    place, output = output, Path(os.path.realpath(output))  # of a link, what it leads to is written
+    check_output(output, replace)
+    check_inputs(output, [*(path for source in parts.values() for path in source.paths), *(copies or {}).values()])
+    copied = (one for path in (copies or {}).values() for one in (path, *path.rglob("*")) if one.is_file())
+    needed, free = total + sum(one.stat().st_size for one in copied), shutil.disk_usage(output.parent).free
+    if needed > free:
         room = f"{output.parent} has {free / 1e9:.2f} GB free"
-        raise SwanError(f"{output} needs {total / 1e9:.2f} GB, and {room}")
+        raise SwanError(f"{output} needs {needed / 1e9:.2f} GB, and {room}")
     done = 0
 
     def advance(size_bytes: int) -> None:
@@ -226,20 +231,22 @@ def export_folder(
             on_progress(done, total)
 
     with atomic_folder(output) as folder:
-        for name, (source, plan) in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / name).open("wb") as file:
-                _write_file(file, source, plan, form, advance)
         for name, path in (copies or {}).items():
             advance(0)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(path, folder / name) if path.is_dir() else shutil.copyfile(path, folder / name)
         if config:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        metadata = {"format": "mlx" if form.format == "mlx" else "pt"} | list_files(folder, files)
+        for name, (source, plan) in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("wb") as file:
+                _write_file(file, source, plan, metadata, advance)
+        check_output(output, replace=True)  # once more, before it is replaced: it may have been hours
     sizes = {name: (output / name).stat().st_size for name in files}
     plans = [entry for _, plan in files.values() for entry in plan]
     return {
-        "folder": str(output),
+        "folder": str(place),
         "bytes": sum(sizes.values()),
         "format": form.format,
         "files": sizes,
@@ -250,12 +257,16 @@ def export_folder(
 
 
 def _write_file(
-    file: BinaryIO, source: Source, plan: list[Planned], form: Form, advance: Callable[[int], None]
+    file: BinaryIO,
+    source: Source,
+    plan: list[Planned],
+    metadata: Mapping[str, str],
+    advance: Callable[[int], None],
 ) -> None:
     """A safetensors file; every tensor is written to its place as soon as it is made."""
     # Larger elements first, so that every tensor lies at a multiple of its element size.
     pieces = sorted((one for entry in plan for one in entry.pieces), key=lambda one: -one.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx" if form.format == "mlx" else "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     starts, end = {}, 0
     for one in pieces:
         starts[one.name], end = end, end + one.size_bytes
@@ -280,17 +291,6 @@ def _make(source: Source, entry: Planned) -> tuple[Tensor, ...]:
         raise SwanError(f"{source.describe()}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise SwanError(f"{source.describe()}: tensor {entry.stored}: {error}") from None
-
-
-def _check_output(output: Path, written: set[str], replace: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output-dir: {output} is a file")
-    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if there and not replace:
-        raise UsageError(f"--output-dir: {output} is not empty; --overwrite replaces it")
-    # A folder is deleted only if all in it is what such a folder has.
-    if others := sorted(there - {Path(name).parts[0] for name in written}):
-        raise UsageError(f"--output-dir: {output} holds other things as well ({others[0]}): not replaced")
 
 
 # The config
