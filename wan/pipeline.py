@@ -21,6 +21,7 @@ from cache.options import make_manager
 from cache.telemetry import merged
 from distributed.fsdp import shard_model, weight_mesh
 from distributed.parallel import Parallel
+from wan.checks import check_files, open_loras
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
@@ -37,10 +38,9 @@ from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memo
 from wan.request import Request, check_loras
 from wan.request.options import LoraChoice
 from wan.solvers import make_solver
-from wan.weights.assign import check_weights, load_weights
-from wan.weights.infer import check_dit, check_encoder
+from wan.weights.assign import load_weights
 from wan.weights.locate import CheckpointFiles, locate
-from wan.weights.lora import Lora, open_lora, set_loras, weight_shapes
+from wan.weights.lora import Lora, set_loras
 from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -95,12 +95,7 @@ class WanPipeline:
         """
         get_attention(request.attention)
         files = locate(request.ckpt_dir, spec, request.files)
-        for paths in files.dit.values():
-            check_dit(open_source(paths), spec)
-        check_weights(_empty_vae(spec), open_source(files.vae), "vae")
-        check_encoder(open_source(files.t5), "t5", spec)
-        if files.clip:
-            check_encoder(open_source(files.clip), "clip", spec)
+        check_files(files, spec)
         return cls(spec, files, request, parallel)
 
     def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
@@ -143,12 +138,13 @@ class WanPipeline:
             texts = self._encode_texts(request)
             condition, clip_fea = self._encode_images(request)
         self.experts.take_seconds()
-        with _timed("denoise", seconds, report, request.steps):
+        is_loaded = any(name in self.experts for name in self.files.dit)
+        with _timed("denoise", seconds, report, request.steps, begins=is_loaded):
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report):
-            frames = self._decode(latents, request.vae_tile_px)[request.trim_first_frames :]
+            frames = self._decode(latents, self._tile_px(request))[request.trim_first_frames :]
         return Result(frames, self.latents, seconds)
 
     # Stages
@@ -176,7 +172,7 @@ class WanPipeline:
         with self._model("vae") as vae:
 
             def encode(video: Tensor) -> Tensor:
-                return vae.encode(video.to(self.device), tile_px=request.vae_tile_px, group=self.parallel.world)
+                return vae.encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
 
             if self.spec.kind == "ti2v":
                 condition = first_frame_condition(encode, *pictures, **size)
@@ -215,7 +211,7 @@ class WanPipeline:
         decided = len(self.cache.telemetry.decisions) if apart else 0
 
         def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
-            model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
+            model, here = self._expert(ctx, report), {**cached, "ctx": ctx} if cached else {}
             return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
@@ -244,6 +240,16 @@ class WanPipeline:
             _empty_cache()
         return latents
 
+    def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
+        """The network of a step. To whoever watches, loading it is a stage of its own, after which denoising goes on."""
+        if ctx.expert in self.experts:
+            return self.experts[ctx.expert]
+        report("load", 0, 1)
+        model = self.experts[ctx.expert]
+        report("load", 1, 1)
+        report("denoise", ctx.step, ctx.steps)
+        return model
+
     def _read_ahead(self, running: str) -> None:
         """The expert whose turn comes later, while this one computes: into RAM, or into the system's cache of files, if
         free memory can hold it."""
@@ -255,6 +261,9 @@ class WanPipeline:
                 self.experts.prepare(name)
             elif sum(path.stat().st_size for path in files) <= free_ram():
                 read_ahead(files)
+
+    def _tile_px(self, request: Request) -> int:
+        return self.placement.vae_tile_px if request.vae_tile_px is None else request.vae_tile_px
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae:
@@ -326,12 +335,7 @@ class WanPipeline:
 
     def _open_loras(self, asked: Mapping[str, LoraChoice]) -> dict[str, list[tuple[Lora, float]]]:
         """Expert -> its LoRAs, checked by their headers against the shapes of the task."""
-        opened: dict[str, Lora] = {}
-        if asked:
-            with torch.device("meta"):
-                shapes = weight_shapes(WanModel(**self.spec.dit))
-            paths = {path for chosen in asked.values() for path, _ in chosen}
-            opened = {path: open_lora(path, shapes) for path in sorted(paths)}
+        opened = open_loras(asked, self.spec)
         self.notes += [note for lora in opened.values() for note in lora.notes]
         return {
             name: [(opened[path], s) for flag in ("lora", f"lora_{name}") for path, s in asked.get(flag, ())]
@@ -357,9 +361,13 @@ def _empty_vae(spec: Any) -> WanVAE:
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float], report: Progress, total: int = 1) -> Iterator[None]:
+def _timed(
+    stage: str, seconds: dict[str, float], report: Progress, total: int = 1, begins: bool = True
+) -> Iterator[None]:
+    """begins: whether its start is told here."""
     started = time.perf_counter()
-    report(stage, 0, total)
+    if begins:
+        report(stage, 0, total)
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()

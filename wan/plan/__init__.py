@@ -4,12 +4,13 @@ Work and parameters are exact counts from the shapes in the task file; memory is
 `benchmarks.plan_memory`. Only `look_with_torch` imports torch.
 """
 
+from wan.plan.decide import choose
 from wan.plan.files import check_one_quantised, find_files, missing_files
 from wan.plan.machine import Machine, free_ram, look, look_with_torch
 from wan.plan.make import make_plan
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, choose, resident_indices
-from wan.plan.text import format_plan, start_lines
+from wan.plan.placement import Placement, resident_indices
+from wan.plan.text import duration, format_plan, start_lines
 from wan.plan.work import forward_flops, high_noise_steps, parameters
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Workload",
     "check_one_quantised",
     "choose",
+    "duration",
     "find_files",
     "format_plan",
     "forward_flops",
