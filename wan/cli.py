@@ -228,7 +228,7 @@ def run(request: Request, spec: EasyDict, *, quiet: bool = False, world: World |
         request = replace(request, seed=parallel.gather_objects(request.seed)[0])  # a random one: of the first rank
     with _Progress(quiet, world) as progress:
         pipe = WanPipeline.from_request(replace(request, device=device), spec, parallel)
-        progress.expect(getattr(pipe, "plan", {}).get("seconds", {}))
+        progress.expect(getattr(pipe, "plan", {}))
         if not quiet:
             for note in pipe.notes:
                 print(note, file=sys.stderr)
@@ -334,10 +334,13 @@ class _Progress:
         self.quiet, self.world, self.stage, self.bar = quiet, world, None, None
         self.expected: dict[str, float] = {}  # seconds by stage
 
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """Seconds by stage, as the plan has them; "encode" is of texts and images."""
-        encoding = sum(value for stage, value in seconds.items() if stage.startswith("encode"))
-        self.expected = {**seconds, **({"encode": encoding} if encoding else {})}
+    def expect(self, plan: Mapping[str, Any]) -> None:
+        """By its stages: "encode" is of texts and images, "load" of one expert."""
+        seconds = dict(plan.get("seconds", {}))
+        if seconds:
+            seconds["encode"] = seconds["encode_text"] + seconds.get("encode_image", 0)
+            seconds["load"] /= len(plan.get("steps_by_expert", "1"))
+        self.expected = seconds
 
     def __enter__(self) -> _Progress:
         return self

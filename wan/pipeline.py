@@ -241,7 +241,7 @@ class WanPipeline:
         return latents
 
     def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
-        """The network of a step. To whoever watches, loading it is a stage of its own, after which denoising goes on."""
+        """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""
         if ctx.expert in self.experts:
             return self.experts[ctx.expert]
         report("load", 0, 1)

@@ -21,6 +21,7 @@ from wan.request import Request
 
 _MOST_SETS = 300  # of changes that are tried, a few milliseconds each
 _MOST_TOLD = 3
+_WHERE = {"device": "GPU memory", "ram": "memory"}
 
 
 def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
@@ -48,12 +49,12 @@ def _lacks(request: Request, machine: Machine, decision: Decision) -> list[str]:
     for stage, by in excess(decision.memory, machine).items():
         for where, size in by.items():
             if where == "device":
-                flag, what, budget, limit = "--vram_gb", "GPU memory", request.vram_bytes, machine.vram_bytes
+                flag, budget, limit = "--vram_gb", request.vram_bytes, machine.vram_bytes
             else:
-                flag, what, budget, limit = "--ram_gb", "memory", request.ram_bytes, machine.ram_bytes
+                flag, budget, limit = "--ram_gb", request.ram_bytes, machine.ram_bytes
             than = f"{gigabytes(limit)} that are free" if budget is None else f"{flag} {budget / 1e9:g}"
             needs = gigabytes(decision.memory[stage][where] * (1 + MARGIN))
-            told.append((size, f"{stage} needs {needs} of {what}, {gigabytes(size)} more than {than}"))
+            told.append((size, f"{stage} needs {needs} of {_WHERE[where]}, {gigabytes(size)} more than {than}"))
     return [line for _, line in sorted(told, reverse=True)]
 
 
@@ -77,11 +78,11 @@ def _advice(load: Workload, machine: Machine) -> str:
     furthest = tuple({one.group: one for one in changes}.values())
     if not changes or not _fits(load, machine, furthest):
         decision = least(_applied(load, furthest), machine)
-        over = excess(decision.memory, machine)
-        needs = {
-            at: max(one[at] for one in decision.memory.values()) * (1 + MARGIN) for by in over.values() for at in by
-        }
-        told = [f"{gigabytes(size)} of {'GPU memory' if at == 'device' else 'memory'}" for at, size in needs.items()]
+        told = [
+            f"{gigabytes(decision.memory[stage][at] * (1 + MARGIN))} of {_WHERE[at]} to {stage}"
+            for stage, by in excess(decision.memory, machine).items()
+            for at in by
+        ]
         with_all = f"with {_listed(furthest)}" if furthest else "and nothing can be left out"
         return f"it does not fit in any way: {with_all} it still needs {' and '.join(told)}"
     found = list(_fewest(load, machine, changes, _without_needless(load, machine, furthest)))
@@ -144,13 +145,13 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
     request, spec = load.request, load.spec
     if request.dtype == "fp32" and spec.get("dtype", "bf16") == "bf16":
         yield change("--dtype bf16", "dtype", dtype="bf16")
+    if request.resident_blocks:
+        yield change("--resident_blocks auto", "offload", resident_blocks=None)
     ways = ("none", "model", "block", "phase")
     if request.offload in ways:
         allowed = ways if machine.device != "mps" and not request.dit_fsdp else ways[:2]
         for name in allowed[ways.index(request.offload) + 1 :]:
             yield change(f"--offload {name}", "offload", offload=name, resident_blocks=None)
-    if request.resident_blocks:
-        yield change("--resident_blocks 0", "offload", resident_blocks=0)
     if request.vae_offload is False:
         yield change("--vae_offload true", "vae_offload", vae_offload=True)
     if request.gguf_mode == "resident" and any(one.packed for one in load.components.values()):

@@ -139,13 +139,14 @@ def _changes(load: Workload) -> Iterator[tuple[str, str, Workload | None]]:
         yield "steps", f"--sample_steps {steps}", load.changed(steps=steps)
     # Both take guidance away, which --cfg_parallel shares out, and a cache has nothing to skip in so few steps.
     if is_free and request.grid.cfg == 1 and not request.cache:
-        for name in reversed(preset_names()):  # of four steps first: there are more models for it
+        for name in reversed(preset_names()):  # of four steps before two: there are more models for it
             options = load_preset(name, spec)
             steps = tuple(map(float, options["denoising_step_list"]))
             if len(steps) < request.steps:
                 fields = {"steps": len(steps), "denoising_step_list": steps, "guide_scale": (1.0, 1.0)}
                 fields["boundary_step_index"] = options.get("boundary_step_index")
                 yield "preset", f"--preset {name} with weights or a LoRA distilled for it", load.changed(**fields)
+                break
     if not request.cache and (flag := _cache_flag(request, spec)):
         yield "cache", f"a cache, such as --{flag}", None
     for what, other in _other_models(load):

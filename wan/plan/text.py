@@ -57,9 +57,9 @@ def start_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that matter: "45 s", "12 min", "3 h 20 min", "2 days 5 h"."""
+    """In the two largest units that matter: "<1 s", "45 s", "12 min", "3 h 20 min", "2 days 5 h"."""
     if seconds < 99.5:
-        return f"{max(seconds, 1):.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 0.95 else "<1 s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
@@ -135,7 +135,7 @@ def _margin(plan: Mapping[str, Any]) -> str:
 def _time(plan: Mapping[str, Any]) -> str:
     stages = ", ".join(f"{stage} {duration(value)}" for stage, value in plan["seconds"].items() if stage != "total")
     origin = "rates measured, but for the disk's" if plan["machine"]["is_measured"] else "rates assumed"
-    return f"about {duration(plan['seconds']['total'])} on this machine ({stages}; an estimate, {origin})"
+    return f"about {duration(max(plan['seconds']['total'], 1))} on this machine ({stages}; an estimate, {origin})"
 
 
 def _shorter(plan: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from wan.request import Request
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
-GGUF_BITS = {"Q8_0": 8.5, "Q4_K_M": 5.1}  # of a weight, over all matrices of a file as `wan.convert` writes it
+GGUF_BITS = {"Q8_0": 8.5, "Q4_K_M": 5.3}  # of a weight, over all matrices of a file as `wan.convert` writes it
 # The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150
 # to 380 MB more than its tensors, and hardly any more where every block was given back; loading the VAE, from fp32 to
 # bf16, some 250 MB.
