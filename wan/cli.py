@@ -1,4 +1,4 @@
-"""The command line: flags -> Request -> run -> exit code. `--help` and `--dry_run` import no torch.
+"""The command line: flags -> Request -> run -> exit code. `--help` and refusals of wrong options import no torch.
 
 Exit codes: see `command.py`. Progress and messages go to stderr; stdout gets one JSON line (or the plan).
 """
@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -164,14 +164,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--offload_model",
         metavar="BOOL",
         type=_boolean,
-        help="true: --offload auto; false: --offload none; default true, with several processes false",
+        help="true: --offload auto; false: --offload none; default true, with several processes false where that fits",
     )
     add("--resident_blocks", metavar="N", help="blocks that stay on the device with block and phase; default auto")
     add("--vae_offload", metavar="BOOL", type=_boolean, help="release the VAE after use; default: as the other models")
     add("--t5_cpu", action="store_true", default=None, help="run the text encoder on the CPU")
     add("--vram_gb", metavar="X", help="GPU memory that the plan may use, in GB; default: what is free")
     add("--ram_gb", metavar="X", help="memory of the machine that it may use, in GB; default: what is free")
-    add("--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; default 0: whole frames")
+    add(
+        "--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits"
+    )
 
     add = parser.add_argument_group("several processes, started by torchrun").add_argument
     add("--ulysses_size", metavar="N", help="share tokens and heads among N (default: all processes that are left)")
@@ -182,7 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dist_timeout", metavar="S", help="give up when a process has not answered for S seconds; default 600")
 
     add = parser.add_argument_group("output").add_argument
-    add("--dry_run", action="store_true", help="print the plan (files, shapes, steps, work, memory) and stop")
+    add("--dry_run", action="store_true", help="check the files, print the plan (work, memory, time) and stop")
     add("--json", action="store_true", help="print the plan as JSON")
     add("--quiet", action="store_true", help="no progress and no notes on stderr")
     return parser
@@ -226,23 +228,17 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
         for warning in (*notes, *request.warnings):
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
-        return _dry_run(request, spec, args.json, world.local_size) if world.rank == 0 else 0
+        if world.rank == 0:
+            from wan.dry_run import dry_run
+
+            dry_run(request, spec, args.json, world.local_size)
+        return 0
     if not quiet:
         print(f"{request.task}, seed {request.seed}", file=sys.stderr)
     seeded = str(options.get("seed")).strip() == str(request.seed)
     report = run(request, spec, quiet=quiet, world=world, seeded=seeded)
     if world.rank == 0:
         print_report(report)
-    return 0
-
-
-def _dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -> int:
-    from wan.plan import format_plan, look, make_plan, missing_files
-
-    plan = make_plan(request, spec, look(request, local_size))
-    put(json.dumps(plan) if as_json else format_plan(plan))
-    if missing := missing_files(plan):
-        raise SwanError(f"missing: {', '.join(missing)}")
     return 0
 
 
@@ -278,10 +274,10 @@ def run(
         request = replace(request, seed=parallel.gather_objects(request.seed)[0])  # a random one: of the first rank
     with listening() as signals, _Progress(quiet, world, signals) as progress:
         pipe = WanPipeline.from_request(replace(request, device=device), spec, parallel)
-        if request.auto_dtype:  # the plan has decided, and the video tells
-            request = replace(request, dtype=pipe.request.dtype, auto_dtype=False)
+        request = replace(request, **pipe.decided())
         if world.size > 1:
             _compare_files(world, pipe.files, request)
+        progress.expect(pipe.plan)
         if not quiet:
             for note in pipe.notes:
                 print(note, file=sys.stderr)
@@ -412,10 +408,23 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
 
 
 class _Progress:
-    """One bar a stage on stderr, of the first rank. The pipeline calls it with (stage, done, total)."""
+    """One bar a stage on stderr, of the first rank. The pipeline calls it with (stage, done, total).
+
+    A bar counts from where it begins, so that its rate and what is left are of the stage itself; until the first step
+    has ended it shows what the plan expects.
+    """
 
     def __init__(self, quiet: bool, world: World, signals: Signals):
         self.quiet, self.world, self.signals, self.stage, self.bar = quiet, world, signals, None, None
+        self.expected: dict[str, float] = {}  # seconds by stage
+
+    def expect(self, plan: Mapping[str, Any]) -> None:
+        """By its stages: "encode" is of texts and images, "load" of one expert."""
+        seconds = dict(plan.get("seconds", {}))
+        if seconds:
+            seconds["encode"] = seconds["encode_text"] + seconds.get("encode_image", 0)
+            seconds["load"] /= len(plan.get("steps_by_expert", "1"))
+        self.expected = seconds
 
     def __enter__(self) -> _Progress:
         return self
@@ -426,12 +435,21 @@ class _Progress:
         if self.quiet:
             return
         if stage != self.stage:
-            from tqdm import tqdm
-
             self._close()
-            self.stage, self.bar = stage, tqdm(total=total, desc=stage, file=sys.stderr, leave=True)
+            self.stage, self.bar = stage, self._begin(stage, done, total)
         self.bar.n = done
+        if done > self.bar.initial:
+            self.bar.postfix = None
         self.bar.refresh()
+
+    def _begin(self, stage: str, done: int, total: int) -> Any:
+        from tqdm import tqdm
+
+        from wan.plan import duration
+
+        left = self.expected.get(stage, 0) * (total - done) / total
+        told = f"about {duration(left)} left, by the plan" if left else None
+        return tqdm(total=total, initial=done, desc=stage, file=sys.stderr, leave=True, postfix=told)
 
     def __exit__(self, *_: object) -> None:
         self._close()

@@ -23,28 +23,24 @@ from cache.options import make_manager
 from cache.telemetry import merged
 from distributed.fsdp import shard_model, weight_mesh
 from distributed.parallel import Parallel
-from wan.checks import StageChecks
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise, experts_of
-from wan.errors import SwanError
 from wan.experts import Check, Experts, load_expert, read_ahead
+from wan.file_checks import check_files, open_loras
 from wan.media import read_image
 from wan.models.attention import check_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
-from wan.models.text import check_tokenizer
 from wan.models.vae import WanVAE
 from wan.plan import (
-    Machine,
     Placement,
     free_ram,
-    look_with_torch,
     make_plan,
+    measure,
     resident_indices,
-    settle_dtype,
     start_lines,
 )
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
@@ -52,10 +48,10 @@ from wan.request import Request, check_device, check_loras
 from wan.request.built import check_built
 from wan.request.options import LoraChoice
 from wan.solvers import make_solver
-from wan.weights.assign import check_weights, load_weights
-from wan.weights.infer import check_dit, check_encoder, our_shapes
+from wan.stage_checks import StageChecks
+from wan.weights.assign import load_weights
 from wan.weights.locate import CheckpointFiles, locate
-from wan.weights.lora import Lora, open_lora, set_loras, weight_shapes
+from wan.weights.lora import Lora, set_loras
 from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,14 +110,9 @@ class WanPipeline:
         request = replace(request, device=check_device(request.device))
         check_attention(request.attention, DTYPES[request.dtype], request.device)
         files = locate(request.ckpt_dir, spec, request.files)
-        for paths in files.dit.values():
-            check_dit(open_source(paths), spec)
-        check_weights(_empty_vae(spec), open_source(files.vae), "vae")
-        check_encoder(open_source(files.t5), "t5", spec)
-        if files.clip:
-            check_encoder(open_source(files.clip), "clip", spec)
+        notes = check_files(files, spec)
         pipe = cls(spec, files, request, parallel)
-        pipe.notes += check_tokenizer(files.tokenizer, our_shapes(open_source(files.t5), "t5")["shared.weight"][0])
+        pipe.notes += notes
         return pipe
 
     def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
@@ -170,12 +161,13 @@ class WanPipeline:
             texts = self._encode_texts(request)
             condition, clip_fea = self._encode_images(request)
         self.experts.take_seconds()
-        with _timed("denoise", seconds, report, self.device, request.steps):
+        is_loaded = any(name in self.experts for name in self.files.dit)
+        with _timed("denoise", seconds, report, self.device, request.steps, begins=is_loaded):
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report, self.device):
-            frames = self._decode(latents, request.vae_tile_px)[request.trim_first_frames :]
+            frames = self._decode(latents, self._tile_px(request))[request.trim_first_frames :]
         return Result(frames, self.latents, seconds)
 
     # Stages
@@ -204,7 +196,7 @@ class WanPipeline:
         with self._model("vae") as vae:
 
             def encode(video: Tensor) -> Tensor:
-                return vae.encode(video.to(self.device), tile_px=request.vae_tile_px, group=self.parallel.world)
+                return vae.encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
 
             if self.spec.kind == "ti2v":
                 condition = first_frame_condition(encode, *pictures, **size)
@@ -245,7 +237,7 @@ class WanPipeline:
         decided = len(self.cache.telemetry.decisions) if apart else 0
 
         def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
-            model, here = self.experts[ctx.expert], {**cached, "ctx": ctx} if cached else {}
+            model, here = self._expert(ctx, report), {**cached, "ctx": ctx} if cached else {}
             return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
@@ -280,6 +272,16 @@ class WanPipeline:
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
         return latents
 
+    def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
+        """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""
+        if ctx.expert in self.experts:
+            return self.experts[ctx.expert]
+        report("load", 0, 1)
+        model = self.experts[ctx.expert]
+        report("load", 1, 1)
+        report("denoise", ctx.step, ctx.steps)
+        return model
+
     def _read_ahead(self, following: Collection[str]) -> None:
         """The expert whose turn comes later, while another computes: into RAM, or into the system's cache of files, if
         free memory can hold it."""
@@ -291,6 +293,14 @@ class WanPipeline:
                 self.experts.prepare(name)
             elif sum(path.stat().st_size for path in files) <= free_ram():
                 read_ahead(files)
+
+    def decided(self) -> dict[str, Any]:
+        """Fields of the Request that were left to the plan, as it has decided; a video stores them."""
+        tile = self._tile_px(self.request)
+        return {"dtype": self.request.dtype, "auto_dtype": False, "vae_tile_px": tile}
+
+    def _tile_px(self, request: Request) -> int:
+        return self.placement.vae_tile_px if request.vae_tile_px is None else request.vae_tile_px
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae, self.checks.decoding(vae):
@@ -363,20 +373,8 @@ class WanPipeline:
 
     def _open_loras(self, asked: Mapping[str, LoraChoice]) -> dict[str, list[tuple[Lora, float]]]:
         """Expert -> its LoRAs, checked by their headers against the shapes of the task."""
-        if not asked:
-            return {name: [] for name in self.files.dit}
-        with torch.device("meta"):
-            shapes = weight_shapes(WanModel(**self.spec.dit))
-        loras: dict[str, list[tuple[Lora, float]]] = {}
-        for name in self.files.dit:
-            flags = ("lora", f"lora_{name}")
-            loras[name] = [
-                (open_lora(path, shapes, name), strength) for flag in flags for path, strength in asked.get(flag, ())
-            ]
-            if lost := [lora for lora, _ in loras[name][len(asked.get("lora", ())) :] if not lora.updates]:
-                raise SwanError(f"--lora_{name}: {lost[0].notes[0].removeprefix('warning: ')}")
-        opened = [lora for chosen in loras.values() for lora, _ in chosen]
-        self.notes += dict.fromkeys(note for lora in opened for note in lora.notes)
+        loras = open_loras(asked, self.spec)
+        self.notes += dict.fromkeys(note for chosen in loras.values() for lora, _ in chosen for note in lora.notes)
         return loras
 
     def _shard(self, device: torch.device) -> Shard:
@@ -388,11 +386,7 @@ class WanPipeline:
         """What lies where. All ranks plan for the one that has the least memory."""
         if self.files.folder is not None and request.ckpt_option is not None:  # what came from the hub is here by now
             request = replace(request, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
-
-        def settle(machine: Machine) -> Request:
-            return settle_dtype(request, self.spec, machine)[0]
-
-        machines = self.parallel.gather_objects(look_with_torch(self.device, request, self.parallel.local_size, settle))
+        machines = self.parallel.gather_objects(measure(self.device, request, self.spec, self.parallel.local_size))
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 
 
@@ -403,10 +397,12 @@ def _empty_vae(spec: Any) -> WanVAE:
 
 @contextmanager
 def _timed(
-    stage: str, seconds: dict[str, float], report: Progress, device: torch.device, total: int = 1
+    stage: str, seconds: dict[str, float], report: Progress, device: torch.device, total: int = 1, begins: bool = True
 ) -> Iterator[None]:
+    """begins: whether its start is told here."""
     started = time.perf_counter()
-    report(stage, 0, total)
+    if begins:
+        report(stage, 0, total)
     yield
     if device.type == "cuda":
         torch.cuda.synchronize(device)

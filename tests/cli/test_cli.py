@@ -24,7 +24,7 @@ class StandIn:
 
     fail = None  # raised after denoising
     early = None  # raised before
-    notes, placement = (), types.SimpleNamespace(offload="none", packed={})
+    notes, plan, placement = (), {}, types.SimpleNamespace(offload="none", packed={})
 
     @classmethod
     def from_request(cls, request, spec, parallel):
@@ -32,6 +32,9 @@ class StandIn:
         pipe.latents = None
         pipe.device = request.device
         return pipe
+
+    def decided(self):
+        return {}
 
     def __call__(self, request, progress):
         import torch
@@ -84,11 +87,18 @@ def test_help_is_quick_and_imports_no_torch():
         assert f"--{flag}" in done.stdout
 
 
-def test_dry_run_imports_no_torch(tmp_path):
-    args = ("--dry_run", "--json", "--task", "t2v-1.3B", "--ckpt_dir", "Wan-AI/Wan2.1-T2V-1.3B", "--prompt", "a cat")
-    done = generate(*args, cwd=tmp_path, check_torch=True)
-    assert done.stderr.strip() == "False" and done.returncode == 0
-    plan = json.loads(done.stdout)
+def test_refusals_of_wrong_options_import_no_torch(tmp_path):
+    done = generate(
+        "--task", "t2v-1.3B", "--prompt", "a", "--dry_run", "--size", "65*64", cwd=tmp_path, check_torch=True
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "False"
+
+
+def test_dry_run_of_a_hub_id(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--dry_run", "--json", "--task", "t2v-1.3B", "--ckpt_dir", "Wan-AI/Wan2.1-T2V-1.3B", "--prompt", "a cat"]
+    assert main(args) == 0
+    plan = json.loads(capsys.readouterr().out)
     assert plan["tokens"] == 32_760 and not list(tmp_path.iterdir())
 
 

@@ -20,8 +20,8 @@ LAYERS = [
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
     ("wan.request", "wan.plan"),
-    ("wan.denoise", "wan.experts", "wan.checks"),
-    ("wan.pipeline",),
+    ("wan.denoise", "wan.experts", "wan.file_checks", "wan.stage_checks"),
+    ("wan.pipeline", "wan.dry_run"),
     ("wan.cli", "wan.convert", "wan.compat"),
     ("generate",),
 ]

@@ -186,7 +186,7 @@ def test_progress(setup):
     reports = []
     make(*setup("i2v"), progress=lambda *report: reports.append(report))
     stages = list(dict.fromkeys(stage for stage, _, _ in reports))
-    assert stages == ["encode", "denoise", "decode"]
+    assert stages == ["encode", "load", "denoise", "decode"]  # loading is no part of the first step
     assert reports == sorted(reports, key=lambda report: (stages.index(report[0]), report[1]))  # only onwards
     for stage in stages:
         done, totals = zip(*((done, total) for name, done, total in reports if name == stage))

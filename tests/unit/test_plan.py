@@ -367,32 +367,164 @@ def test_quantised_weights_stay_packed_where_memory_is_short(tmp_path, monkeypat
     assert len(notes) == 1 and notes[0].startswith(f"{path}: bf16 weights would take 28.") and "is stream" in notes[0]
 
 
-@pytest.mark.parametrize(
-    "budget, stage, remedies",
-    [
-        ({"vram_gb": 1.5, "size": "832*480"}, "decode", ["--vae_dtype bf16", "--vae_tile_px 256", "--size"]),
-        (
-            {"vram_gb": 3, "vae_dtype": "bf16", "vae_tile_px": 256, "size": "1280*720"},
-            "denoise",
-            ["832*480 or smaller"],
-        ),
-        ({"vram_gb": 20, "offload": "model", "size": "832*480"}, "denoise", ["--offload block", "GGUF"]),
-        ({"ram_gb": 8, "size": "832*480", "vae_tile_px": 128}, "encode_text", ["--t5_gguf"]),
-    ],
-)
-def test_a_budget_that_is_too_small_is_refused(tmp_path, monkeypatch, budget, stage, remedies):
-    request, spec = request_of(tmp_path, monkeypatch, task="t2v-14B", **budget)
-    machine = gpu((request.vram_bytes or 80 * GB) / GB, (request.ram_bytes or 64 * GB) / GB)
-    if "ram_gb" in budget:
-        machine = replace(CPU, ram_bytes=request.ram_bytes)
+def refused(tmp_path, monkeypatch, vram=None, ram=None, **options):
+    """What is said of a budget, in GB, that is too small."""
+    budget = {"vram_gb": vram, "ram_gb": ram}
+    request, spec = request_of(tmp_path, monkeypatch, **budget, **options)
+    machine = gpu(vram, ram or 64) if vram else replace(CPU, ram_bytes=request.ram_bytes)
     with pytest.raises(UsageError) as caught:
         choose(request, spec, machine)
     line = str(caught.value)
-    flag = "--vram_gb" if "vram_gb" in budget else "--ram_gb"
-    assert line.startswith(f"{stage} needs ") and f"more than {flag} {budget[flag[2:]]}" in line and "\n" not in line
-    assert all(one in line for one in remedies)
+    assert "\n" not in line
     plan = make_plan(replace(request, vram_bytes=None, ram_bytes=None), spec, machine)
-    assert any(note.startswith(f"warning: {stage} needs") and "that are free" in note for note in plan["notes"])
+    assert any(note.startswith("warning: ") and "that are free; " in note for note in plan["notes"])
+    return line, machine
+
+
+@pytest.mark.parametrize(
+    "vram, ram, options, stages, sets",
+    [
+        (8, None, {"task": "t2v-A14B"}, ["denoise"], ["--frame_num 41", "--size 832*480"]),
+        (8, 16, {"task": "t2v-A14B"}, ["denoise", "encode_text"], ["--t5_gguf t5-Q8_0.gguf and --frame_num 41"]),
+        (None, 8, {"task": "t2v-1.3B"}, ["encode_text"], ["--t5_gguf t5-Q8_0.gguf"]),
+        (None, 10, {"task": "t2v-14B", "vae_tile_px": 0}, ["encode_text", "decode"], ["--vae_tile_px 256 and --t5_"]),
+        (20, None, {"task": "t2v-14B", "offload": "model", "size": "832*480"}, ["denoise"], ["--offload block"]),
+        (16, None, {"task": "t2v-14B", "offload": "none"}, ["denoise", "decode"], ["--offload block"]),
+        (
+            16,
+            None,
+            {"task": "t2v-14B", "offload": "block", "resident_blocks": 30},
+            ["denoise"],
+            ["--resident_blocks auto"],
+        ),
+        (6, None, {"task": "t2v-1.3B", "vae_offload": False, "vae_tile_px": 0}, ["decode"], ["--vae_tile_px 256"]),
+    ],
+)
+def test_what_does_not_fit_is_told_with_what_makes_it_fit(tmp_path, monkeypatch, vram, ram, options, stages, sets):
+    line, machine = refused(tmp_path, monkeypatch, vram, ram, **options)
+    flag = "--vram_gb" if vram else "--ram_gb"
+    for stage in stages:
+        assert f"{stage} needs " in line and f"more than {flag} {vram or ram}" in line
+    lacks, _, advice = line.partition("; it fits with ")
+    assert lacks.count(" needs ") == len(stages)
+    assert all(one in advice for one in sets)
+    # Each set that is offered fits, and none of its changes can be left out.
+    for flags in advice.split("; a GGUF")[0].split(", or with "):
+        given = [words.split() for words in flags.replace(" and ", " ").split("--") if words]
+        assert fits(tmp_path, monkeypatch, machine, options, given)
+        for left_out in range(len(given)):
+            assert not fits(tmp_path, monkeypatch, machine, options, given[:left_out] + given[left_out + 1 :])
+
+
+def fits(tmp_path, monkeypatch, machine, options, given):
+    """Whether a run with more flags fits. A GGUF file is one that `wan.convert` would write."""
+    options, folder = dict(options), tmp_path / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    for flag, value in given:
+        if flag in ("gguf", "t5_gguf"):
+            tensors = (text_tensors if flag == "t5_gguf" else dit_tensors)(load_task(options["task"]), value)
+            value = str(write_gguf(folder / value, tensors))
+        options[flag] = value
+    if "offload" in dict(given):
+        options.pop("resident_blocks", None)
+    request, spec = request_of(tmp_path, monkeypatch, **options)
+    return not any(note.startswith("warning: ") for note in make_plan(request, spec, machine)["notes"])
+
+
+def stored(rows, columns, is_larger, name):
+    """A matrix in a file of the type that its name has: in Q8_0, or in Q4_K and some in Q6_K."""
+    kind, bits = (8, 8.5) if "Q8_0" in name else (14, 6.5625) if is_larger else (12, 4.5)
+    return [columns, rows], kind, int(rows * columns * bits) // 8
+
+
+def dit_tensors(spec, name):
+    """The transformer as `wan.convert` stores it."""
+    tensors = {
+        one: stored(*shape, one.endswith((".v.weight", "ffn.2.weight")), name) for one, shape in matrices(spec).items()
+    }
+    return tensors | {"other.bias": ([rest(spec)], 1, 2 * rest(spec))}
+
+
+def text_tensors(spec, name):
+    text, tensors = spec.text, {}
+    shapes = {one: (text.dim_attn, text.dim) for one in ("attn_q", "attn_k", "attn_v", "attn_o")}
+    shapes |= {one: (text.dim_ffn, text.dim) for one in ("ffn_gate", "ffn_up")} | {"ffn_down": (text.dim, text.dim_ffn)}
+    for layer in range(text.num_layers):
+        for one, shape in shapes.items():
+            tensors[f"enc.blk.{layer}.{one}.weight"] = stored(*shape, one in ("attn_v", "ffn_down"), name)
+    return tensors | {"token_embd.weight": stored(text.vocab, text.dim, True, name)}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M"])
+def test_a_gguf_file_that_is_not_there_yet_is_planned_as_it_will_be(tmp_path, monkeypatch, kind):
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-14B")
+    asked = Workload(request, spec).changed(gguf={"t5": kind, "model": kind})
+    files = {"t5_gguf": text_tensors(spec, kind), "gguf": dit_tensors(spec, kind)}
+    paths = {flag: str(write_gguf(tmp_path / f"{flag}.gguf", tensors)) for flag, tensors in files.items()}
+    there = Workload(*request_of(tmp_path, monkeypatch, task="t2v-14B", **paths))
+    for name in ("t5", "model"):
+        wanted, found = there.components[name].packed, asked.components[name].packed
+        assert found.total == pytest.approx(wanted.total, rel=0.06)
+        assert found.unpacked == wanted.unpacked
+        assert sum(found.blocks[0]) == pytest.approx(sum(wanted.blocks[0]), rel=0.06)
+
+
+def test_where_nothing_fits_it_says_how_much_is_needed(tmp_path, monkeypatch):
+    line, _ = refused(tmp_path, monkeypatch, vram=1.5, task="t2v-14B")
+    assert "; it does not fit in any way: with " in line and "it still needs 2.2 GB of GPU memory to denoise" in line
+    assert all(one in line for one in ("--vae_dtype bf16", "--t5_cpu", "--size 416*240", "--gguf dit-Q4_K_M.gguf"))
+
+
+def test_a_gguf_file_comes_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    import shlex
+
+    from wan.convert import make_parser
+
+    with (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").open("wb") as file:
+        file.truncate(2 * 5_680_910_336)
+    line, _ = refused(tmp_path, monkeypatch, ram=8, task="t2v-1.3B")
+    command = line.partition("a GGUF file is made by: python -m wan.convert ")[2]
+    args = make_parser().parse_args(shlex.split(command))
+    assert (args.type, args.component, args.output) == ("Q8_0", "t5", "t5-Q8_0.gguf")
+    assert args.checkpoint_dir == str(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+
+
+def test_a_margin_is_left(tmp_path, monkeypatch):
+    """Peaks that were measured are up to 4.7 % above the planned ones, benchmarks/results/cpu/plan_memory.json."""
+    request, spec = request_of(tmp_path, monkeypatch, task="t2v-1.3B", offload="model")
+    plan = make_plan(request, spec, CPU)
+    peak = max(sizes["ram"] for sizes in plan["memory_bytes"].values())
+    exactly, enough = (replace(CPU, ram_bytes=int(peak * share)) for share in (1.04, 1.051))
+    assert any("warning: encode_text needs" in note for note in make_plan(request, spec, exactly)["notes"])
+    assert not any("warning" in note for note in make_plan(request, spec, enough)["notes"])
+    assert "margin      5% of each peak stay free, for estimates" in format_plan(plan)
+
+
+def test_the_vae_is_tiled_where_that_is_all_that_is_missing(tmp_path, monkeypatch):
+    def planned(vram, **options):
+        plan = plan_of(tmp_path, monkeypatch, gpu(vram), task="t2v-1.3B", size="832*480", **options)
+        return plan["placement"]["vae_tile_px"], " ".join(plan["notes"])
+
+    assert planned(24) == (0, "")
+    tile, notes = planned(6)
+    assert tile == 512 and "tiles of 512 pixels" in notes and "differ slightly" in notes and "warning" not in notes
+    assert planned(6, vae_tile_px=128) == (128, "")
+    tile, notes = planned(6, vae_tile_px=0)  # as asked
+    assert tile == 0 and notes.startswith("warning: decode needs ")
+
+
+@pytest.mark.parametrize("vram, offload", [(200, "none"), (40, "model"), (16, "block")])
+def test_several_processes_have_what_fits(tmp_path, monkeypatch, vram, offload):
+    monkeypatch.chdir(tmp_path)
+    options = {"task": "t2v-A14B", "size": "832*480", "prompt": "a cat", "ckpt_dir": str(tmp_path)}
+    request, spec = build_request(options, 2), load_task("t2v-A14B")
+    plan = make_plan(request, spec, gpu(vram))
+    assert plan["placement"]["offload"] == offload and not any("warning" in note for note in plan["notes"])
+    asked = make_plan(build_request(options | {"offload_model": False}, 2), spec, gpu(vram))
+    assert asked["placement"]["offload"] == "none"  # as asked for, with a warning where it does not fit
+    assert any("warning" in note for note in asked["notes"]) == (offload != "none")
+    shared = make_plan(build_request(options | {"dit_fsdp": True}, 2), spec, gpu(24))
+    assert shared["placement"]["offload"] == "model"
 
 
 def test_vram_is_of_a_gpu(tmp_path, monkeypatch):
@@ -523,7 +655,7 @@ def test_plans_are_plain_data_and_read_well(tmp_path, monkeypatch, machine):
     text, lines = format_plan(plan), start_lines(plan)
     assert "placement   offload" in text and "memory      denoise" in text and "(estimate)" in text
     assert ("transfers " in text) == (placement.offload == "block") and ("assumed" in text)
-    assert 2 <= len(lines) <= 4 and all("\n" not in line for line in lines)
+    assert 3 <= len(lines) <= 5 and all("\n" not in line for line in lines)
     assert lines[0].startswith("placement: offload")
 
 

@@ -107,9 +107,18 @@ def load_text_encoder(
     share their weights out among ranks, see `distributed.fsdp`; stream_to: see TextEncoder. Raises SwanError if
     `source` is no T5 encoder or the folder has no tokenizer, or that of another one.
     """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    model = empty_text_encoder(source)
+    check_tokenizer(tokenizer_folder, len(model.shared.weight))
+    share = shard and (lambda model: shard(model, model.encoder.block))
+    load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream, shard=share)
+    return TextEncoder(model, tokenizer, text_len, stream_to)
+
+
+def empty_text_encoder(source: Source) -> nn.Module:
+    """UMT5 of the shapes in `source`, on the meta device. Raises SwanError if that is no T5 encoder."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    tokenizer = load_tokenizer(tokenizer_folder)
     shapes = our_shapes(source, "t5")
     attention = "encoder.block.0.layer.0.SelfAttention"
     try:
@@ -131,13 +140,10 @@ def load_text_encoder(
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise _unfit(source, "a UMT5 encoder", error) from None
-    check_tokenizer(tokenizer_folder, vocab)
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
-    share = shard and (lambda model: shard(model, model.encoder.block))
-    load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream, shard=share)
-    return TextEncoder(model, tokenizer, text_len, stream_to)
+    return model
 
 
 def load_clip_encoder(
@@ -151,6 +157,13 @@ def load_clip_encoder(
 
     num_heads: not visible in the shapes; default from a config.json beside the file, else from ViT-H's head width.
     """
+    model = empty_clip_encoder(source, num_heads)
+    load_weights(model, source, "clip", device=device, dtype=dtype)
+    return ClipEncoder(model)
+
+
+def empty_clip_encoder(source: Source, num_heads: int | None = None) -> nn.Module:
+    """CLIP's image encoder of the shapes in `source`, on the meta device. Raises SwanError if that is none."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shapes = our_shapes(source, "clip")
@@ -174,8 +187,7 @@ def load_clip_encoder(
     model = getattr(model, "vision_model", model)  # transformers 4 wraps it once more
     if "position_ids" in model.embeddings._buffers:  # transformers 4; on the meta device it has no values
         model.embeddings.position_ids = torch.arange(tokens).unsqueeze(0)
-    load_weights(model, source, "clip", device=device, dtype=dtype)
-    return ClipEncoder(model)
+    return model
 
 
 def _clip_heads(source: Source, dim: int) -> int:

@@ -1,15 +1,16 @@
 """The plan of a run: files, work, memory and what lies where. Printed by --dry_run, followed by every run. No torch.
 
 Work and parameters are exact counts from the shapes in the task file; memory is an estimate, see
-`benchmarks.plan_memory`. Only `look_with_torch` imports torch.
+`benchmarks.plan_memory`. Only `measure` imports torch.
 """
 
+from wan.plan.decide import choose, measure, settle_dtype
 from wan.plan.files import check_one_quantised, find_files, missing_files
-from wan.plan.machine import Machine, free_ram, look, look_with_torch
+from wan.plan.machine import Machine, free_ram, look
 from wan.plan.make import make_plan
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, choose, resident_indices, settle_dtype
-from wan.plan.text import format_plan, start_lines
+from wan.plan.placement import Placement, resident_indices
+from wan.plan.text import duration, format_plan, start_lines
 from wan.plan.work import forward_flops, high_noise_steps, parameters
 
 __all__ = [
@@ -18,14 +19,15 @@ __all__ = [
     "Workload",
     "check_one_quantised",
     "choose",
+    "duration",
     "find_files",
     "format_plan",
     "forward_flops",
     "free_ram",
     "high_noise_steps",
     "look",
-    "look_with_torch",
     "make_plan",
+    "measure",
     "missing_files",
     "parameters",
     "resident_indices",

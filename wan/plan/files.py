@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,20 @@ from wan.errors import SwanError, UsageError
 from wan.files import read_json, visible_files
 from wan.plan.headers import is_gguf, read_held
 from wan.request import Request
-from wan.weights.locate import locate
+from wan.weights.locate import in_cache, locate
+from wan.weights.safetensors_header import read_index
 
 
 def find_files(request: Request, spec: EasyDict) -> list[dict[str, Any]]:
-    """One row a file: component, path, bytes (None if missing), hub (True: a hub repository, not looked into).
+    """One row a file: component, path, bytes (None if missing), hub (True: a run downloads it).
 
     LoRAs are rows of the component "lora".
     """
     in_hub = _is_in_hub(request)
     rows = []
     for part, official in _official_paths(spec).items():
-        hub = in_hub and part not in request.files
         paths = component_files(request, spec, part)
+        hub = in_hub and part not in request.files and not paths
         sizes = {path: size_of(path) for path in paths} or {Path(request.ckpt_dir) / official: None}
         rows += [{"component": part, "path": str(path), "bytes": size, "hub": hub} for path, size in sizes.items()]
     loras = dict.fromkeys(path for chosen in request.loras.values() for path, _ in chosen)  # each once, in order
@@ -41,22 +43,38 @@ def missing_files(plan: Mapping[str, Any]) -> list[str]:
 
 
 def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
-    """The files of "dit" (or "high", "low"), "t5", "tokenizer", "clip" or "vae"; [] if there are none here."""
-    if _is_in_hub(request) and part not in request.files:
-        return []
+    """The files of "dit" (or "high", "low"), "t5", "tokenizer", "clip" or "vae"; [] if there are none here.
+
+    Of a hub id those that are in its cache, whole.
+    """
+    ckpt_dir = request.ckpt_dir
+    is_in_hub = _is_in_hub(request) and part not in request.files
+    if is_in_hub:
+        ckpt_dir = in_cache(request.ckpt_option)
+        if ckpt_dir is None:
+            return []
     # `locate` stops at the first component that is missing, and a plan lists them all: so each is located alone, with
     # any existing file standing in for the others.
     stand_ins = {other: __file__ for other in _official_paths(spec) if other != part}
     own = {part: request.files[part]} if part in request.files else {}
     try:
-        found = locate(request.ckpt_dir, spec, {**stand_ins, **own})
+        found = locate(ckpt_dir, spec, {**stand_ins, **own})
     except SwanError:
         return []
     if part == "tokenizer":
         return [found.tokenizer]
-    if part in ("dit", "high", "low"):
-        return found.dit["model" if part == "dit" else part]
-    return getattr(found, part) or []
+    paths = found.dit["model" if part == "dit" else part] if part in ("dit", "high", "low") else getattr(found, part)
+    if is_in_hub and not all(map(_has_all_shards, paths or [])):
+        return []  # the rest will be downloaded
+    return paths or []
+
+
+def _has_all_shards(path: Path) -> bool:
+    if not path.name.endswith(".index.json"):
+        return True
+    with contextlib.suppress(SwanError):
+        return all(os.path.isfile(path.parent / name) for name in set(read_index(path).values()))
+    return True  # and is refused by whoever opens it
 
 
 def size_of(path: Path) -> int:

@@ -26,6 +26,10 @@ GPU_FLOPS, CPU_FLOPS, TRANSFER_RATE, DISK_RATE = 120e12, 0.1e12, 24e9, 2e9
 CONTEXT_BYTES = 500_000_000
 CPUINFO = Path("/proc/cpuinfo")
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
+# Resident memory of a process that has made a video with the tiny task, whose models take next to nothing: Python,
+# torch, transformers, tokenizers and the code of the kernels. Measured: 460 to 525 MB, torch 2.13 for CPUs, Linux.
+PROCESS_BYTES = 475_000_000
+CUDA_PROCESS_BYTES = 1_500_000_000  # the same with the libraries of CUDA; assumed
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Machine:
     device memory, the driver's part included; None: the device is the CPU, or its memory is unknown.
     flops: of matrix products, a second; transfer_rate: from host to device; disk_rate: of reading files; both bytes/s.
     is_measured: whether flops and transfer_rate are of this machine. has_bf16: whether a CPU multiplies bf16 itself.
+    vae_flops: of matrix products in the type of the VAE; None: as flops.
     """
 
     device: str
@@ -46,6 +51,7 @@ class Machine:
     disk_rate: float = DISK_RATE
     is_measured: bool = False
     has_bf16: bool = True
+    vae_flops: float | None = None
 
 
 def look(request: Request, local_size: int = 1) -> Machine:
@@ -63,11 +69,11 @@ def look(request: Request, local_size: int = 1) -> Machine:
 
 
 def look_with_torch(
-    device: torch.device, request: Request, local_size: int = 1, settle: Callable[[Machine], Request] | None = None
+    device: torch.device, request: Request, local_size: int, settle: Callable[[Machine], Request]
 ) -> Machine:
     """The machine at the start of a run, with what it can do as measured. Imports torch.
 
-    settle: tells in which type the request computes on a machine, where that is left to the plan.
+    settle: tells in which type the request computes on a machine. See `wan.plan.measure`.
     """
     import torch
 
@@ -75,15 +81,17 @@ def look_with_torch(
     if device.type == "cpu":
         _refuse_vram(request)
         machine = Machine("cpu", ram, None, CPU_FLOPS, is_measured=True, has_bf16=_has_bf16())
-        return replace(machine, flops=_cpu_flops((settle(machine) if settle else request).dtype))
+        return replace(machine, flops=_cpu_flops(settle(machine).dtype), vae_flops=_cpu_flops(request.vae_dtype))
     if device.type != "cuda":
         return Machine(device.type, ram, request.vram_bytes or ram, GPU_FLOPS)
-    # The driver's part and what torch holds by now are in use already, and count.
-    held = torch.cuda.memory_reserved(device) + CONTEXT_BYTES
-    vram = request.vram_bytes or torch.cuda.mem_get_info(device)[0] + held
-    flops, rate = _gpu_rates(device, request.dtype)
+    # The driver's part is in use already, and counts; so does what torch keeps of freed tensors. Tensors that are
+    # alive, of another pipeline say, are in use and stay so.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    vram = request.vram_bytes or torch.cuda.mem_get_info(device)[0] + unused + CONTEXT_BYTES
+    flops, vae_flops = _gpu_flops(device, request.dtype), _gpu_flops(device, request.vae_dtype)
+    rate = _transfer_rate(device)
     torch.cuda.empty_cache()
-    return Machine("cuda", ram, vram, flops, rate, is_measured=True)
+    return Machine("cuda", ram, vram, flops, rate, is_measured=True, vae_flops=vae_flops)
 
 
 def free_ram() -> int:
@@ -111,15 +119,12 @@ def _has_bf16() -> bool:
 
 
 def _ram_of_one(local_size: int) -> int:
-    """What each of the processes of this machine may hold in all."""
-    return (free_ram() + local_size * _resident()) // local_size
-
-
-def _resident() -> int:
-    """Bytes of memory that this process holds; 0 where that cannot be told."""
-    with contextlib.suppress(OSError, psutil.Error):
-        return psutil.Process().memory_info().rss
-    return 0
+    """What each of the processes of this machine may hold in all: its part of what is free, and what any process of a
+    run holds before its first weight. What this one holds beyond that, models of another pipeline say, stays in use."""
+    held = 0
+    with contextlib.suppress(OSError, psutil.Error):  # no /proc
+        held = min(psutil.Process().memory_info().rss, PROCESS_BYTES)
+    return free_ram() // local_size + held
 
 
 def _refuse_vram(request: Request) -> None:
@@ -139,25 +144,28 @@ def _timed(call: Callable[[], object], repeats: int, wait: Callable[[], object] 
 
 
 def _cpu_flops(dtype: str) -> float:
-    """Of one matrix product of some 15 ms on slow machines, in the type of the run."""
+    """Of the fastest of three matrix products of some 15 ms on slow machines, in the type of the run."""
     import torch
 
     size = 768
     one = torch.ones(size, size, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
-    return 2 * size**3 / _timed(lambda: one @ one, 1)
+    return 2 * size**3 / min(_timed(lambda: one @ one, 1) for _ in range(3))
 
 
-def _gpu_rates(device: torch.device, dtype: str) -> tuple[float, float]:
-    """(FLOP/s of a matrix product, bytes/s from pinned memory)."""
+def _gpu_flops(device: torch.device, dtype: str) -> float:
     import torch
-
-    def wait() -> None:
-        torch.cuda.synchronize(device)
 
     size = 4096
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     one = torch.ones(size, size, dtype=kind, device=device)
-    flops = 2 * size**3 / _timed(lambda: one @ one, 4, wait)
+    return 2 * size**3 / _timed(lambda: one @ one, 4, lambda: torch.cuda.synchronize(device))
+
+
+def _transfer_rate(device: torch.device) -> float:
+    """Bytes/s from pinned memory."""
+    import torch
+
     host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
-    return flops, len(host) / _timed(lambda: there.copy_(host, non_blocking=True), 2, wait)
+    seconds = _timed(lambda: there.copy_(host, non_blocking=True), 2, lambda: torch.cuda.synchronize(device))
+    return len(host) / seconds

@@ -8,10 +8,12 @@ from typing import Any
 from easydict import EasyDict
 
 from distributed.grid import attention_bytes, split
+from wan.plan.decide import decide, settle_dtype
+from wan.plan.duration import forwards_of, shorter, stage_seconds
 from wan.plan.files import check_one_quantised, find_files
 from wan.plan.machine import Machine
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, decide, settle_dtype
+from wan.plan.placement import MARGIN, Placement
 from wan.plan.transfers import transfers
 from wan.plan.weights import ITEMSIZE, expert_names
 from wan.plan.work import forward_flops, high_noise_steps, parameters
@@ -21,16 +23,17 @@ from wan.request import Request
 def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, Any]:
     """Everything that --dry_run tells. `files` rows have bytes = None for a file that is missing.
 
-    tflop_per_forward: by part; memory_bytes: by stage, {"device", "ram"} (on a CPU "ram" alone), of each process.
+    tflop_per_forward: by part; memory_bytes: by stage, {"device", "ram"} (on a CPU "ram" alone), of each process;
+    seconds: by stage and in all, shorter: what would take less where that is long; margin: share of each peak that
+    stays free.
     Raises UsageError where a budget is too small, see `decide`, or where two files hold the same quantised network.
     """
     check_one_quantised(request, spec)
     request, dtype_notes = settle_dtype(request, spec, machine)
     load = Workload(request, spec)
     decision = decide(load, machine)
-    high_steps = high_noise_steps(request, spec)
-    low_scale, high_scale = request.guide_scale
-    forwards = high_steps * (1 if high_scale == 1 else 2) + (request.steps - high_steps) * (1 if low_scale == 1 else 2)
+    high_steps, forwards = high_noise_steps(request, spec), forwards_of(request, spec)
+    seconds = stage_seconds(load, machine, decision.placement)
     work = forward_flops(spec, load.all_tokens)
     total = sum(work.values())
     plan = {
@@ -58,7 +61,10 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "memory_bytes": decision.memory,
         "weights": weight_rows(load, machine, decision.placement),
         "transfers": transfers(load, machine, decision.placement),
-        "notes": [*dtype_notes, *decision.notes],
+        "seconds": seconds,
+        "shorter": shorter(load, machine, seconds),
+        "margin": MARGIN,
+        "notes": list(decision.notes),
         "save_file": request.save_file,
     }
     if "experts" in spec:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from easydict import EasyDict
 
@@ -16,14 +17,20 @@ from cache.options import policy_of
 from distributed.grid import split
 from wan.conditioning.sizes import latent_shape
 from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
-from wan.plan.machine import CONTEXT_BYTES
-from wan.plan.weights import HEAP_BYTES, ITEMSIZE, Component, components, expert_names, lora_bytes, share
+from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES
+from wan.plan.weights import (
+    HEAP_BYTES,
+    ITEMSIZE,
+    Component,
+    as_gguf,
+    components,
+    expert_names,
+    lora_bytes,
+    share,
+    vae_component,
+)
 from wan.request import Request
 
-# Resident memory of a process that has made a video with the tiny task, whose models take next to nothing: Python,
-# torch, transformers, tokenizers and the code of the kernels. Measured: 460 to 525 MB, torch 2.13 for CPUs, Linux.
-PROCESS_BYTES = 475_000_000
-CUDA_PROCESS_BYTES = 1_500_000_000  # the same with the libraries of CUDA; assumed
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
 GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
 SLOTS = 2  # units of streamed blocks in device memory: one computes, one arrives
@@ -39,6 +46,20 @@ class Workload:
     @cached_property
     def components(self) -> dict[str, Component]:
         return components(self.request, self.spec)
+
+    def changed(self, gguf: Mapping[str, str] | None = None, **fields: Any) -> Workload:
+        """The same with other fields of the request, but for those that name files, and with some components as GGUF
+        files that are not there yet: name -> type. No file is looked into again."""
+        other = Workload(replace(self.request, **fields), self.spec)
+        if "dtype" in fields:
+            return other
+        known = dict(self.components)
+        if "vae_dtype" in fields:
+            known["vae"] = vae_component(other.request, self.spec)
+        for name, kind in (gguf or {}).items():
+            known[name] = as_gguf(known[name], self.spec, kind, other.request.dtype)
+        other.__dict__.update(components=known, loras=self.loras)  # in place of what `cached_property` would find
+        return other
 
     @cached_property
     def latent(self) -> tuple[int, int, int, int]:
@@ -90,12 +111,17 @@ class Workload:
         # What the policy measures against stays where it was made.
         return int((kept + extra) * one * itemsize), on_device
 
+    @property
+    def prompts(self) -> list[str]:
+        request = self.request
+        return [request.prompt] + [request.negative_prompt] * (self.branches == 2 or request.grid.cfg == 2)
+
     @cached_property
     def activations(self) -> dict[str, tuple[int, int]]:
         """Stage -> bytes on a CPU and on a GPU."""
         request, spec = self.request, self.spec
         itemsize = ITEMSIZE[request.dtype]
-        texts = [request.prompt] + [request.negative_prompt] * (self.branches == 2 or request.grid.cfg == 2)
+        texts = self.prompts
         # Not tokenized here; no token is shorter than a letter, and the end has one of its own.
         words = min(spec.dit.text_len, max(map(len, texts)) + 2)
         text = text_bytes(spec, len(texts), words, ITEMSIZE[request.t5_dtype])
@@ -123,7 +149,7 @@ class Workload:
 
     def _tile(self, stride: int) -> int:
         """Side of a tile in units of `stride` px; 0 if the picture is not cut up."""
-        tile = self.request.vae_tile_px
+        tile = self.request.vae_tile_px or 0
         return tile // stride if tile and max(self.request.width, self.request.height) > tile else 0
 
     def _vae_bytes(self, values, stride: int) -> int:

@@ -1,21 +1,26 @@
-"""What lies where: the choice. No torch; the same request and machine give the same placement."""
+"""What lies where: the ways there are, and the first that fits. No torch; a request and a machine give the same one."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from easydict import EasyDict
 
 from wan.errors import UsageError
-from wan.plan.machine import CONTEXT_BYTES, Machine
-from wan.plan.memory import CUDA_PROCESS_BYTES, PROCESS_BYTES, Workload, memory_by_stage
+from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES, Machine
+from wan.plan.memory import Workload, memory_by_stage
 from wan.plan.text import gigabytes
 from wan.plan.weights import Component, expert_names, share
 from wan.request import Request
 
 RESIDENT_MARGIN = 1.25  # free memory over that of the dequantised weights: activations, and one packed tensor
-_FASTEST_FIRST = ("model", "block", "phase")
+MARGIN = (
+    0.05  # of each peak, stays free: measured peaks were up to 4.7 % above the planned ones, benchmarks.plan_memory
+)
+TILES_PX = (512, 256, 128)  # of the VAE, where it needs them; larger ones compute less twice
+_FASTEST_FIRST = {"auto": ("model", "block", "phase"), "fit": ("none", "model", "block", "phase")}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Placement:
     packed: component ("t5", "model" or "high"/"low") -> "stream" (stays packed), "resident" (dequantised when loaded),
             "" for files that are not quantised
     released: components that are let go of after their stage
+    vae_tile_px: side of the VAE's tiles, 0 for whole frames
     """
 
     offload: str
@@ -39,6 +45,7 @@ class Placement:
     text: str = "device"
     packed: Mapping[str, str] = field(default_factory=dict)
     released: tuple[str, ...] = ()
+    vae_tile_px: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "released", tuple(self.released))  # a list, where it comes from JSON
@@ -53,46 +60,42 @@ class Decision:
     notes: tuple[str, ...]
 
 
-def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
-    """The placement of a run. Raises UsageError, one line, where it does not fit into --vram_gb or --ram_gb."""
-    return decide(Workload(settle_dtype(request, spec, machine)[0], spec), machine).placement
+def fitting(load: Workload, machine: Machine) -> Decision | None:
+    """The first placement that fits, with the VAE in tiles where that is all that is missing; None if there is none."""
+    for tile in _tiles(load):
+        tiled = load.changed(vae_tile_px=tile)
+        for placement, notes in _candidates(tiled, machine):
+            memory = memory_by_stage(tiled, machine.device, placement)
+            if not excess(memory, machine):
+                notes = (*notes, _tile_note(tile)) if tile and load.request.vae_tile_px is None else notes
+                return Decision(replace(placement, vae_tile_px=tile), memory, notes)
+    return None
 
 
-def settle_dtype(request: Request, spec: EasyDict, machine: Machine) -> tuple[Request, tuple[str, ...]]:
-    """`request` with its type decided, and notes on why. All else is planned for that type.
-
-    On a CPU without units for bf16, where fp32 is several times faster, auto is fp32 if any placement of it fits, or
-    lacks no more than bf16 does.
-    """
-    settled = replace(request, auto_dtype=False)
-    if machine.device != "cpu" or machine.has_bf16 or request.dtype != "bf16":
-        return settled, ()
-    slow = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
-    if not request.auto_dtype:
-        return settled, (f"warning: {slow}: --dtype bf16 is what was asked for, --dtype auto or fp32 is faster",)
-    wide = replace(settled, dtype="fp32")
-    load, lacking = Workload(wide, spec), _excess(decide(Workload(settled, spec), machine).memory, machine).keys()
-    memories = (memory_by_stage(load, machine.device, placement) for placement, _ in _candidates(load, machine))
-    if any(_excess(memory, machine).keys() <= lacking for memory in memories):
-        return wide, (f"{slow}: --dtype auto is fp32",)
-    return settled, (
-        f"warning: {slow}, and fp32 does not fit into {gigabytes(machine.ram_bytes)}: --dtype auto is bf16",
-    )
-
-
-def decide(load: Workload, machine: Machine) -> Decision:
-    """The first placement that fits, the fastest first; else the smallest, with a note, or an error for a budget."""
-    tried: list[tuple[Placement, dict, tuple[str, ...]]] = []
-    for placement, notes in _candidates(load, machine):
-        memory = memory_by_stage(load, machine.device, placement)
-        tried.append((placement, memory, notes))
-        if not _excess(memory, machine):
-            return Decision(placement, memory, notes)
+def least(load: Workload, machine: Machine) -> Decision:
+    """Where nothing fits: the fastest placement in which nothing is over but what is over in all."""
+    load = load.changed(vae_tile_px=_tiles(load)[-1])
+    tried = [(one, memory_by_stage(load, machine.device, one), notes) for one, notes in _candidates(load, machine)]
     # What is over in the smallest one as well does not depend on the choice, which is only of the DiT's place.
-    hopeless = _excess(tried[-1][1], machine).keys()
-    fits = [one for one in tried if _excess(one[1], machine).keys() <= hopeless]
+    hopeless = excess(tried[-1][1], machine).keys()
+    fits = [one for one in tried if excess(one[1], machine).keys() <= hopeless]
     placement, memory, notes = fits[-1 if "denoise" in hopeless else 0]
-    return Decision(placement, memory, (*notes, _refusal(load, machine, placement, memory)))
+    return Decision(replace(placement, vae_tile_px=load.request.vae_tile_px), memory, notes)
+
+
+def _tiles(load: Workload) -> list[int]:
+    """Sides of the VAE's tiles to try, 0 for whole frames."""
+    request, stride = load.request, load.spec.vae_stride[1]
+    if request.vae_tile_px is not None:
+        return [request.vae_tile_px]
+    return [0] + [px for px in TILES_PX if px < max(request.width, request.height) and px >= 8 * stride]
+
+
+def _tile_note(tile: int) -> str:
+    return (
+        f"the VAE works in tiles of {tile} pixels, for whole frames do not fit: pixels differ slightly from those of"
+        f" whole frames; the settings in the video say --vae_tile_px {tile}"
+    )
 
 
 def resident_indices(count: int, resident: int) -> set[int]:
@@ -106,12 +109,12 @@ def resident_indices(count: int, resident: int) -> set[int]:
 def _candidates(load: Workload, machine: Machine) -> Iterator[tuple[Placement, tuple[str, ...]]]:
     """Placements to try, the fastest first, the smallest last; with notes on what they made of "auto"."""
     request, layers = load.request, load.spec.dit.num_layers
-    names = _FASTEST_FIRST if request.offload == "auto" else (request.offload,)
+    names = _FASTEST_FIRST.get(request.offload, (request.offload,))
     if machine.device == "mps" and request.offload in ("block", "phase"):
         what = f"--offload {request.offload} streams to the CPU and to CUDA, not to mps"
         raise UsageError(f"{what}: use --offload model or none")
-    if request.offload == "auto" and (request.dit_fsdp or machine.device == "mps"):
-        names = ("model",)
+    if request.offload in _FASTEST_FIRST and (request.dit_fsdp or machine.device == "mps"):
+        names = tuple(name for name in names if name in ("none", "model"))
     if request.resident_blocks is not None and request.resident_blocks >= layers:
         names = ("model",)
     for name in names:
@@ -135,7 +138,7 @@ def _whole(load: Workload, machine: Machine, name: str) -> Iterator[tuple[Placem
             return
         if machine.device == "cuda" and base.next_expert == "disk":
             ahead = replace(base, next_expert="ram")
-            if not _excess(memory_by_stage(load, machine.device, ahead), machine):
+            if not excess(memory_by_stage(load, machine.device, ahead), machine):
                 yield ahead, notes
         yield base, notes
 
@@ -158,7 +161,7 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
             packed, notes = _packed_modes(load, machine, name, place, (text_packed, all_packed))
             ways.append((replace(base, text=place, packed=packed), notes))
     for way in ways:
-        if "encode_text" not in _excess(memory_by_stage(load, machine.device, way[0]), machine):
+        if "encode_text" not in excess(memory_by_stage(load, machine.device, way[0]), machine):
             return way
     return ways[-1]
 
@@ -172,12 +175,12 @@ def _released(request: Request, spec: EasyDict, name: str) -> tuple[str, ...]:
 
 def _most_resident(load: Workload, machine: Machine, base: Placement) -> int:
     """As many blocks as fit on the device, less than all; 0 if not even that fits."""
-    layers = load.spec.dit.num_layers
-    for count in range(layers - 1, 0, -1):
+
+    def is_over(count: int) -> bool:
         one = replace(base, resident_blocks=count)
-        if "denoise" not in _excess(memory_by_stage(load, machine.device, one), machine):
-            return count
-    return 0
+        return "denoise" in excess(memory_by_stage(load, machine.device, one), machine)
+
+    return bisect_left(range(1, load.spec.dit.num_layers), True, key=is_over)  # more blocks need more memory
 
 
 def _packed_modes(
@@ -226,63 +229,12 @@ def _free(machine: Machine) -> dict[str, float]:
 # What does not fit
 
 
-def _excess(memory: Mapping[str, Mapping[str, int]], machine: Machine) -> dict[str, dict[str, int]]:
-    """Stage -> by how much it is over, by "device" and "ram"; stages that fit are left out."""
+def excess(memory: Mapping[str, Mapping[str, int]], machine: Machine) -> dict[str, dict[str, int]]:
+    """Stage -> by how much it is over with its margin, by "device" and "ram"; stages that fit are left out."""
     limits = {"device": machine.vram_bytes, "ram": machine.ram_bytes}
     over = {}
     for stage, sizes in memory.items():
-        found = {where: size - limits[where] for where, size in sizes.items() if limits[where] is not None}
+        found = {at: int(size * (1 + MARGIN)) - limits[at] for at, size in sizes.items() if limits[at] is not None}
         if found := {where: size for where, size in found.items() if size > 0}:
             over[stage] = found
     return over
-
-
-def _refusal(load: Workload, machine: Machine, placement: Placement, memory: Mapping[str, Mapping[str, int]]) -> str:
-    """One line on the stage that is most over. Raised where the budget was given, else returned."""
-    request, budgets = load.request, {"device": load.request.vram_bytes, "ram": load.request.ram_bytes}
-    over = [(size, stage, where) for stage, by in _excess(memory, machine).items() for where, size in by.items()]
-    given = [one for one in over if budgets[one[2]] is not None]
-    excess, stage, where = max(given or over)
-    limit = machine.vram_bytes if where == "device" else machine.ram_bytes
-    what = "GPU memory" if where == "device" else "memory"
-    flag = "--vram_gb" if where == "device" else "--ram_gb"
-    told = f"{flag} {budgets[where] / 1e9:g}" if given else f"{gigabytes(limit)} that are free"
-    needs = f"{gigabytes(memory[stage][where])} of {what}, {gigabytes(excess)} more than {told}"
-    line = f"{stage} needs {needs}; {', '.join(_remedies(request, load, placement, stage, where, machine))}"
-    if given:
-        raise UsageError(line)
-    return f"warning: {line}"
-
-
-def _remedies(
-    request: Request, load: Workload, placement: Placement, stage: str, where: str, machine: Machine
-) -> list[str]:
-    """Flags that act on a stage, those that cost least first."""
-    larger = request.width * request.height > 832 * 480
-    size = "--size 832*480 or smaller" if larger else f"a --size below {request.width}*{request.height}"
-    frames = [f"a --frame_num below {request.frame_num}"] if request.frame_num > 1 else []
-    offload = ["--offload model"] if placement.offload == "none" else []
-    if stage == "encode_text":
-        packed = [] if load.components["t5"].packed else ["a GGUF file of the text encoder with --t5_gguf"]
-        resident = ["--gguf_mode stream"] if placement.packed.get("t5") == "resident" else []
-        on_cpu = ["--t5_cpu"] if where == "device" and placement.text != "cpu" else []
-        return [*on_cpu, *offload, *resident, *packed] or [f"a larger {_flag(where)}"]
-    if stage in ("encode_image", "decode"):
-        tile = request.vae_tile_px
-        tiles = ["--vae_tile_px 256"] if not tile or tile > 256 else []
-        dtype = ["--vae_dtype bf16"] if request.vae_dtype == "fp32" else []
-        vae = ["--vae_offload true"] if request.vae_offload is False else []
-        return [*offload, *vae, *dtype, *tiles, size, *frames]
-    name = expert_names(load.spec)[0]
-    finer = [f"--offload {one}" for one in ("block", "phase") if request.offload not in ("auto", "phase", one)]
-    finer = [] if request.dit_fsdp else finer
-    blocks = [f"a --resident_blocks below {request.resident_blocks}"] if request.resident_blocks else []
-    dense = not load.components[name].packed
-    flag = "--gguf" if name == "model" else "--gguf_high and --gguf_low"
-    packed = [f"a GGUF file with {flag}"] if dense else []
-    resident = ["--gguf_mode stream"] if placement.packed.get(name) == "resident" else []
-    return [*finer[:1], *blocks, *resident, size, *frames, *packed]
-
-
-def _flag(where: str) -> str:
-    return "--vram_gb" if where == "device" else "--ram_gb"

@@ -28,7 +28,10 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         f"placement   {_placement(plan)}",
         *(f"weights     {_weight_line(row)}" for row in plan["weights"]),
         *(f"memory      {stage:<13} {_sizes(sizes)}" for stage, sizes in plan["memory_bytes"].items()),
+        f"margin      {_margin(plan)}",
         *([f"transfers   {_transfers(plan['transfers'])}"] if plan["transfers"]["bytes_per_forward"] else []),
+        f"time        {_time(plan)}",
+        *([f"shorter     {_shorter(plan)}"] if plan["shorter"] else []),
         *(f"note        {note}" for note in plan["notes"]),
         *(_rank_lines(plan["ranks"]) if "ranks" in plan else []),
         *(_file_line(row) for row in plan["files"]),
@@ -38,16 +41,34 @@ def format_plan(plan: Mapping[str, Any]) -> str:
 
 
 def start_lines(plan: Mapping[str, Any]) -> list[str]:
-    """What is printed at the start of a run: where weights lie, peaks, transfers, notes."""
+    """What is printed at the start of a run: where weights lie, peaks, transfers, how long it takes, notes."""
     peaks = {}
     for stage, sizes in plan["memory_bytes"].items():
         for where, size in sizes.items():
             peaks[where] = max(peaks.get(where, (0, "")), (size, stage))
     told = [f"{gigabytes(size)} of {_where(where)} ({stage})" for where, (size, stage) in peaks.items()]
-    lines = [f"placement: {_placement(plan)}", f"peaks, estimated: {', '.join(told)}"]
+    margin = f"{plan['margin']:.0%} more stay free, for estimates err"
+    lines = [f"placement: {_placement(plan)}", f"peaks, estimated: {', '.join(told)}; {margin}"]
     if plan["transfers"]["bytes_per_forward"]:
         lines.append(f"transfers: {_transfers(plan['transfers'])}")
+    lines.append(f"time: {_time(plan)}")
+    if plan["shorter"]:
+        lines.append(f"shorter: {_shorter(plan)}")
     return lines + list(plan["notes"])
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that matter: "<1 s", "45 s", "12 min", "3 h 20 min", "2 days 5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 0.95 else "<1 s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if hours < 10 and minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days:,} days {hours} h" if days < 10 and hours else f"{days:,} days"
 
 
 def gigabytes(size: float) -> str:
@@ -106,6 +127,24 @@ def _transfers(sent: Mapping[str, Any]) -> str:
     origin = "" if sent["is_measured"] else " (rates assumed)"
     amount = f"{_bytes(sent['bytes_per_forward'])} a forward in {_seconds(seconds)}"
     return f"{amount}, beside {_seconds(work)} of computing: {hidden}{origin}"
+
+
+def _margin(plan: Mapping[str, Any]) -> str:
+    return f"{plan['margin']:.0%} of each peak stay free, for estimates were off by as much when measured"
+
+
+def _time(plan: Mapping[str, Any]) -> str:
+    stages = ", ".join(f"{stage} {duration(value)}" for stage, value in plan["seconds"].items() if stage != "total")
+    origin = "rates measured, but for the disk's" if plan["machine"]["is_measured"] else "rates assumed"
+    return f"about {duration(max(plan['seconds']['total'], 1))} on this machine ({stages}; an estimate, {origin})"
+
+
+def _shorter(plan: Mapping[str, Any]) -> str:
+    told = []
+    for one in plan["shorter"]:
+        takes = "" if one["seconds"] is None else f" (about {duration(one['seconds'])})"
+        told.append(one["change"] + takes)
+    return ", or ".join(told)
 
 
 def _seconds(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from easydict import EasyDict
@@ -17,6 +17,7 @@ from wan.request import Request
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
+GGUF_BITS = {"Q8_0": 8.5, "Q4_K_M": 5.3}  # of a weight, over all matrices of a file as `wan.convert` writes it
 # The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150
 # to 380 MB more than its tensors, and hardly any more where every block was given back; loading the VAE, from fp32 to
 # bf16, some 250 MB.
@@ -82,17 +83,34 @@ class Component:
 
 def components(request: Request, spec: EasyDict) -> dict[str, Component]:
     """By name: "t5", "clip", "vae", and "model" or "high" and "low". Files that are here are looked into."""
-    counts, itemsize = parameters(spec), ITEMSIZE[request.dtype]
+    counts = parameters(spec)
     found = {"t5": _encoder(request, spec, "t5", counts["text"])}
     if "clip" in counts:
         found["clip"] = _encoder(request, spec, "clip", counts["clip"])
     for part in dict(spec.get("experts") or {"dit": ""}):
         name = "model" if part == "dit" else part
         found[name] = _transformer(request, spec, part, name)
-    vae = counts["vae"] * ITEMSIZE[request.vae_dtype]
-    files = tuple(component_files(request, spec, "vae"))
-    found["vae"] = Component("vae", files, Sizes(vae), None, _load_bytes(files, None, itemsize, vae))
+    found["vae"] = vae_component(request, spec)
     return found
+
+
+def vae_component(request: Request, spec: EasyDict) -> Component:
+    itemsize = ITEMSIZE[request.vae_dtype]
+    size = parameters(spec)["vae"] * itemsize
+    files = tuple(component_files(request, spec, "vae"))
+    return Component("vae", files, Sizes(size), None, _load_bytes(files, None, itemsize, size))
+
+
+def as_gguf(component: Component, spec: EasyDict, kind: str, dtype: str) -> Component:
+    """A component as it would be with a GGUF file of type `kind`, see GGUF_BITS."""
+    itemsize, dense, is_text = ITEMSIZE[dtype], component.dense, component.name == "t5"
+    smaller = GGUF_BITS[kind] / (8 * itemsize)
+    blocks = tuple(tuple(int(size * smaller) for size in block) for block in dense.blocks)
+    outside = dense.outside * smaller if is_text else dense.outside  # of a text encoder, the table of its tokens
+    unpacked = spec.text.dim * spec.text.dim_ffn if is_text else spec.dit.dim * spec.dit.ffn_dim
+    packed = Sizes(int(outside) + sum(map(sum, blocks)), blocks, unpacked * itemsize)
+    largest = spec.text.vocab * spec.text.dim * itemsize if is_text else component.largest
+    return replace(component, packed=packed, load_bytes=int(unpacked * itemsize * smaller), largest=largest)
 
 
 def expert_names(spec: EasyDict) -> list[str]:

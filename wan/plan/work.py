@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from easydict import EasyDict
 
@@ -52,6 +53,98 @@ def _image_tokens(spec: EasyDict) -> int:
     if "clip" not in spec.files:
         return 0
     return CLIP_TOKENS * (2 if spec.kind == "flf2v" else 1)
+
+
+# Work of the encoders and the VAE: what computes in matrix products, convolutions and attention
+
+
+def text_flops(spec: EasyDict, prompts: int, tokens: int) -> float:
+    """FLOPs of encoding so many prompts, each as long as the longest, of `tokens` tokens."""
+    text = spec.text
+    layer = tokens * (4 * text.dim * text.dim_attn + 3 * text.dim * text.dim_ffn) + 2 * tokens**2 * text.dim_attn
+    return 2.0 * prompts * text.num_layers * layer
+
+
+def clip_flops(images: int) -> float:
+    """FLOPs of the image encoder, whose layers are 32 and whose feed-forward is four times as wide."""
+    layer = CLIP_TOKENS * 12 * CLIP_DIM**2 + 2 * CLIP_TOKENS**2 * CLIP_DIM
+    return 2.0 * images * (32 * layer + (CLIP_TOKENS - 1) * 3 * 14**2 * CLIP_DIM)
+
+
+def decode_flops(vae: EasyDict, rows: int, columns: int, frames: int) -> float:
+    """FLOPs of decoding `frames` latent frames of rows x columns cells."""
+    first, later = (_decode_chunk(vae, rows, columns, is_first) for is_first in (True, False))
+    return 2.0 * (first + (frames - 1) * later + frames * rows * columns * vae.z_dim**2)
+
+
+def encode_flops(vae: EasyDict, rows: int, columns: int, frames: int) -> float:
+    """FLOPs of encoding a video of `frames` frames, 4n+1, of rows x columns pixels."""
+    first, later = (_encode_chunk(vae, rows, columns, is_first) for is_first in (True, False))
+    return 2.0 * (first + (frames - 1) // 4 * later)
+
+
+def tiled_flops(flops: Callable[[int, int], float], rows: int, columns: int, tile: int, align: int) -> float:
+    """`flops(rows, columns)` over all tiles; tile: their side, 0 for none; align: as of `wan.models.vae`."""
+    tile = tile // align * align
+    if not tile or (rows <= tile and columns <= tile):
+        return flops(rows, columns)
+    tile = max(tile, 2 * align)
+    step = tile - max(align, tile // 4 // align * align)
+    count = math.prod(len(range(0, max(side - tile, 0), step)) + 1 for side in (rows, columns))
+    return count * flops(min(tile, rows), min(tile, columns))
+
+
+def _decode_chunk(vae: EasyDict, rows: int, columns: int, is_first: bool) -> float:
+    """Multiply-adds of one latent frame. The first has no past, whose taps are left out, and stays one frame."""
+    taps = 9 if is_first else 27
+    widths = [vae.get("dec_dim", vae.dim) * mult for mult in [vae.dim_mult[-1], *reversed(vae.dim_mult)]]
+    width, frames, is_new = widths[0], 1, vae.version == "2.2"
+    work = rows * columns * (vae.z_dim * width * taps) + _middle_work(width, rows * columns, taps)
+    for stage, temporal in enumerate([*reversed(vae.temporal_downsample), None]):
+        inputs = widths[stage] // 2 if stage and not is_new else widths[stage]
+        out, places = widths[stage + 1], frames * rows * columns
+        work += places * _stage_work(inputs, out, vae.num_res_blocks + 1, taps)
+        if temporal is None:
+            continue
+        if temporal and not is_first:
+            work += places * 6 * out**2
+            frames *= 2
+        # Four kinds of pixels, each by 2x2 taps of the small picture with a margin of one.
+        work += frames * (rows + 1) * (columns + 1) * 16 * out * (out if is_new else out // 2)
+        rows, columns = 2 * rows, 2 * columns
+    return work + frames * rows * columns * widths[-1] * (12 if is_new else 3) * taps
+
+
+def _encode_chunk(vae: EasyDict, rows: int, columns: int, is_first: bool) -> float:
+    """Multiply-adds of four frames; of the first, which stands alone, of one."""
+    is_new, taps, frames = vae.version == "2.2", 9 if is_first else 27, 1 if is_first else 4
+    if is_new:  # 2x2 pixels are folded into channels
+        rows, columns = rows // 2, columns // 2
+    widths = [vae.dim * mult for mult in [1, *vae.dim_mult]]
+    work = frames * rows * columns * (12 if is_new else 3) * widths[0] * taps
+    for stage, temporal in enumerate([*vae.temporal_downsample, None]):
+        out = widths[stage + 1]
+        work += frames * rows * columns * _stage_work(widths[stage], out, vae.num_res_blocks, taps)
+        if temporal is None:
+            continue
+        rows, columns = rows // 2, columns // 2
+        work += frames * rows * columns * 9 * out**2
+        if temporal and not is_first:
+            frames //= 2
+            work += frames * rows * columns * 3 * out**2
+    work += frames * (_middle_work(widths[-1], rows * columns, taps))
+    return work + frames * rows * columns * (widths[-1] * 2 * vae.z_dim * taps + (2 * vae.z_dim) ** 2)
+
+
+def _stage_work(inputs: int, out: int, blocks: int, taps: int) -> int:
+    """Of each place, in residual blocks of which the first changes the width."""
+    shortcut = inputs * out if inputs != out else 0
+    return inputs * out * taps + (2 * blocks - 1) * out**2 * taps + shortcut
+
+
+def _middle_work(width: int, places: int, taps: int) -> int:
+    """Two residual blocks around one attention, of one frame."""
+    return places * 4 * width**2 * taps + places * 4 * width**2 + 2 * places**2 * width
 
 
 # Parameters

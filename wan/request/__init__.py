@@ -77,8 +77,9 @@ class Request:
     files:          single files given in place of the checkpoint's own, by component (see FILE_FLAGS)
     loras:          (absolute path, strength) each, by flag; only the flags that were given
     gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
+    vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
     offload:        none (models stay), model (each is released after its stage), block, phase (parts of the DiT come as
-                    they are used too), or auto: what fits, but for none
+                    they are used too), auto (what fits, but for none) or fit (what fits)
     resident_blocks: how many blocks of the DiT stay on the device with block and phase; None: as many as fit
     vae_offload:    whether the VAE is released after use; None: as the other models are
     vram_bytes:     budget of device memory, ram_bytes: of the machine's, for each process; None: what is free
@@ -119,6 +120,7 @@ class Request:
     vae_tile_px: int
     t5_dtype: str = "bf16"
     auto_dtype: bool = field(default=False, compare=False)
+    vae_tile_px: int | None
     offload: str = "auto"
     resident_blocks: int | None = None
     vae_offload: bool | None = None

@@ -62,7 +62,9 @@ def check_grid(
 def check_offload(get: Mapping[str, Any], world_size: int) -> str:
     name, releases = get["offload"], get["offload_model"]
     if name is None:
-        return "auto" if or_default(releases, world_size == 1) else "none"  # the official code's defaults
+        if releases is None and world_size > 1:
+            return "fit"  # none, the official code's default, where that fits
+        return "auto" if or_default(releases, True) else "none"
     name = choice(name, "auto", "offload", OFFLOAD_NAMES)
     if releases is not None and releases != (name != "none"):
         raise UsageError(f"--offload_model {str(releases).lower()} contradicts --offload {name}; give one")
@@ -135,7 +137,9 @@ def check_attention(name: str, dtype: str) -> None:
         raise UsageError(f"--attention {name} computes in bf16 and fp16, not in --dtype fp32; sdpa does")
 
 
-def check_tile(value: Any, stride: int) -> int:
+def check_tile(value: Any, stride: int) -> int | None:
+    if value is None:
+        return None
     tile = whole(value, 0, "vae_tile_px", 0, 100_000)
     if tile and (tile % stride or tile < 8 * stride):
         raise UsageError(

@@ -135,6 +135,19 @@ def _download(repo: str, revision: str | None, spec: Mapping[str, Any], wanted: 
         raise SwanError(f"no folder {repo} here, and it cannot be had from the hub as {where}: {reason}") from error
 
 
+def in_cache(hub_id: str) -> Path | None:
+    """The folder of a hub id that has been downloaded, perhaps in part; None if none of it has. No network."""
+    match = _HUB_ID.fullmatch(hub_id)
+    if match is None:
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(match["repo"], revision=match["revision"], local_files_only=True))
+    except Exception:  # not in the cache, or no library for it
+        return None
+
+
 def _patterns(spec: Mapping[str, Any], wanted: list[str]) -> list[str]:
     """What to download: the files of the `wanted` parts in either layout. A repository has one of the two."""
     official = {**spec["files"], **(spec.get("experts") or {}), "model": "diffusion_pytorch_model*"}

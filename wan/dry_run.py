@@ -1,0 +1,48 @@
+"""`--dry_run`: the checks and the plan of a run that does not take place. Downloads nothing and loads nothing."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from easydict import EasyDict
+
+from wan.command import put
+from wan.errors import SwanError, UsageError
+from wan.file_checks import faults
+from wan.models.attention import check_attention
+from wan.pipeline import DTYPES
+from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
+from wan.request import Request, check_device
+
+
+def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -> None:
+    """Print the plan. Raises what the run would: UsageError, or one SwanError for all files that are wrong or missing.
+
+    A machine that has not the device asked for plans for one that has, with rates that are assumed.
+    """
+    machine, is_here = _machine(request, spec, local_size)
+    if is_here:
+        check_attention(request.attention, DTYPES[request.dtype], request.device)
+    if is_here and request.cache:
+        check_device(request.cache["cache_device"], "cache_device")
+    wrong = faults(request, spec)
+    if wrong:
+        raise SwanError("; ".join(wrong))
+    plan = make_plan(request, spec, machine)
+    if not is_here:
+        plan["notes"].append("this machine has no such device: its rates are assumed, and a run here would be refused")
+    put(json.dumps(plan) if as_json else format_plan(plan))
+    if missing := missing_files(plan):
+        raise SwanError(f"missing: {', '.join(missing)}")
+
+
+def _machine(request: Request, spec: EasyDict, local_size: int) -> tuple[Machine, bool]:
+    """The machine of the run, and whether it is this one."""
+    try:
+        device = torch.device(check_device(request.device))
+    except UsageError:
+        return look(request, local_size), False
+    if device.type == "cpu" and request.device == "auto" and request.vram_bytes is not None:
+        return look(request, local_size), False
+    return measure(device, request, spec, local_size), True

@@ -1,0 +1,98 @@
+"""What a run refuses for its files, by their headers and sizes alone: nothing is loaded. `--dry_run` asks the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan.errors import SwanError, one_line
+from wan.models.dit import WanModel
+from wan.models.encoders import empty_clip_encoder, empty_text_encoder
+from wan.models.text import check_tokenizer
+from wan.models.vae import WanVAE
+from wan.plan.files import component_files
+from wan.request import Request
+from wan.request.options import LoraChoice
+from wan.weights.assign import check_weights
+from wan.weights.infer import check_dit, check_encoder, our_shapes
+from wan.weights.locate import CheckpointFiles
+from wan.weights.lora import Lora, open_lora, weight_shapes
+from wan.weights.source import open_source
+
+
+def check_files(files: CheckpointFiles, spec: Any) -> list[str]:
+    """Every weight file of a run against its task, and the tokenizer against its encoder. Returns lines to show. Raises
+    SwanError, one line, for the first that does not fit."""
+    for paths in files.dit.values():
+        check_component("dit", paths, spec)
+    for part in ("vae", "t5", "clip"):
+        if paths := getattr(files, part):
+            check_component(part, paths, spec)
+    return check_vocabulary(files.tokenizer, files.t5)
+
+
+def faults(request: Request, spec: Any) -> list[str]:
+    """What is wrong with the files that are here: a line for each component, as `check_files` and `open_loras` have it.
+    Those that are missing are left to the plan, which lists them."""
+    found = []
+
+    def check(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except SwanError as error:
+            found.append(one_line(error))
+
+    for part in (*(spec.get("experts") or ["dit"]), "vae", "t5", "clip"):
+        if part != "clip" or "clip" in spec.files:
+            paths = component_files(request, spec, part)
+            kind = "dit" if part in ("high", "low") else part
+            if paths:
+                check(partial(check_component, kind, paths, spec))
+    tokenizer, encoder = (component_files(request, spec, part) for part in ("tokenizer", "t5"))
+    if tokenizer and encoder:
+        check(partial(check_vocabulary, tokenizer[0], encoder))
+    check(partial(open_loras, request.loras, spec))
+    return list(dict.fromkeys(found))
+
+
+def check_component(part: str, paths: Sequence[Path], spec: Any) -> None:
+    """The files of "dit" (of either expert), "vae", "t5" or "clip" against the task: containers, sizes, and every name
+    and shape against the model as it is built on the meta device. Raises SwanError, one line."""
+    source = open_source(paths)
+    if part == "dit":
+        check_dit(source, spec)
+        with torch.device("meta"):
+            model = WanModel(**spec.dit)
+    elif part == "vae":
+        with torch.device("meta"):
+            model = WanVAE(**spec.vae)
+    else:
+        check_encoder(source, part, spec)
+        model = (empty_text_encoder if part == "t5" else empty_clip_encoder)(source)
+    check_weights(model, source, part)
+
+
+def check_vocabulary(tokenizer: Path, encoder: Sequence[Path]) -> list[str]:
+    """The tokenizer's pieces against the encoder's rows. Returns lines to show. Raises SwanError, one line."""
+    return check_tokenizer(tokenizer, our_shapes(open_source(encoder), "t5")["shared.weight"][0])
+
+
+def open_loras(asked: Mapping[str, LoraChoice], spec: Any) -> dict[str, list[tuple[Lora, float]]]:
+    """Expert -> its LoRAs with their strengths, checked by their headers against the shapes of the task. Raises
+    SwanError, one line."""
+    names = list(spec.get("experts") or ["model"])
+    if not asked:
+        return {name: [] for name in names}
+    with torch.device("meta"):
+        shapes = weight_shapes(WanModel(**spec.dit))
+    loras = {}
+    for name in names:
+        flags = ("lora", f"lora_{name}")
+        loras[name] = [(open_lora(path, shapes, name), x) for flag in flags for path, x in asked.get(flag, ())]
+        if lost := [lora for lora, _ in loras[name][len(asked.get("lora", ())) :] if not lora.updates]:
+            raise SwanError(f"--lora_{name}: {lost[0].notes[0].removeprefix('warning: ')}")
+    return loras

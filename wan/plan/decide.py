@@ -1,0 +1,246 @@
+"""The choice of a placement and, where nothing fits, what would: changes tried together. No torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from easydict import EasyDict
+
+from cache.policies import POLICIES
+from wan.errors import UsageError
+from wan.plan.machine import Machine, look_with_torch
+from wan.plan.memory import Workload
+from wan.plan.placement import MARGIN, Decision, Placement, excess, fitting, least
+from wan.plan.smaller import smaller_frames, smaller_sizes
+from wan.plan.text import gigabytes
+from wan.plan.weights import GGUF_BITS, Component, expert_names
+from wan.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_SETS = 300  # of changes that are tried, a few milliseconds each
+_MOST_TOLD = 3
+_WHERE = {"device": "GPU memory", "ram": "memory"}
+
+
+def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
+    """The placement of a run. Raises UsageError, one line, where it does not fit into --vram_gb or --ram_gb."""
+    return decide(Workload(settle_dtype(request, spec, machine)[0], spec), machine).placement
+
+
+def measure(device: torch.device, request: Request, spec: EasyDict, local_size: int = 1) -> Machine:
+    """The machine at the start of a run, with what it can do in the type of the run. Imports torch."""
+    return look_with_torch(device, request, local_size, lambda machine: settle_dtype(request, spec, machine)[0])
+
+
+def settle_dtype(request: Request, spec: EasyDict, machine: Machine) -> tuple[Request, tuple[str, ...]]:
+    """`request` with its type decided, and notes on why. All else is planned for that type.
+
+    On a CPU without units for bf16, where fp32 is several times faster, auto is fp32 if that fits, or lacks no more
+    than bf16 does.
+    """
+    settled = replace(request, auto_dtype=False)
+    if machine.device != "cpu" or machine.has_bf16 or request.dtype != "bf16":
+        return settled, ()
+    slow = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
+    if not request.auto_dtype:
+        return settled, (f"warning: {slow}: --dtype bf16 is what was asked for, --dtype auto or fp32 is faster",)
+    wide = replace(settled, dtype="fp32")
+    if _lacking(wide, spec, machine) <= _lacking(settled, spec, machine):
+        return wide, (f"{slow}: --dtype auto is fp32",)
+    none = f"{slow}, and fp32 does not fit into {gigabytes(machine.ram_bytes)}"
+    return settled, (f"warning: {none}: --dtype auto is bf16",)
+
+
+def _lacking(request: Request, spec: EasyDict, machine: Machine) -> set[str]:
+    """Stages that do not fit, whatever is done."""
+    load = Workload(request, spec)
+    return set(excess((fitting(load, machine) or least(load, machine)).memory, machine))
+
+
+def decide(load: Workload, machine: Machine) -> Decision:
+    """The first placement that fits, the fastest first; else the smallest, with a note, or an error for a budget."""
+    decision = fitting(load, machine)
+    if decision is not None:
+        return decision
+    decision = least(load, machine)
+    over = excess(decision.memory, machine)
+    line = f"{'; '.join(_lacks(load.request, machine, decision))}; {_advice(load, machine)}"
+    budgets = {"device": load.request.vram_bytes, "ram": load.request.ram_bytes}
+    if any(budgets[where] is not None for by in over.values() for where in by):
+        raise UsageError(line)
+    return replace(decision, notes=(*decision.notes, f"warning: {line}"))
+
+
+def _lacks(request: Request, machine: Machine, decision: Decision) -> list[str]:
+    """Every stage that does not fit, and by how much; the worst first."""
+    told = []
+    for stage, by in excess(decision.memory, machine).items():
+        for where, size in by.items():
+            if where == "device":
+                flag, budget, limit = "--vram_gb", request.vram_bytes, machine.vram_bytes
+            else:
+                flag, budget, limit = "--ram_gb", request.ram_bytes, machine.ram_bytes
+            than = f"{gigabytes(limit)} that are free" if budget is None else f"{flag} {budget / 1e9:g}"
+            needs = gigabytes(decision.memory[stage][where] * (1 + MARGIN))
+            told.append((size, f"{stage} needs {needs} of {_WHERE[where]}, {gigabytes(size)} more than {than}"))
+    return [line for _, line in sorted(told, reverse=True)]
+
+
+# What would fit
+
+
+@dataclass(frozen=True)
+class Change:
+    """what: on the command line; group: of which one is taken at most, its changes one further than the other; made_by:
+    commands that make the files it names."""
+
+    what: str
+    group: str
+    apply: Callable[[Workload], Workload]
+    made_by: tuple[str, ...] = ()
+
+
+def _advice(load: Workload, machine: Machine) -> str:
+    """The fewest changes that make it fit together, up to three such sets; else what is needed with all of them."""
+    changes = list(_changes(load, machine))
+    furthest = tuple({one.group: one for one in changes}.values())
+    if not changes or not _fits(load, machine, furthest):
+        decision = least(_applied(load, furthest), machine)
+        told = [
+            f"{gigabytes(decision.memory[stage][at] * (1 + MARGIN))} of {_WHERE[at]} to {stage}"
+            for stage, by in excess(decision.memory, machine).items()
+            for at in by
+        ]
+        with_all = f"with {_listed(furthest)}" if furthest else "and nothing can be left out"
+        return f"it does not fit in any way: {with_all} it still needs {' and '.join(told)}"
+    found = list(_fewest(load, machine, changes, _without_needless(load, machine, furthest)))
+    commands = dict.fromkeys(command for some in found for one in some for command in one.made_by)
+    made = f"; a GGUF file is made by: {' and '.join(commands)}" if commands else ""
+    return f"it fits with {', or with '.join(map(_listed, found))}{made}"
+
+
+def _fewest(
+    load: Workload, machine: Machine, changes: Sequence[Change], enough: tuple[Change, ...]
+) -> Iterator[tuple[Change, ...]]:
+    """Sets that fit and have the fewest changes, at most as many as `enough`: up to three, of different groups."""
+    tried, told = 0, set()
+    for count in range(1, len(enough) + 1):
+        for some in combinations(changes, count):
+            groups = tuple(one.group for one in some)
+            if len(set(groups)) < count or groups in told:
+                continue
+            tried += 1
+            if tried > _MOST_SETS or len(told) == _MOST_TOLD:
+                break
+            if _fits(load, machine, some):
+                told.add(groups)
+                yield some
+        if told:
+            return
+    yield enough
+
+
+def _without_needless(load: Workload, machine: Machine, changes: Sequence[Change]) -> tuple[Change, ...]:
+    """The changes but for those without which it fits as well; what costs most goes first."""
+    kept = list(changes)
+    for one in reversed(changes):
+        rest = [other for other in kept if other is not one]
+        if _fits(load, machine, rest):
+            kept = rest
+    return tuple(kept)
+
+
+def _fits(load: Workload, machine: Machine, changes: Sequence[Change]) -> bool:
+    return fitting(_applied(load, changes), machine) is not None
+
+
+def _applied(load: Workload, changes: Sequence[Change]) -> Workload:
+    for one in changes:
+        load = one.apply(load)
+    return load
+
+
+def _listed(changes: Sequence[Change]) -> str:
+    return " and ".join(one.what for one in changes)
+
+
+def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
+    """What can be changed in this request, by what it costs: first what costs no quality, then what costs little."""
+
+    def change(what: str, group: str, **fields) -> Change:
+        return Change(what, group, lambda one: one.changed(**fields))
+
+    request, spec = load.request, load.spec
+    if request.dtype == "fp32" and spec.get("dtype", "bf16") == "bf16":
+        yield change("--dtype bf16", "dtype", dtype="bf16")
+    if request.resident_blocks:
+        yield change("--resident_blocks auto", "offload", resident_blocks=None)
+    ways = ("none", "model", "block", "phase")
+    if request.offload in ways:
+        allowed = ways if machine.device != "mps" and not request.dit_fsdp else ways[:2]
+        for name in allowed[ways.index(request.offload) + 1 :]:
+            yield change(f"--offload {name}", "offload", offload=name, resident_blocks=None)
+    if request.vae_offload is False:
+        yield change("--vae_offload true", "vae_offload", vae_offload=True)
+    if request.gguf_mode == "resident" and any(one.packed for one in load.components.values()):
+        yield change("--gguf_mode stream", "gguf_mode", gguf_mode="stream")
+    if machine.device != "cpu" and not request.t5_cpu:
+        yield change("--t5_cpu", "t5_cpu", t5_cpu=True)
+    if request.cache and request.cache["cache_device"] != "cpu" and machine.device != "cpu":
+        yield change("--cache_device cpu", "cache", cache={**request.cache, "cache_device": "cpu"})
+    if request.vae_tile_px is not None:  # else it is in tiles already, where that helps
+        for tile in (256, 128):
+            if tile < (request.vae_tile_px or max(request.width, request.height)) and tile >= 8 * spec.vae_stride[1]:
+                yield change(f"--vae_tile_px {tile}", "tile", vae_tile_px=tile)
+    if request.vae_dtype == "fp32":
+        yield change("--vae_dtype bf16", "vae_dtype", vae_dtype="bf16")
+    if request.cache:
+        yield change(f"no {_cache_flags(request)}", "cache", cache={})
+    for kind in GGUF_BITS:
+        yield from _gguf_changes(load, kind)
+    for frames in smaller_frames(request):
+        yield change(f"--frame_num {frames}", "frames", frame_num=frames)
+    for size in smaller_sizes(request, spec):
+        yield change(f"--size {size.flag}", "size", size=size.flag, width=size.width, height=size.height)
+
+
+def _cache_flags(request: Request) -> str:
+    return " and ".join(f"--{name}" for name in POLICIES if request.cache.get(name))
+
+
+def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:
+    """The text encoder, and the DiT, from GGUF files; with the command that makes them."""
+    experts = expert_names(load.spec)
+    for group, names in (("t5", ("t5",)), ("dit", tuple(experts))):
+        parts = [load.components[name] for name in names]
+        shared = load.request.t5_fsdp if group == "t5" else load.request.dit_fsdp
+        if shared or any(one.packed for one in parts):
+            continue
+        flags, commands = [], []
+        for one in parts:
+            part = "dit" if one.name == "model" else one.name
+            flag = {"t5": "--t5_gguf", "model": "--gguf"}.get(one.name, f"--gguf_{one.name}")
+            source, made = _source_of(load.request, one), f"{part}-{kind}.gguf"
+            flags.append(f"{flag} {made}")
+            where = f"--checkpoint-dir {shlex.quote(source)} --output {made}"
+            commands.append(f"python -m wan.convert --type {kind} --component {part} {where}")
+        yield Change(
+            " ".join(flags),
+            f"{group} gguf",
+            lambda one, names=names: one.changed(gguf=dict.fromkeys(names, kind)),
+            tuple(commands),
+        )
+
+
+def _source_of(request: Request, component: Component) -> str:
+    """What the converter reads: the file of a component, its folder, or the checkpoint's."""
+    files = component.files
+    if len(files) == 1:
+        return str(files[0])
+    return str(files[0].parent) if files else request.ckpt_dir
