@@ -30,7 +30,7 @@ class StandIn:
     def from_request(cls, request, spec, parallel):
         pipe = cls()
         pipe.latents = None
-        pipe.device = request.device
+        pipe.device = types.SimpleNamespace(type=request.device)
         return pipe
 
     def decided(self):
