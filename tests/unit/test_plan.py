@@ -352,6 +352,16 @@ def test_what_lies_where(tmp_path, monkeypatch):
     assert (some.offload, some.blocks_from, some.resident_blocks) == ("block", "ram", 3)
 
 
+@pytest.mark.parametrize("boundary_step, runs", [(0, "low"), (4, "high")])
+def test_an_expert_without_a_step_takes_no_memory(tmp_path, monkeypatch, boundary_step, runs):
+    options = {"task": "t2v-A14B", "size": "832*480", "sample_steps": 4, "offload": "none"}
+    both = plan_of(tmp_path, monkeypatch, gpu(80, 64), **options)
+    one = plan_of(tmp_path, monkeypatch, gpu(80, 64), **options, boundary_step_index=boundary_step)
+    assert (both["placement"]["next_expert"], one["placement"]["next_expert"]) == ("device", "")
+    assert both["memory_bytes"]["denoise"]["device"] - one["memory_bytes"]["denoise"]["device"] > 28e9
+    assert {row["component"] for row in one["weights"]} == {"t5", "vae", runs}
+
+
 def test_quantised_weights_stay_packed_where_memory_is_short(tmp_path, monkeypatch):
     spec = load_task("t2v-14B")
     tensors = {name: ([c, r], 8, r * c // 32 * 34) for name, (r, c) in matrices(spec).items()}

@@ -80,6 +80,8 @@ def weight_rows(load: Workload, machine: Machine, placement: Placement) -> list[
     here = "RAM" if machine.device in ("cpu", "mps") else "GPU"
     stage_of = {"t5": "encode_text", "clip": "encode_image", "vae": "decode"}
     for name, component in load.components.items():
+        if name in experts and name not in load.experts:
+            continue
         sizes = component.sizes(placement.packed.get(name, ""))
         until = f"for {stage_of.get(name, 'denoise')}" if name in placement.released else "to the end"
         where = "RAM" if name == "t5" and placement.text != "device" else here

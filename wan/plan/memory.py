@@ -29,6 +29,7 @@ from wan.plan.weights import (
     share,
     vae_component,
 )
+from wan.plan.work import high_noise_steps
 from wan.request import Request
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
@@ -85,6 +86,14 @@ class Workload:
     def stages(self) -> list[str]:
         has_image = self.request.image is not None
         return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """The networks that have steps: of two, one may have none, and is never loaded."""
+        names, high = expert_names(self.spec), high_noise_steps(self.request, self.spec)
+        if len(names) == 1 or 0 < high < self.request.steps:
+            return names
+        return names[:1] if high else names[1:]
 
     @cached_property
     def loras(self) -> dict[str, int]:
@@ -197,7 +206,7 @@ class _Held:
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
-            own, work, names = *self._denoise(work), expert_names(load.spec)
+            own, work, names = *self._denoise(work), load.experts
         else:
             names = ["vae"] + ["clip"] * (stage == "encode_image" and "clip" in load.components)
             sizes = [load.components[name].dense.total for name in names]
@@ -247,13 +256,13 @@ class _Held:
 
     def _denoise(self, work: int) -> tuple[dict[str, int], int]:
         """One expert at a time, but where both are kept; the larger counts."""
-        each = [self._expert(name) for name in expert_names(self.load.spec)]
+        each = [self._expert(name) for name in self.load.experts]
         if self.placement.offload == "none":
             own = {where: sum(one[where] for one in each) for where in ("device", "ram")}
         else:
             own = {where: max(one[where] for one in each) for where in ("device", "ram")}
         if self.placement.next_expert == "ram":
-            last = self.load.components[expert_names(self.load.spec)[-1]]
+            last = self.load.components[self.load.experts[-1]]
             own["ram"] += last.sizes(self.placement.packed.get(last.name, "")).total
         size, on_device = self.load.cache_bytes()
         own["device" if on_device or self.on_cpu else "ram"] += size

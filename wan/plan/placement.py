@@ -147,7 +147,7 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
     """A placement with all blocks on the device, or none; where the text encoder goes; what stays packed."""
     request = load.request
     is_whole = name in ("none", "model")
-    next_expert = "" if "experts" not in load.spec else "device" if name == "none" else "disk"
+    next_expert = "" if len(load.experts) == 1 else "device" if name == "none" else "disk"
     layers = load.spec.dit.num_layers
     base = Placement(name, layers if is_whole else 0, "", next_expert, released=_released(request, load.spec, name))
     places = ["device", *(["stream"] if machine.device == "cuda" else []), "cpu"]
