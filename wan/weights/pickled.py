@@ -172,7 +172,8 @@ class _Machine:
         if not is_storage or not isinstance(key, str) or not _is_size(count) or any(one is not None for one in view):
             raise ValueError("a storage that is none")
         storage = Storage(what.path.rpartition(".")[2].removesuffix("Storage"), key, count)
-        self.storages.setdefault(key, storage)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"the storage {key[:200]} is said to be of two types or sizes")
         self.push(storage)
 
 
