@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from wan.errors import SwanError, one_line, printable
 
 MAX_JSON_BYTES = 100_000_000
-_MANY_VALUES = 1_000_000
+_MANY_VALUES = 250_000
 
 
 def open_plain(path: str | Path) -> BinaryIO:
