@@ -26,7 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_JSON_BYTES = 100_000_000
-_MANY_VALUES = 1_000_000
+_MANY_VALUES = 250_000
 
 
 def open_plain(path: str | Path) -> BinaryIO:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan.errors import SwanError
-from wan.files import read_json
+from wan.files import open_plain, read_json
 from wan.weights import gguf_header, safetensors_header
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -61,7 +61,7 @@ def _read_one(path: Path) -> list[Held] | None:
 
 def is_gguf(path: str | Path) -> bool:
     """Whether a file begins as a GGUF file does."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(SwanError, OSError), open_plain(path) as file:
         return file.read(4) == b"GGUF"
     return False
 

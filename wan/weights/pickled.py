@@ -77,22 +77,27 @@ _VALUES = frozenset(f"torch.{name}" for name in _DTYPES.split())
 
 
 class Reader:
-    """The bytes of a file up to `end`, in pieces of bounded size; and how much memory what they say may take."""
+    """The bytes of a file from where it is to `end`, in pieces of bounded size; and how much memory what they say may
+    take: `room_bytes` and a little more."""
 
     def __init__(self, file: BinaryIO, end: int, room_bytes: int):
-        self._file, self._end, self._room_bytes = file, end, room_bytes + _SLACK_BYTES
-        self.tell = file.tell
+        self._file, self._left = file, end - file.tell()
+        self._room_bytes = room_bytes + _SLACK_BYTES
 
     def read(self, count: int) -> bytes:
         if count > _MAX_PIECE_BYTES:
             raise ValueError(f"a piece of {count:,} bytes")
-        return self._file.read(min(count, self._end - self.tell()))
+        return self._counted(self._file.read(min(count, self._left)))
 
     def readline(self) -> bytes:
-        return self._file.readline(min(_MAX_PIECE_BYTES, self._end - self.tell()))
+        return self._counted(self._file.readline(min(_MAX_PIECE_BYTES, self._left)))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        return data
 
     def charge(self, value: object) -> None:
-        self._room_bytes -= _OBJECT_BYTES + (sys.getsizeof(value) if isinstance(value, (str, bytes, int)) else 0)
+        self._room_bytes -= _OBJECT_BYTES if value is None else _OBJECT_BYTES + sys.getsizeof(value)
         if self._room_bytes < 0:
             raise ValueError("it would take much more memory than the file has bytes")
 
@@ -172,7 +177,8 @@ class _Machine:
         if not is_storage or not isinstance(key, str) or not _is_size(count) or any(one is not None for one in view):
             raise ValueError("a storage that is none")
         storage = Storage(what.path.rpartition(".")[2].removesuffix("Storage"), key, count)
-        self.storages.setdefault(key, storage)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"the storage {key[:200]} is said to be of two types or sizes")
         self.push(storage)
 
 

@@ -34,12 +34,13 @@ class PthSource(Source):
             shape, first = (rows[1] - rows[0], *shape[1:]), rows[0] * view.stride[0]
         memory = torch.empty(spanned(shape, view.stride), dtype=self._infos[name].dtype)
         self._fill(name, memory, first)
-        return memory.as_strided(shape, view.stride).contiguous()
+        return memory.view(shape) if view.is_contiguous else memory.as_strided(shape, view.stride).contiguous()
 
     def read_into(self, name: str, out: torch.Tensor) -> bool:
-        if self._views[name].is_contiguous:
-            self._fill(name, out, 0)
-        return self._views[name].is_contiguous
+        if not self._views[name].is_contiguous:
+            return False
+        self._fill(name, out, 0)
+        return True
 
     def _fill(self, name: str, memory: torch.Tensor, first: int) -> None:
         """Read from element `first` of what the tensor spans."""

@@ -19,6 +19,7 @@ from wan.weights.opened import OpenedFile
 from wan.weights.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
 
+_MAX_SHARDS = 1_000
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -77,6 +78,8 @@ def open_index(path: Path) -> Source:
     """Open the shards that a `.safetensors.index.json` names."""
     shard_of = read_index(path)
     shards = sorted(set(shard_of.values()))
+    if len(shards) > _MAX_SHARDS:
+        raise SwanError(f"{path}: names {len(shards):,} files, at most {_MAX_SHARDS:,} are allowed")
     absent = [name for name in shards if not os.path.isfile(path.parent / name)]
     if absent:
         raise SwanError(f"{path}: {len(absent)} of {len(shards)} shards are missing: {_some(absent)}")
