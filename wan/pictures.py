@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 MAX_PIXELS = 100_000_000
+PLAIN_PIXELS, PIXELS_PER_BYTE = 20_000_000, 1_000  # what a few bytes may claim; deflate saves no more than that
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits
 
 
@@ -77,13 +78,19 @@ def _decode(file: BinaryIO) -> np.ndarray:
     Image.init()
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:  # looked at before any pixel is decoded
-            raise SwanError(f"{width}x{height} are more than {MAX_PIXELS // 10**6} million pixels: make it smaller")
+        size = os.fstat(file.fileno()).st_size
+        most = min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size))
+        if width * height > most:  # looked at before any pixel is decoded
+            raise SwanError(
+                f"{width}x{height} are more than {most:,} pixels, the most for {size:,} bytes: make it smaller"
+            )
         if image.mode in EIGHT_BIT_MODES:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image.convert("RGB"))
         white = _white(image)
         inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # Pillow turns round only greys of 8 bits
-        grey = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint32)
+        ImageOps.exif_transpose(image, in_place=True)
+        grey = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(grey, white) * 255 + white // 2) // white
     grey = (255 - grey if inverted else grey).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
