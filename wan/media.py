@@ -76,8 +76,9 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
     if width % 2 or height % 2:
         raise SwanError(f"an mp4 needs an even width and height, not {width}x{height}")
     pixels = memoryview(np.ascontiguousarray(frames)).cast("B")
-    with tempfile.TemporaryDirectory(prefix="swan-") as folder:
-        # In a file, for a command line holds some 100 kB, which two long prompts exceed.
+    with tempfile.TemporaryDirectory(prefix=".swan-", dir=path.parent) as folder:
+        # In a file, for a command line holds some 100 kB, which two long prompts exceed; and beside the video, for that
+        # folder can be written to.
         metadata = Path(folder, "metadata.txt")
         metadata.write_text(
             f";FFMETADATA1\ncomment={_ESCAPED.sub(_BACKSLASH, comment)}\n", encoding="utf-8", newline="\n"
