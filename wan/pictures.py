@@ -68,7 +68,15 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
             raise SwanError(
                 f"cannot read image {printable(path)}: {size:,} bytes are more than the {MAX_BYTES:,} allowed"
             )
-        yield io.BufferedReader(file)
+        yield _Reader(file)
+
+
+class _Reader(io.BufferedReader):
+    """Takes no memory for more bytes than are left, whatever length a decoder has found and asks for."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _decode(file: BinaryIO) -> np.ndarray:

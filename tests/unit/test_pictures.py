@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.mutations import BATCHES, survive
+from tests.mutations import BATCHES, limits, survive
 from wan.errors import SwanError, UsageError
 from wan.pictures import FORMATS, image_sha256, read_image
 
@@ -100,6 +100,7 @@ HARMFUL = {
     "wide.png": (png(2_000_000_000, 1), "2000000000x1|decompression bomb"),
     "text.png": (png(8, 8, (b"zTXt", b"comment\0\0" + zlib.compress(bytes(1 << 24)))), "[Dd]ecompress"),
     "large.pgm": (b"P5 30000 4000 255\n", "30000x4000 are more than 20,000,000 pixels, the most for 18 bytes"),
+    "chunk.png": (png(8, 8)[:-12] + struct.pack(">I", 0x7FFFFFFF) + b"iCCP", ""),
     "exif.jpg": (b"\xff\xd8\xff\xe1\x00\x10Exif\0\0MM\0*\0\0\0\x08\xff\xd9", ""),
 }
 
@@ -108,7 +109,10 @@ HARMFUL = {
 def test_harmful_pictures_are_refused(tmp_path, name):
     content, message = HARMFUL[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SwanError, match=f"cannot read image .*{name}: .*({message})") as caught:
+    with (
+        limits(name, len(content)),
+        pytest.raises(SwanError, match=f"cannot read image .*{name}: .*({message})") as caught,
+    ):
         read_image(tmp_path / name)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
 
