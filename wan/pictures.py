@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -38,13 +39,12 @@ def read_image(path: str | Path) -> np.ndarray:
 
     with _opened(path) as file:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _unheard():
                 return _decode(file)
         except SwanError as error:
             raise SwanError(f"cannot read image {printable(path)}: {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise SwanError(f"cannot read image {printable(path)}: it is none of {', '.join(FORMATS)}") from error
+            raise SwanError(f"cannot read image {printable(path)}: damaged, or none of {', '.join(FORMATS)}") from error
         # A damaged file makes decoders raise whatever they meet: SyntaxError, struct.error, MemoryError and more.
         except Exception as error:
             raise SwanError(f"cannot read image {printable(path)}: {one_line(error)}") from error
@@ -77,6 +77,25 @@ class _Reader(io.BufferedReader):
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, os.fstat(self.fileno()).st_size - self.tell())
         return super().read(left if size is None or size < 0 else min(size, left))
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Decoders print to stderr, through Python or, as libtiff does, from C. A failure is one line, and ours."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
+        warnings.simplefilter("ignore")
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed, so nothing is heard anyway
+            yield
+            return
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _decode(file: BinaryIO) -> np.ndarray:

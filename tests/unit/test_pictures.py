@@ -1,5 +1,6 @@
 """Pictures as a user has them: of any depth, in the usual formats, and none that does harm."""
 
+import contextlib
 import io
 import os
 import struct
@@ -115,6 +116,21 @@ def test_harmful_pictures_are_refused(tmp_path, name):
     ):
         read_image(tmp_path / name)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw", "jpeg"])
+def test_decoders_are_not_heard(tmp_path, capfd, compression):
+    """Neither from Python nor from C: what a user sees is one line."""
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.tif", compression=compression)
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    for at in range(len(data) // 4, len(data) // 2):
+        data[at] ^= 0x55
+    (tmp_path / "a.tif").write_bytes(data)
+    with contextlib.suppress(SwanError):
+        read_image(tmp_path / "a.tif")
+    os.write(2, b"heard")
+    assert capfd.readouterr() == ("", "heard")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
