@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 MAX_PIXELS = 100_000_000
+PLAIN_PIXELS, PIXELS_PER_BYTE = 20_000_000, 1_000  # what a few bytes may claim; deflate saves no more than that
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits
 
 
@@ -37,13 +39,12 @@ def read_image(path: str | Path) -> np.ndarray:
 
     with _opened(path) as file:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _unheard():
                 return _decode(file)
         except SwanError as error:
             raise SwanError(f"cannot read image {printable(path)}: {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise SwanError(f"cannot read image {printable(path)}: it is none of {', '.join(FORMATS)}") from error
+            raise SwanError(f"cannot read image {printable(path)}: damaged, or none of {', '.join(FORMATS)}") from error
         # A damaged file makes decoders raise whatever they meet: SyntaxError, struct.error, MemoryError and more.
         except Exception as error:
             raise SwanError(f"cannot read image {printable(path)}: {one_line(error)}") from error
@@ -67,7 +68,34 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
             raise SwanError(
                 f"cannot read image {printable(path)}: {size:,} bytes are more than the {MAX_BYTES:,} allowed"
             )
-        yield io.BufferedReader(file)
+        yield _Reader(file)
+
+
+class _Reader(io.BufferedReader):
+    """Takes no memory for more bytes than are left, whatever length a decoder has found and asks for."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Decoders print to stderr, through Python or, as libtiff does, from C. A failure is one line, and ours."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
+        warnings.simplefilter("ignore")
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed, so nothing is heard anyway
+            yield
+            return
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _decode(file: BinaryIO) -> np.ndarray:
@@ -77,13 +105,19 @@ def _decode(file: BinaryIO) -> np.ndarray:
     Image.init()
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:  # looked at before any pixel is decoded
-            raise SwanError(f"{width}x{height} are more than {MAX_PIXELS // 10**6} million pixels: make it smaller")
+        size = os.fstat(file.fileno()).st_size
+        most = min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size))
+        if width * height > most:  # looked at before any pixel is decoded
+            raise SwanError(
+                f"{width}x{height} are more than {most:,} pixels, the most for {size:,} bytes: make it smaller"
+            )
         if image.mode in EIGHT_BIT_MODES:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image.convert("RGB"))
         white = _white(image)
         inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # Pillow turns round only greys of 8 bits
-        grey = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint32)
+        ImageOps.exif_transpose(image, in_place=True)
+        grey = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(grey, white) * 255 + white // 2) // white
     grey = (255 - grey if inverted else grey).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)

@@ -1,5 +1,6 @@
 """Pictures as a user has them: of any depth, in the usual formats, and none that does harm."""
 
+import contextlib
 import io
 import os
 import struct
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.mutations import BATCHES, survive
+from tests.mutations import BATCHES, limits, survive
 from wan.errors import SwanError, UsageError
 from wan.pictures import FORMATS, image_sha256, read_image
 
@@ -82,6 +83,9 @@ def test_a_deep_picture_is_turned_upright(tmp_path):
     assert np.abs(read_image(tmp_path / "a.png").astype(int) - np.rot90(GREY, -1)).max() <= 1
 
 
+MOST_BYTES = 140 << 20  # of 20 million pixels, which a few bytes can rightly hold where all have one colour
+
+
 def png(width, height, *chunks):
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks, (b"IEND", b"")]
     body = (
@@ -96,7 +100,8 @@ HARMFUL = {
     "bomb.png": (png(60_000, 60_000, (b"IDAT", zlib.compress(bytes(99)))), "60000x60000|decompression bomb"),
     "wide.png": (png(2_000_000_000, 1), "2000000000x1|decompression bomb"),
     "text.png": (png(8, 8, (b"zTXt", b"comment\0\0" + zlib.compress(bytes(1 << 24)))), "[Dd]ecompress"),
-    "large.pgm": (b"P5 30000 4000 255\n", "30000x4000 are more than 100 million pixels"),
+    "large.pgm": (b"P5 30000 4000 255\n", "30000x4000 are more than 20,000,000 pixels, the most for 18 bytes"),
+    "chunk.png": (png(8, 8)[:-12] + struct.pack(">I", 0x7FFFFFFF) + b"iCCP", ""),
     "exif.jpg": (b"\xff\xd8\xff\xe1\x00\x10Exif\0\0MM\0*\0\0\0\x08\xff\xd9", ""),
 }
 
@@ -105,9 +110,27 @@ HARMFUL = {
 def test_harmful_pictures_are_refused(tmp_path, name):
     content, message = HARMFUL[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SwanError, match=f"cannot read image .*{name}: .*({message})") as caught:
+    with (
+        limits(name, len(content)),
+        pytest.raises(SwanError, match=f"cannot read image .*{name}: .*({message})") as caught,
+    ):
         read_image(tmp_path / name)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw", "jpeg"])
+def test_decoders_are_not_heard(tmp_path, capfd, compression):
+    """Neither from Python nor from C: what a user sees is one line."""
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.tif", compression=compression)
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    for at in range(len(data) // 4, len(data) // 2):
+        data[at] ^= 0x55
+    (tmp_path / "a.tif").write_bytes(data)
+    with contextlib.suppress(SwanError):
+        read_image(tmp_path / "a.tif")
+    os.write(2, b"heard")
+    assert capfd.readouterr() == ("", "heard")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
@@ -154,6 +177,4 @@ def test_damaged_pictures(tmp_path, originals, batch):
         pixels = read_image(tmp_path / "a")
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
 
-    survive(
-        originals, batch, attempt, slack_bytes=64 << 20
-    )  # a few bytes can rightly hold a large picture of one colour
+    survive(originals, batch, attempt, slack_bytes=MOST_BYTES)

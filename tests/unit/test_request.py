@@ -217,6 +217,11 @@ def test_an_output_is_not_the_replayed_video_or_a_file_of_the_checkpoint(tmp_pat
     for name in ("vae.pth", "config.json", "dit.safetensors"):
         with pytest.raises(UsageError, match=f"--cache_trace .*/{name} is a file of --ckpt_dir"):
             official("t2v-1.3B", easycache=True, cache_trace=f"weights/{name}")
+    (tmp_path / "weights" / "vae.safetensors.index.json").write_text("{}")
+    with pytest.raises(UsageError, match="--cache_trace .*/dit.safetensors is a file of --vae"):
+        build_request(
+            {"vae": "weights/vae.safetensors.index.json", "teacache": True, "cache_trace": "weights/dit.safetensors"}
+        )
     with pytest.raises(UsageError, match="--cache_trace: cannot write to /proc"):
         official("t2v-1.3B", easycache=True, cache_trace="/proc/trace")
 

@@ -163,6 +163,8 @@ def _same_file(one: str, other: str) -> bool:
 
 def _is_part_of(path: str, folder: str) -> bool:
     """Whether a file that is there belongs to a checkpoint or another folder that is read, by its place and name."""
+    if folder.endswith(".index.json"):  # the folder of its shards
+        folder = os.path.dirname(folder)
     if not os.path.isfile(path) or not os.path.isdir(folder):
         return False
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
