@@ -337,7 +337,7 @@ def _compare_files(world: World, files: CheckpointFiles, request: Request) -> No
     """That all processes have the same checkpoint and LoRAs, before any of it is loaded."""
     from wan.weights.source import open_source
 
-    found = {f"the weights of {part}": open_source(paths).paths for part, paths in files.dit.items()}
+    found = {f"the DiT ({part})": open_source(paths).paths for part, paths in files.dit.items()}
     found |= {"the VAE": open_source(files.vae).paths, "the text encoder": open_source(files.t5).paths}
     found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := files.tokenizer / name).is_file()]
     if files.clip:

@@ -198,7 +198,8 @@ def _lock(path: Path, wait: bool) -> int | None:
     """A descriptor that holds the lock, till it is closed; None where there is none to be had."""
     if fcntl is None:
         return None
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    access = os.O_RDONLY if path.is_dir() else os.O_RDWR  # of a network's file systems, some lock only what is writable
+    descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # held by its writer; or the file system has no locks, and then nothing is taken for stale

@@ -10,14 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from wan.cli import main
 from wan.errors import UsageError
 from wan.request import build_request
+from wan.request.alike import file_fact, request_facts
+from wan.tasks import load_task
 
 REPO = Path(__file__).resolve().parents[2]
+TINY = REPO / "wan/assets/tiny"
+STRIPES = TINY / "loras/stripes.safetensors"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LIMIT_S = 150  # for what takes some ten seconds on a machine that does nothing else
 
@@ -84,6 +89,50 @@ def test_more_ulysses_ranks_than_heads_are_warned_of():
 def test_a_video_does_not_store_how_it_was_shared():
     stored = build_request({"ulysses_size": 4, "dit_fsdp": True, "dist_timeout": 9}, 4).settings()
     assert not {"ulysses_size", "dit_fsdp", "dist_timeout", "offload_model"} & stored.keys()
+
+
+# What all must have been given alike
+
+
+@pytest.mark.parametrize(
+    "options, flags",
+    [
+        ({"sample_guide_scale": 9}, ["--sample_guide_scale"]),
+        ({"sample_solver": "euler", "sample_steps": 12}, ["--sample_solver", "--sample_steps"]),
+        ({"seed": 2}, ["--seed"]),
+        ({"size": "32*64"}, ["--size"]),
+        ({"prompt": "a circle"}, ["--prompt"]),
+        ({"lora": f"{STRIPES}:0.5"}, ["--lora"]),
+        ({"ring_size": 2}, ["--ulysses_size, --ring_size or --cfg_parallel"]),
+        ({"offload": "block"}, ["--offload"]),
+        # These may differ from machine to machine.
+        ({"save_file": "other.mp4", "dist_timeout": 9, "ram_gb": 3, "ckpt_dir": str(TINY)}, []),
+    ],
+)
+def test_facts_that_ranks_compare(options, flags):
+    spec = load_task("t2v-tiny")
+
+    def facts(**more):
+        given = {"seed": 1, "offload": "none"} | more
+        return request_facts(build_request(given, 2), spec, "cpu", seeded=True)
+
+    usual, other = facts(), facts(**options)
+    assert sorted(name for name in usual | other if usual.get(name) != other.get(name)) == flags
+
+
+def test_a_random_seed_may_differ():
+    first, second = (request_facts(build_request({}, 2), load_task("t2v-tiny"), "cpu", seeded=False) for _ in range(2))
+    assert first == second
+
+
+def test_files_are_compared_by_what_is_in_them(tmp_path):
+    data = np.random.default_rng(0).bytes(5 << 20)
+    for name, contents in (("a", data), ("same", data), ("longer", data + b"\0"), ("other", data[:-1] + b"\0")):
+        (tmp_path / name).write_bytes(contents)
+    (tmp_path / "header").write_bytes(b"\0" + data[1:])
+    facts = {name: file_fact([tmp_path / name]) for name in ("a", "same", "longer", "other", "header")}
+    assert facts["a"] == facts["same"] and len(set(facts.values())) == 4
+    assert file_fact([tmp_path / "a", tmp_path / "other"]) == file_fact([tmp_path / "other", tmp_path / "same"])
 
 
 # The plan
@@ -175,6 +224,7 @@ def test_four_processes_make_one_video(start, tmp_path):
     assert process.returncode == 0, err
     report = json.loads(out)  # one line, of one rank
     assert report["grid"] == {"cfg": 2, "ring": 1, "ulysses": 2} and len(report["peak_by_rank"]) == 4
+    assert report["peak_memory_bytes"] == max(peak["peak_memory_bytes"] for peak in report["peak_by_rank"])
     assert report["cache"]["model"]["uncond"]["total"] == 20
     assert [path.name for path in tmp_path.glob("*.mp4")] == ["a.mp4"]
     assert "Warning" not in err and not ours(err), err
