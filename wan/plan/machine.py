@@ -20,8 +20,9 @@ from wan.request import Request
 if TYPE_CHECKING:
     import torch
 
-# Assumed where nothing is measured: an RTX 4090 in bf16 behind PCIe 4 x16, an NVMe disk, a few cores of a server.
-GPU_FLOPS, CPU_FLOPS, TRANSFER_RATE, DISK_RATE = 120e12, 0.1e12, 24e9, 2e9
+# Assumed where nothing is measured: an RTX 4090 in bf16 behind PCIe 4 x16, an NVMe disk, a few cores of a server, the
+# GPU of a laptop of Apple's.
+GPU_FLOPS, CPU_FLOPS, TRANSFER_RATE, DISK_RATE, MPS_FLOPS = 120e12, 0.1e12, 24e9, 2e9, 10e12
 # Memory of the device that the driver takes before the first tensor; assumed, it differs by GPU and driver.
 CONTEXT_BYTES = 500_000_000
 CPUINFO = Path("/proc/cpuinfo")
@@ -65,7 +66,9 @@ def look(request: Request, local_size: int = 1) -> Machine:
     if kind == "cpu":
         _refuse_vram(request)
         return Machine("cpu", ram, None, CPU_FLOPS, has_bf16=_has_bf16())
-    return Machine(kind, ram, request.vram_bytes or (ram if kind == "mps" else vram), GPU_FLOPS)
+    if kind == "mps":
+        return Machine("mps", ram, request.vram_bytes or ram, MPS_FLOPS)
+    return Machine("cuda", ram, request.vram_bytes or vram, GPU_FLOPS)
 
 
 def look_with_torch(
@@ -83,7 +86,7 @@ def look_with_torch(
         machine = Machine("cpu", ram, None, CPU_FLOPS, is_measured=True, has_bf16=_has_bf16())
         return replace(machine, flops=_cpu_flops(settle(machine).dtype), vae_flops=_cpu_flops(request.vae_dtype))
     if device.type != "cuda":
-        return Machine(device.type, ram, request.vram_bytes or ram, GPU_FLOPS)
+        return Machine(device.type, ram, request.vram_bytes or ram, MPS_FLOPS)
     # The driver's part is in use already, and counts; so does what torch keeps of freed tensors. Tensors that are
     # alive, of another pipeline say, are in use and stay so.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
