@@ -69,7 +69,8 @@ def test_ranks_make_the_video_of_one_process(ranks, tmp_path):
             for how, many in zip(hows, mine, strict=True):
                 where = (rank, video, how)
                 assert many["skips"] == one["skips"] and all(one["skips"]), where
-                # A ring sums in another order; so does one process that takes the keys in parts, see ARCHITECTURE.md.
-                scale = one["latents"].abs().max() if "ring_size" in how else 1
+                # Sums in another order: of a ring, as of one process that takes the keys in parts, see ARCHITECTURE.md,
+                # and of matrix products of fewer rows, on some processors (1.1e-5 on an EPYC, of latents up to 6).
+                scale = one["latents"].abs().max()
                 assert (many["latents"] - one["latents"]).abs().max() <= 1e-5 * scale, where
                 assert (many["frames"].int() - one["frames"].int()).abs().max() <= 1, where

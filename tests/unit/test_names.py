@@ -127,6 +127,13 @@ def test_any_prefix_that_all_names_have_is_taken_off(component, prefix):
     }
 
 
+@pytest.mark.parametrize("prefix", ["dit/", "model_", "xyz"])
+@pytest.mark.parametrize("component", ["dit", "vae", "t5"])
+def test_a_prefix_without_a_dot(component, prefix):
+    plain = official_names(NAMES[component], component)
+    assert official_names([prefix + name for name in NAMES[component]], component).keys() == plain.keys()
+
+
 def test_a_prefix_before_other_dialects_and_beside_other_components():
     theirs = ["condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight", "proj_out.weight"]
     found = official_names([f"net.{name}" for name in theirs], "dit")

@@ -171,8 +171,8 @@ def _of_expert(source: Source, entries: list[_Entry], expert: str) -> list[_Entr
     if not halves & {"low", "high"}:
         return entries
     if expert not in ("low", "high"):
-        both = "halves for the two experts of Wan2.2 (such as transformer. and transformer_2.)"
-        raise SwanError(f"{source.describe()}: a LoRA with {both}, and this task has one transformer")
+        both = "halves for the two experts of Wan2.2 (transformer. and transformer_2.)"
+        raise SwanError(f"{source.describe()}: a LoRA with {both}, and this task has one transformer: save one of them")
     if neither := halves - {"low", "high", "unnumbered" if "low" in halves else "low"}:
         key = printable(next(one.key for one in entries if one.half in neither))
         raise SwanError(f"{source.describe()}: a LoRA with halves for two experts, and {key} is in neither of them")
@@ -232,7 +232,7 @@ def _literal(where: str, pattern: str) -> str | None:
     return None if re.search(r"[\\^$*+?()\[\]{}|]", name) else name
 
 
-def _metadata(source: Source, half: str) -> dict[str, Any]:
+def _metadata(source: Source, half: str = "transformer.") -> dict[str, Any]:
     """Entries of the file's metadata by PEFT's names, be they prefixed (with `half`), packed into one JSON text, or
     texts."""
     metadata: Any = getattr(source, "metadata", {})

@@ -10,6 +10,7 @@ because the VAEs number their blocks through while diffusers nests them.
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -322,9 +323,9 @@ def without_wrappers(name: str) -> str:
 
 
 def common_start(names: Iterable[str]) -> str:
-    """The first part of all names, with its dot; "" where they begin differently."""
-    starts = {name.partition(".")[0] for name in names}
-    return f"{starts.pop()}." if len(starts) == 1 else ""
+    """With what all names begin, up to a dot where there is one; "" where they begin differently."""
+    start = os.path.commonprefix(list(names))
+    return start[: start.rfind(".") + 1] or start
 
 
 def _strip(keys: list[str], component: str) -> dict[str, str]:
@@ -355,20 +356,25 @@ def _found_prefix(names: list[str], component: str) -> str:
     """The prefix that makes most names those of the component, if most of what it stands before are such names."""
     landmark = re.compile(_LANDMARKS[component])
     counts: dict[str, int] = {}
+    common = len(common_start(names))  # which may end in no dot: `dit/`
     for name in names:
-        start = 0
-        for _ in range(_MAX_PREFIX_PARTS):
+        for start in {*_part_starts(name), common}:
             if landmark.match(name, start):
                 counts[name[:start]] = counts.get(name[:start], 0) + 1
-            start = name.find(".", start) + 1
-            if not start:
-                break
     best = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))[:2]
     if not best or 2 * counts[best[0]] < sum(name.startswith(best[0]) for name in names):
         return ""
     if len(best) == 2 and all(best) and counts[best[0]] == counts[best[1]] > 1 and not best[1].startswith(best[0]):
         raise SwanError(f"names begin with {best[0]} and {best[1]}: the file holds two of the kind; keep one of them")
     return best[0]
+
+
+def _part_starts(name: str) -> list[int]:
+    """Where the first parts of a name begin."""
+    starts = [0]
+    while len(starts) < _MAX_PREFIX_PARTS and (start := name.find(".", starts[-1]) + 1):
+        starts.append(start)
+    return starts
 
 
 def _b_count(names: Iterable[str]) -> dict[str, int]:
