@@ -19,5 +19,5 @@ def largest(x: Tensor) -> float:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no number in `x` is NaN or infinite; as `largest`."""
-    return math.isfinite(largest(x))
+    """Whether no number in `x` is NaN or infinite; as `largest`. A tensor on the meta device has none."""
+    return x.is_meta or math.isfinite(largest(x))

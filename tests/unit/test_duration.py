@@ -206,10 +206,11 @@ def test_what_is_not_possible_is_not_offered(tmp_path, monkeypatch):
 
 
 def test_the_bar_counts_from_where_it_begins_and_shows_the_estimate_before(capsys):
+    from distributed.signals import Signals
     from wan.cli import _Progress
 
     plan = {"seconds": {"encode_text": 60, "load": 60, "denoise": 7200, "decode": 60}}
-    with _Progress(False, types.SimpleNamespace(stage="")) as progress:
+    with _Progress(False, types.SimpleNamespace(stage=""), Signals()) as progress:
         progress.expect(plan)
         progress("load", 0, 1)
         progress("load", 1, 1)
@@ -228,7 +229,7 @@ def test_the_bar_counts_from_where_it_begins_and_shows_the_estimate_before(capsy
 
 def test_memory_that_this_process_holds_is_not_free(monkeypatch):
     """On a GPU that is made up: another pipeline has 30 GB of it, of which torch could give back 2."""
-    from wan.plan import machine
+    from wan.plan import machine, measure
 
     gigabyte = 10**9
     has = {"memory_reserved": 30 * gigabyte, "memory_allocated": 28 * gigabyte}
@@ -238,12 +239,12 @@ def test_memory_that_this_process_holds_is_not_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(machine, "_gpu_flops", lambda device, dtype: 1e14)
     monkeypatch.setattr(machine, "_transfer_rate", lambda device: 1e10)
-    seen = machine.look_with_torch(torch.device("cuda"), build_request({}))
+    seen = measure(torch.device("cuda"), build_request({}), load_task("t2v-tiny"))
     assert seen.vram_bytes == 52 * gigabyte + machine.CONTEXT_BYTES
 
 
 def test_memory_of_another_pipeline_is_not_free(monkeypatch):
-    from wan.plan import machine
+    from wan.plan import machine, measure
 
     monkeypatch.setattr(machine, "free_ram", lambda: 8 * 10**9)
     held = torch.ones(400 << 20, dtype=torch.uint8)  # beyond what a bare process takes

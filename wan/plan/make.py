@@ -64,7 +64,7 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "seconds": seconds,
         "shorter": shorter(load, machine, seconds),
         "margin": MARGIN,
-        "notes": list(decision.notes),
+        "notes": [*dtype_notes, *decision.notes],
         "save_file": request.save_file,
     }
     if "experts" in spec:
