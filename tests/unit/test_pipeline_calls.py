@@ -66,9 +66,9 @@ def test_a_request_for_other_models_is_refused(request_of, option, options):
 
 
 def test_the_attention_is_part_of_the_models(request_of):
-    pipe = built(request_of())
+    pipe = built(request_of(dtype="bf16"))
     with pytest.raises(UsageError, match="--attention is flash_attn2 .* sdpa"):
-        pipe(replace(request_of(), attention="flash_attn2"))
+        pipe(replace(request_of(dtype="bf16"), attention="flash_attn2"))
 
 
 def test_what_is_sampled_may_differ(request_of):
