@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -73,11 +72,8 @@ def generate(*args, env=None, cwd=None, check_torch=False):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
 
 
-def test_help_is_quick_and_imports_no_torch():
-    generate("--help")  # fill the disk cache
-    started = time.perf_counter()
+def test_help_imports_no_torch():
     done = generate("--help", check_torch=True)
-    assert time.perf_counter() - started < 1
     assert done.returncode == 0 and done.stderr.strip() == "False"
     official = (
         "task size frame_num ckpt_dir offload_model t5_cpu save_file prompt base_seed image first_frame last_frame"

@@ -86,7 +86,7 @@ def test_the_decoder_of_a_vae_after_which_the_latents_are_kept(assets, fails, va
     assert "decode: frame 1 " in line and str(assets / "tiny" / VAE) in line and "--vae_dtype fp32" in line
 
 
-@pytest.mark.parametrize("scale", ["1e6", "1e30", "1e300"])
+@pytest.mark.parametrize("scale", ["1e6", "1e30"])
 def test_absurd_guidance(fails, scale):
     line = fails("--sample_guide_scale", scale)
     assert "denoise, step 1 of 4" in line and "--sample_guide_scale" in line

@@ -244,7 +244,7 @@ def test_memory_that_this_process_holds_is_not_free(monkeypatch):
 
 
 def test_memory_of_another_pipeline_is_not_free(monkeypatch):
-    from wan.plan import machine, measure
+    from wan.plan import machine
 
     monkeypatch.setattr(machine, "free_ram", lambda: 8 * 10**9)
     held = torch.ones(400 << 20, dtype=torch.uint8)  # beyond what a bare process takes

@@ -182,7 +182,7 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
     if request.resident_blocks:
         yield change("--resident_blocks auto", "offload", resident_blocks=None)
     ways = ("none", "model", "block", "phase")
-    if request.offload in ways:
+    if request.offload in ways and not request.may_offload:
         allowed = ways if machine.device != "mps" and not request.dit_fsdp else ways[:2]
         for name in allowed[ways.index(request.offload) + 1 :]:
             yield change(f"--offload {name}", "offload", offload=name, resident_blocks=None)

@@ -20,7 +20,7 @@ MARGIN = (
     0.05  # of each peak, stays free: measured peaks were up to 4.7 % above the planned ones, benchmarks.plan_memory
 )
 TILES_PX = (512, 256, 128)  # of the VAE, where it needs them; larger ones compute less twice
-_FASTEST_FIRST = {"auto": ("model", "block", "phase"), "fit": ("none", "model", "block", "phase")}
+_FASTEST_FIRST = ("model", "block", "phase")
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,13 @@ def resident_indices(count: int, resident: int) -> set[int]:
 def _candidates(load: Workload, machine: Machine) -> Iterator[tuple[Placement, tuple[str, ...]]]:
     """Placements to try, the fastest first, the smallest last; with notes on what they made of "auto"."""
     request, layers = load.request, load.spec.dit.num_layers
-    names = _FASTEST_FIRST.get(request.offload, (request.offload,))
+    names = _FASTEST_FIRST if request.offload == "auto" else (request.offload,)
+    if request.offload == "none" and request.may_offload:
+        names = ("none", *_FASTEST_FIRST)
     if machine.device == "mps" and request.offload in ("block", "phase"):
         what = f"--offload {request.offload} streams to the CPU and to CUDA, not to mps"
         raise UsageError(f"{what}: use --offload model or none")
-    if request.offload in _FASTEST_FIRST and (request.dit_fsdp or machine.device == "mps"):
+    if len(names) > 1 and (request.dit_fsdp or machine.device == "mps"):
         names = tuple(name for name in names if name in ("none", "model"))
     if request.resident_blocks is not None and request.resident_blocks >= layers:
         names = ("model",)

@@ -79,7 +79,8 @@ class Request:
     gguf_mode:      what becomes of quantised weights: dequantised at load (resident) or at each use (stream), or auto
     vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
     offload:        none (models stay), model (each is released after its stage), block, phase (parts of the DiT come as
-                    they are used too), auto (what fits, but for none) or fit (what fits)
+                    they are used too), or auto: what fits, but for none
+    may_offload:    whether none, where it does not fit, gives way to what does: the default on several processes
     resident_blocks: how many blocks of the DiT stay on the device with block and phase; None: as many as fit
     vae_offload:    whether the VAE is released after use; None: as the other models are
     vram_bytes:     budget of device memory, ram_bytes: of the machine's, for each process; None: what is free
@@ -122,6 +123,7 @@ class Request:
     auto_dtype: bool = field(default=False, compare=False)
     vae_tile_px: int | None
     offload: str = "auto"
+    may_offload: bool = False
     resident_blocks: int | None = None
     vae_offload: bool | None = None
     vram_bytes: int | None = None
@@ -216,6 +218,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
         vae_dtype=choice(get["vae_dtype"], "fp32", "vae_dtype", VAE_DTYPE_NAMES),
         vae_tile_px=check_tile(get["vae_tile_px"], spec.vae_stride[1]),
         offload=check_offload(get, world_size),
+        may_offload=world_size > 1 and get["offload"] is None and get["offload_model"] is None,
         resident_blocks=check_resident_blocks(spec, get),
         vae_offload=get["vae_offload"],
         vram_bytes=check_budget(get["vram_gb"], "vram_gb"),

@@ -62,9 +62,7 @@ def check_grid(
 def check_offload(get: Mapping[str, Any], world_size: int) -> str:
     name, releases = get["offload"], get["offload_model"]
     if name is None:
-        if releases is None and world_size > 1:
-            return "fit"  # none, the official code's default, where that fits
-        return "auto" if or_default(releases, True) else "none"
+        return "auto" if or_default(releases, world_size == 1) else "none"  # the official code's defaults
     name = choice(name, "auto", "offload", OFFLOAD_NAMES)
     if releases is not None and releases != (name != "none"):
         raise UsageError(f"--offload_model {str(releases).lower()} contradicts --offload {name}; give one")

@@ -12,6 +12,7 @@ from typing import Any
 from wan.errors import UsageError
 from wan.request.options import MAX_CHARS
 
+QUOTES = "'\""
 MAX_FP32 = 3.4e38  # what is computed with is held in fp32
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -82,10 +83,10 @@ def number(value: Any, flag: str, convert: Callable[[Any], Any], allowed: str, f
         if isinstance(value, bool) or (convert is int and isinstance(value, float) and value != int(value)):
             raise ValueError
         number = convert(value)
-        if not fits(number) or (convert is float and abs(number) > MAX_FP32):
-            raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"--{flag} must be {allowed}, not {shown(value)}") from error
+    if not fits(number) or (convert is float and abs(number) > MAX_FP32):
+        raise UsageError(f"--{flag} must be {allowed}, not {shown(value).strip(QUOTES)}")
     return number
 
 
