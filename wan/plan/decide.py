@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ def _advice(load: Workload, machine: Machine) -> str:
         return f"it does not fit in any way: {with_all} it still needs {' and '.join(told)}"
     found = list(_fewest(load, machine, changes, _without_needless(load, machine, furthest)))
     commands = dict.fromkeys(command for some in found for one in some for command in one.made_by)
-    made = f"; a GGUF file is made by: {' and '.join(commands)}" if commands else ""
+    made = f"; a GGUF file is made by: {' && '.join(commands)}" if commands else ""
     return f"it fits with {', or with '.join(map(_listed, found))}{made}"
 
 
@@ -226,10 +227,10 @@ def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:
         for one in parts:
             part = "dit" if one.name == "model" else one.name
             flag = {"t5": "--t5_gguf", "model": "--gguf"}.get(one.name, f"--gguf_{one.name}")
-            source, made = _source_of(load.request, one), f"{part}-{kind}.gguf"
+            (source, fetch), made = _source_of(load.request, one), f"{part}-{kind}.gguf"
             flags.append(f"{flag} {made}")
             where = f"--checkpoint-dir {shlex.quote(source)} --output {made}"
-            commands.append(f"python -m wan.convert --type {kind} --component {part} {where}")
+            commands += [*fetch, f"python -m wan.convert --type {kind} --component {part} {where}"]
         yield Change(
             " ".join(flags),
             f"{group} gguf",
@@ -238,9 +239,15 @@ def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:
         )
 
 
-def _source_of(request: Request, component: Component) -> str:
-    """What the converter reads: the file of a component, its folder, or the checkpoint's."""
+def _source_of(request: Request, component: Component) -> tuple[str, list[str]]:
+    """What the converter reads: the file of a component, its folder, or the checkpoint's; and the command that fetches
+    that where it is a hub id."""
     files = component.files
-    if len(files) == 1:
-        return str(files[0])
-    return str(files[0].parent) if files else request.ckpt_dir
+    if files:
+        return str(files[0] if len(files) == 1 else files[0].parent), []
+    if os.path.exists(request.ckpt_dir):
+        return request.ckpt_dir, []
+    name, _, revision = request.ckpt_dir.partition("@")
+    folder = name.rpartition("/")[2]
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
+    return folder, [f"hf download {shlex.quote(name)}{at} --local-dir {shlex.quote(folder)}"]
