@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import reprlib
 from collections.abc import Callable
@@ -35,6 +36,9 @@ def of_kind(value: Any, flag: str, kind: str) -> Any:
         return None
     if kind in MAX_CHARS:
         value = os.fspath(value) if kind == "path" and isinstance(value, os.PathLike) else value
+        if kind == "text" and isinstance(value, str):
+            with contextlib.suppress(UnicodeError):  # where the system says that it is not UTF-8, and the terminal is
+                value = os.fsencode(value).decode("utf-8")
         _check_text(value, flag, kind)
         return os.path.expanduser(value) if kind == "path" else value
     parts = value if isinstance(value, (list, tuple)) else [value]
