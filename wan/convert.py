@@ -232,6 +232,8 @@ def _check_output(name: str, overwrite: bool) -> Path:
         raise UsageError(f"--output: {path} exists; --overwrite replaces it")
     if not Path(os.path.realpath(path)).parent.is_dir():
         raise UsageError(f"--output: {path} is a link to a folder that is not there")
+    if Path(real := os.path.realpath(path)).suffix.lower() != ".gguf":
+        raise UsageError(f"--output: {path} is a link to {real}, which is no .gguf file: not replaced")
     return path
 
 

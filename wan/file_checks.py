@@ -78,7 +78,8 @@ def check_component(part: str, paths: Sequence[Path], spec: Any) -> None:
 
 def check_vocabulary(tokenizer: Path, encoder: Sequence[Path]) -> list[str]:
     """The tokenizer's pieces against the encoder's rows. Returns lines to show. Raises SwanError, one line."""
-    return check_tokenizer(tokenizer, our_shapes(open_source(encoder), "t5")["shared.weight"][0])
+    table = our_shapes(open_source(encoder), "t5").get("shared.weight")  # none: this is no encoder, as others say
+    return check_tokenizer(tokenizer, table[0]) if table else []
 
 
 def open_loras(asked: Mapping[str, LoraChoice], spec: Any) -> dict[str, list[tuple[Lora, float]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.unit.tiny_checkpoint import dit_state, shrunk, t5_state, write_checkpoint
@@ -128,6 +129,11 @@ def test_of_a_link_the_file_that_it_leads_to_is_written(checkpoint, tmp_path, ca
     gone = tmp_path / "gone.gguf"
     gone.symlink_to("gone/real.gguf")
     fails(capsys, 2, "is a link to a folder that is not there", checkpoint, gone, "--overwrite")
+    text = tmp_path / "config.json"
+    text.write_text("{}")
+    (tmp_path / "text.gguf").symlink_to(text)
+    fails(capsys, 2, "no .gguf file: not replaced", checkpoint, tmp_path / "text.gguf", "--overwrite")
+    assert text.read_text() == "{}"
 
 
 def test_quantising_twice_warns(checkpoint, tmp_path, capsys):
@@ -426,6 +432,15 @@ def test_what_the_converter_wrote_is_replaced(checkpoint, written, tmp_path):
         assert to_folder(t5, tmp_path / "copy", *FP8) == 0
         assert [path.name for path in (tmp_path / "copy").iterdir()] == ["models_t5_umt5-xxl-enc-fp8.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "out"]
+
+
+def test_weights_saved_again_with_our_metadata_are_somebodys(checkpoint, written, capsys):
+    path = written / "diffusion_pytorch_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"mine": torch.ones(3)}, path, metadata=metadata)
+    assert to_folder(checkpoint, written, *FP8) == 2
+    assert "holds other things as well" in capsys.readouterr().err and open_source(path).keys() == ["mine"]
 
 
 SOMEBODYS = {

@@ -69,6 +69,11 @@ def test_a_text_encoder_in_place_of_the_transformer(folder, capsys):
     assert code == 1 and "t5.gguf: not a Wan transformer" in err and "looks like a T5 encoder" in err
 
 
+def test_a_vae_in_place_of_the_text_encoder(folder, capsys):
+    code, err = both(capsys, "--ckpt_dir", folder, "--t5", locate(folder, SPEC).vae[0])
+    assert code == 1 and "internal error" not in err and "T5" in err
+
+
 def test_a_file_that_is_cut_short(folder, capsys):
     export_gguf(open_source(folder / "diffusion_pytorch_model.safetensors"), folder.parent / "a.gguf", "Q8_0")
     whole = (folder.parent / "a.gguf").read_bytes()

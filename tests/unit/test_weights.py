@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import pickle
@@ -360,3 +361,25 @@ def test_a_released_vae_layout_loads_from_diffusers_names(tmp_path):
         )
     load_weights(model, open_source(path), "vae", dtype=torch.float32)
     assert torch.equal(model.state_dict()["conv2.weight"], theirs.post_quant_conv.weight)
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_one_of_safetensors(tmp_path):
+    """640 is 80 02, which opens a pickle of protocol 2 as well."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(640)
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert open_source(tmp_path / "a.safetensors").read("a").tolist() == [0.0]
+
+
+@pytest.mark.parametrize("wrapped", ["state_dict", "model", "both"])
+def test_a_state_dict_with_tensors_beside_it(tmp_path, wrapped):
+    weights = {"x.weight": torch.ones(2, 2), "x.bias": torch.zeros(2)}
+    content = {"state_dict": {"model": weights}} if wrapped == "both" else {wrapped: weights}
+    torch.save(content | ({} if wrapped == "both" else {"step": torch.tensor(5)}), tmp_path / "a.pth")
+    assert open_source(tmp_path / "a.pth").keys() == list(weights)
+
+
+def test_what_trainers_leave_beside_an_adapter_is_not_weights(tmp_path):
+    torch.save({"a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.bin")
+    torch.save(argparse.Namespace(rate=1), tmp_path / "training_args.bin")
+    torch.save({"state": {}}, tmp_path / "optimizer.bin")
+    assert open_source(tmp_path).keys() == ["a.lora_A.weight"]

@@ -12,8 +12,9 @@ from wan.errors import SwanError, printable
 from wan.files import read_json
 
 PAD_ID = 0
-# Encoders have some rows more than their tokenizer has tokens (UMT5 84): more than this is another tokenizer's table.
-_MANY_UNUSED = 1000
+# Encoders have some rows more than their tokenizer has tokens (UMT5 84, or 384 more than its spiece.model): many more is
+# another tokenizer's table.
+_MANY_UNUSED, _SOME_UNUSED = 1000, 512
 
 
 def clean_text(text: str) -> str:
@@ -98,7 +99,7 @@ def check_vocabulary(path: str | Path, tokens: int, rows: int) -> str | None:
     if tokens > rows or (rows > 2 * tokens and rows - tokens >= _MANY_UNUSED):
         raise SwanError(f"{told}: it is the tokenizer of another encoder")
     unused = f"warning: {told}: {rows - tokens} rows are never used; is it the right tokenizer?"
-    return unused if rows - tokens >= _MANY_UNUSED else None
+    return unused if rows - tokens > max(_SOME_UNUSED, rows // 100) else None
 
 
 def _read_json(path: Path):

@@ -39,7 +39,7 @@ from wan.weights.mlx import mlx_name, to_mlx
 from wan.weights.names import Rows, official_t5_name
 from wan.weights.recipes import RECIPES
 from wan.weights.source import Source
-from wan.weights.written import check_inputs, check_output, list_files
+from wan.weights.written import check_inputs, check_output, list_files, name_tensors
 
 FORMATS = ("mlx", "fp8", "int8")
 PARTS = ("dit", "high", "low", "t5", "vae")
@@ -266,12 +266,13 @@ def _write_file(
     """A safetensors file; every tensor is written to its place as soon as it is made."""
     # Larger elements first, so that every tensor lies at a multiple of its element size.
     pieces = sorted((one for entry in plan for one in entry.pieces), key=lambda one: -one.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {}
     starts, end = {}, 0
     for one in pieces:
         starts[one.name], end = end, end + one.size_bytes
         offsets = [starts[one.name], end]
         header[one.name] = {"dtype": _DTYPE_CODES[one.dtype], "shape": one.shape, "data_offsets": offsets}
+    header = {"__metadata__": {**metadata, **name_tensors(header)}, **header}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

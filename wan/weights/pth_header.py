@@ -33,6 +33,7 @@ _OF_STORAGE = {
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _SPARSE = 16  # a view is read with all that lies between its elements, which may be so many times as much
 _MAX_ELEMENTS = 1 << 60
+_MAX_WRAPPERS = 3  # dicts around a state dict
 
 
 @dataclass(frozen=True)
@@ -160,16 +161,19 @@ def _read_bytes(view: TensorView) -> int:
     return max(math.prod(view.shape), spanned(view.shape, view.stride) // _SPARSE) * ITEMSIZE[view.dtype]
 
 
-def _tensors_of(path: Path, content: Any) -> dict[str, View | Other]:
-    direct = _only_tensors(content)
-    if direct:
-        return direct
-    inner = {}
+def _tensors_of(path: Path, content: Any, depth: int = 0) -> dict[str, View | Other]:
+    """The tensors of a state dict, or of the one in a training checkpoint, which has a few tensors beside it."""
+    direct, inner = _only_tensors(content), {}
     if isinstance(content, dict):
         inner = {key: tensors for key, value in content.items() if (tensors := _only_tensors(value))}
     for key in ("state_dict", "model"):
-        if key in inner:
+        if len(inner.get(key, ())) > len(direct):
             return inner[key]
+    if direct:
+        return direct
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict) and depth < _MAX_WRAPPERS:
+            return _tensors_of(path, content[key], depth + 1)
     if len(inner) == 1:
         return next(iter(inner.values()))
     if inner:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from wan.quant.schemes import Scheme
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+# What trainers put beside the weights, and PEFT and accelerate among them.
+_OF_TRAINING = ("training_args", "optimizer", "scheduler", "random_states", "rng_state", "scaler")
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_BYTES = 2**63 - 1  # what a size or an offset may be
 Span = tuple[int, int]  # some rows, which lie along the first axis: from, to
@@ -143,8 +145,9 @@ def weight_files(folder: Path) -> list[Path]:
     if indexes:
         return indexes
     for suffix in WEIGHT_SUFFIXES:
-        if files := visible_files(folder, "*" + suffix):
-            return files
+        files = [path for path in visible_files(folder, "*" + suffix) if not path.name.startswith(_OF_TRAINING)]
+        if files:
+            return [path for path in files if path.stem == "adapter_model"] or files
     return []
 
 
@@ -209,6 +212,9 @@ def _sniff(path: Path) -> str:
         raise SwanError(f"{path}: a web page, not weights; the download was an error or login page")
     if head.startswith(b"GGUF"):
         return "gguf"
+    # Before pickles: a header's length may begin as they do.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") + 8 <= os.path.getsize(path):
+        return "safetensors"
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # torch.save: zip archive since 1.6, pickle stream before
         return "pth"
     if path.name.endswith(INDEX_SUFFIX):

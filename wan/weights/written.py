@@ -1,8 +1,9 @@
 """Folders that the converter wrote, and their replacement: what it did not write is never deleted.
 
 Each weight file that is written tells in its header, under `swan_files`, what was written beside it: place in the
-folder -> "" for weight files, which speak for themselves, or else size and SHA-256 of the start. All other files in a
-folder, or other contents under these names, are somebody's.
+folder -> "" for weight files, which speak for themselves, or else size and SHA-256 of the start; and under
+`swan_tensors` a digest of its own tensors' names, shapes and places. All other files in a folder, or other contents
+under these names, are somebody's.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import open_plain, parse_json
 from wan.weights.safetensors_header import read_header
 
 _KEY = "swan_files"
+_TENSORS_KEY = "swan_tensors"
 _START_BYTES = 1 << 20  # of a file are looked at: some hold gigabytes
 
 
@@ -26,6 +29,12 @@ def list_files(folder: Path, weights: Collection[str]) -> dict[str, str]:
     """What goes into the metadata of each weight file: of `weights`, which are written next, and what is there."""
     others = {name: _contents(folder / name) for name in _walk(folder)}
     return {_KEY: json.dumps(others | dict.fromkeys(weights, ""), sort_keys=True)}
+
+
+def name_tensors(header: Mapping[str, Any]) -> dict[str, str]:
+    """What goes into the metadata of a weight file of these tensors: others may save it again with theirs."""
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {_TENSORS_KEY: hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()}
 
 
 def check_output(output: Path, replace: bool) -> None:
@@ -97,8 +106,10 @@ def _told(path: Path) -> Mapping[str, str]:
         return {}
     with contextlib.suppress(SwanError, OSError, ValueError):
         open_plain(path).close()
-        metadata = read_header(path)[0].get("__metadata__")
-        told = parse_json(metadata[_KEY]) if isinstance(metadata, dict) and _KEY in metadata else {}
+        header, _ = read_header(path)
+        metadata = header.get("__metadata__", {})
+        is_ours = metadata.get(_TENSORS_KEY) == name_tensors(header)[_TENSORS_KEY]
+        told = parse_json(metadata[_KEY]) if is_ours and _KEY in metadata else {}
         return told if isinstance(told, dict) else {}
     return {}
 
