@@ -12,8 +12,8 @@ from wan.errors import SwanError, printable
 from wan.files import read_json
 
 PAD_ID = 0
-# Encoders have some rows more than their tokenizer has tokens (UMT5 84, or 384 more than its spiece.model): many more is
-# another tokenizer's table.
+# Encoders have some rows more than their tokenizer has tokens (UMT5 84, 384 more than its spiece.model): many more are
+# the table of another tokenizer.
 _MANY_UNUSED, _SOME_UNUSED = 1000, 512
 
 
