@@ -1,19 +1,6 @@
 """Make a video: python generate.py --help"""
 
-from typing import NoReturn
-
-from wan.command import run_process
-
-
-def make() -> int:
-    from wan.cli import main  # here, for a signal may come while it is imported
-
-    return main()
-
-
-def main() -> NoReturn:
-    run_process(make)
-
+from wan.__main__ import main
 
 if __name__ == "__main__":
     main()

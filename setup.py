@@ -1,4 +1,4 @@
-"""Packaging of swan-video. `configs/` holds data, not code; installed, it travels as the package wan.configs."""
+"""Packaging of swan-video. cache/, configs/ and distributed/ travel inside `wan`: nothing else is at top level."""
 
 from pathlib import Path
 
@@ -16,13 +16,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        *find_packages(include=["wan", "wan.*", "cache", "cache.*", "distributed", "distributed.*"]),
+        *find_packages(include=["wan", "wan.*"]),
+        *(f"wan.{name}" for name in find_packages(include=["cache", "cache.*", "distributed", "distributed.*"])),
         "wan.configs",
     ],
-    package_dir={"wan.configs": "configs"},
-    package_data={"wan": ["assets/**/*", "quant/kernels.c"], "cache": ["data/*.json"], "wan.configs": ["**/*.yaml"]},
-    py_modules=["generate"],
-    entry_points={"console_scripts": ["swan-generate=generate:main"]},
+    package_dir={f"wan.{folder}": folder for folder in ("cache", "configs", "distributed")},
+    package_data={
+        "wan": ["assets/**/*", "quant/kernels.c"],
+        "wan.cache": ["data/*.json"],
+        "wan.configs": ["**/*.yaml"],
+    },
+    entry_points={"console_scripts": ["swan-generate=wan.__main__:main"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=4.51",

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from wan.cache import NO_CACHE, NoCache, StepContext
+from wan.cache.options import check_options, make_manager
 
 from benchmarks.common import DTYPES, machine, report, timed
 from benchmarks.peers import DIT
-from cache import NO_CACHE, NoCache, StepContext
-from cache.options import check_options, make_manager
 from wan.command import Parser, run_command
 from wan.models.dit import WanModel
 from wan.solvers import make_solver

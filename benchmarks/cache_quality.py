@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from wan.cache.options import MIN_STEPS, PREDICTORS, policy_of
 
 from benchmarks.cache_cases import TASKS, Case, tiny_cases
 from benchmarks.common import machine
 from benchmarks.judge import judge
 from benchmarks.tiny_world import CASES_PER_HALF, WORDS, Outcome, rates
 from benchmarks.tiny_world_gguf import SAME_DB, psnr
-from cache.options import MIN_STEPS, PREDICTORS, policy_of
 from wan.command import Parser, run_command
 from wan.errors import UsageError
 from wan.pipeline import WanPipeline

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from wan.cache import NoCache, StepContext
+from wan.cache.coefficients import read_coefficients, write_coefficients
 
 from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.tiny_world import CASES_PER_HALF
-from cache import NoCache, StepContext
-from cache.coefficients import read_coefficients, write_coefficients
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
 from wan.pipeline import WanPipeline

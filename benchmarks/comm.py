@@ -37,12 +37,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from wan.distributed.fsdp import own_rows, shard_model, weight_mesh, with_rows
+from wan.distributed.grid import Grid, attention_bytes, grids, split, weight_bytes
+from wan.distributed.parallel import Parallel
 
 from benchmarks.common import machine
 from benchmarks.roofline import FLASH, Tally, aligned, draw, fake_rank, format_roofline, predict
-from distributed.fsdp import own_rows, shard_model, weight_mesh, with_rows
-from distributed.grid import Grid, attention_bytes, grids, split, weight_bytes
-from distributed.parallel import Parallel
 from wan.command import Parser, run_command
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError

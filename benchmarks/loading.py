@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
+from wan.distributed.fsdp import shard_model, weight_mesh
+from wan.distributed.parallel import Parallel
 
 from benchmarks.common import machine, report
 from benchmarks.peers import build_ours
 from benchmarks.peers_gguf import write_random
-from distributed.fsdp import shard_model, weight_mesh
-from distributed.parallel import Parallel
 from wan.command import Parser, run_command
 from wan.models.dit import WanModel
 from wan.weights.assign import load_weights

@@ -19,10 +19,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from wan.distributed.parallel import Parallel, TokenShards
 
 from benchmarks.common import DTYPES, machine, report, timed
 from benchmarks.peers import DIT
-from distributed.parallel import Parallel, TokenShards
 from wan.command import Parser, run_command
 from wan.models import dit
 

@@ -28,9 +28,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-from distributed.grid import Grid
-from distributed.parallel import Parallel
+from wan.distributed.grid import Grid
+from wan.distributed.parallel import Parallel
 
 # Collectives and what they are for. No step has an all-reduce but the votes of a cache.
 AXES = {

@@ -5,7 +5,7 @@
 
 from importlib import import_module
 
-from cache.context import StepContext
+from wan.cache.context import StepContext
 
 _LAZY = {"CacheManager": "manager", "NoCache": "manager", "NO_CACHE": "manager"}
 __all__ = ["NO_CACHE", "CacheManager", "NoCache", "StepContext"]

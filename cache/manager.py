@@ -16,11 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from cache.context import StepContext
-from cache.policy import Embed, PlannedPolicy, Policy, Sums, below
-from cache.predictor import Residuals
-from cache.telemetry import Decision, Telemetry
+from wan.cache.context import StepContext
+from wan.cache.policy import Embed, PlannedPolicy, Policy, Sums, below
+from wan.cache.predictor import Residuals
+from wan.cache.telemetry import Decision, Telemetry
 
 Run = Callable[[Tensor, int, int], Tensor]  # run(h, i, j): blocks i..j-1
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cache.coefficients import load_coefficients
-from cache.policies import POLICIES
-from cache.policies.teacache import RESCALES
-from cache.policy import Option, count
+from wan.cache.coefficients import load_coefficients
+from wan.cache.policies import POLICIES
+from wan.cache.policies.teacache import RESCALES
+from wan.cache.policy import Option, count
 
 if TYPE_CHECKING:
-    from cache.manager import CacheManager, Ranks
+    from wan.cache.manager import CacheManager, Ranks
 
 MIN_STEPS = 10
 PREDICTORS = ("zero", "first")
@@ -28,7 +28,7 @@ COMMON = {
         "name", "auto", "where residuals are kept: auto (default: with the model), cpu, cuda, cuda:N"
     ),
     "cache_coefficients": Option("file", None, "coefficients measured by benchmarks.calibrate"),
-    "cache_trace": Option("file", None, "write every decision to this file, for python -m cache.report"),
+    "cache_trace": Option("file", None, "write every decision to this file, for python -m wan.cache.report"),
     "cache_force": Option("flag", False, f"allow a cache in runs of fewer than {MIN_STEPS} steps"),
 }
 OPTIONS: dict[str, Option] = {}
@@ -123,7 +123,7 @@ def make_manager(
     options: Mapping[str, Any], coefficients: Mapping[str, Any], ranks: Ranks | None = None
 ) -> CacheManager:
     """The manager for checked options and their coefficients. ranks: see `CacheManager`."""
-    from cache.manager import CacheManager
+    from wan.cache.manager import CacheManager
 
     device = options["cache_device"]
     return CacheManager(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cache.context import StepContext
+from wan.cache.context import StepContext
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""The skip map of a run: python -m cache.report TRACE [--out FILE.png]
+"""The skip map of a run: python -m wan.cache.report TRACE [--out FILE.png]
 
 TRACE is what `--cache_trace` wrote. Above, a row a branch: which steps were computed and which skipped. Below, the
 metric of each step beside the threshold. Exit codes: 0 done, 1 the picture cannot be made, 2 TRACE is no trace.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cache.telemetry import Decision, read_trace
+from wan.cache.telemetry import Decision, read_trace
 
 COLORS = {
     "skipped": "#7fc97f",
@@ -118,7 +118,7 @@ def _title(header: dict[str, Any], decisions: Sequence[Decision]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m cache.report", description="Draw the skip map of a cache trace.")
+    parser = _Parser(prog="python -m wan.cache.report", description="Draw the skip map of a cache trace.")
     parser.add_argument("trace", metavar="TRACE", help="file that --cache_trace wrote")
     parser.add_argument("--out", metavar="FILE", help="picture (PNG); default: TRACE with the suffix .png")
     args = parser.parse_args(argv)

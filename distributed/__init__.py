@@ -7,7 +7,7 @@ __all__ = ["Parallel"]
 
 def __getattr__(name: str) -> Any:
     if name == "Parallel":
-        from distributed.parallel import Parallel
+        from wan.distributed.parallel import Parallel
 
         return Parallel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

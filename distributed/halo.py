@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from distributed.shards import ALONE, Group, Shards
+from wan.distributed.shards import ALONE, Group, Shards
 
 
 class RowShards(Shards):

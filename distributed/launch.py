@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from distributed.signals import WORDS
-from distributed.watchdog import ANSWER_S, END_S, SENT, Board, Failure, Watchdog, end_within, name_ranks, say
+from wan.distributed.signals import WORDS
+from wan.distributed.watchdog import ANSWER_S, END_S, SENT, Board, Failure, Watchdog, end_within, name_ranks, say
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from distributed.ring import ring_attention
-from distributed.shards import ALONE, Group, Shards
-from distributed.ulysses import to_heads, to_tokens
+from wan.distributed.ring import ring_attention
+from wan.distributed.shards import ALONE, Group, Shards
+from wan.distributed.ulysses import to_heads, to_tokens
 
 
 class Attention(Protocol):

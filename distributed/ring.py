@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from distributed.shards import Group
+from wan.distributed.shards import Group
 
 # (q, k, v) -> (attention [B, L, H, D], log of the sum of the exponentials [B, L, H], fp32)
 AttentionWithLSE = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

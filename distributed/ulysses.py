@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from distributed.grid import split
-from distributed.shards import Group
+from wan.distributed.grid import split
+from wan.distributed.shards import Group
 
 
 def to_heads(x_NBLHD: Sequence[Tensor], lengths: Sequence[int], group: Group) -> tuple[Tensor, ...]:

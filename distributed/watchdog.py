@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distributed.signals import WORDS, listening
+from wan.distributed.signals import WORDS, listening
 
 if TYPE_CHECKING:
     from torch.distributed import Store

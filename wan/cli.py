@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from easydict import EasyDict
 
-from cache.options import OPTIONS as CACHE_OPTIONS
-from distributed.launch import Disagreement, World
-from distributed.signals import Signals, listening
 from wan import __version__, media
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.command import Parser, put, run_command
+from wan.distributed.launch import Disagreement, World
+from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError, one_line
 from wan.request import Request, build_request, check_device, replay_options
 from wan.request.alike import file_fact, request_facts
@@ -262,7 +262,7 @@ def run(
     world = world or World()
     with listening() as signals, signals.held():  # an import that is interrupted may go on half done
         device = check_device(request.device)
-        from distributed.parallel import Parallel
+        from wan.distributed.parallel import Parallel
         from wan.pipeline import WanPipeline
     if request.cache:
         check_device(request.cache["cache_device"], "cache_device")

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-from distributed.signals import Signals, listening
+from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError, one_line
 
 

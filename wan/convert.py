@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed.signals import Signals, listening
 from wan.command import Parser, put, run_command, run_process
+from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError
 from wan.files import visible_files
 from wan.weights.locate import MLX_FILES

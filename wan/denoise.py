@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from cache import NO_CACHE, NoCache, StepContext
-from distributed.parallel import Parallel
+from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.conditioning.condition import Condition
+from wan.distributed.parallel import Parallel
 from wan.solvers import Solver
 
 # predict(latent, timestep, ctx) -> velocity like latent. ``timestep`` is a CPU tensor, [1] or [1, tokens]. The caller

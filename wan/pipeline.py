@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.distributed import DeviceMesh
 
-from cache import NO_CACHE, NoCache, StepContext
-from cache.options import make_manager
-from cache.telemetry import merged
-from distributed.fsdp import shard_model, weight_mesh
-from distributed.parallel import Parallel
+from wan.cache import NO_CACHE, NoCache, StepContext
+from wan.cache.options import make_manager
+from wan.cache.telemetry import merged
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import denoise, experts_of
+from wan.distributed.fsdp import shard_model, weight_mesh
+from wan.distributed.parallel import Parallel
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.file_checks import check_files, open_loras
 from wan.media import read_image

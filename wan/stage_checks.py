@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from cache import StepContext
-from distributed.parallel import Parallel
+from wan.cache import StepContext
 from wan.conditioning.condition import Condition
 from wan.denoise import scale_of
+from wan.distributed.parallel import Parallel
 from wan.finite import NotFinite, is_finite, largest
 from wan.request import Request
 from wan.weights.locate import CheckpointFiles

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from cache.policy import POLICIES
+from wan.cache.policy import POLICIES
 
 PRIORITY = ("fbcache", "teacache")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from cache.policy import Lifecycle, Policy, Sums, ratio, register, threshold
+from wan.cache.policy import Lifecycle, Policy, Sums, ratio, register, threshold
 
 if TYPE_CHECKING:
     from torch import Tensor

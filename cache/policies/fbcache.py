@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from cache.policy import Lifecycle, Option, Policy, Sums, count, ratio, register, threshold
+from wan.cache.policy import Lifecycle, Option, Policy, Sums, count, ratio, register, threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ class FBCache(Policy):
         return probe[:, tokens] - before[:, tokens] if self.measure == "residual_rel_l1" else probe[:, tokens]
 
     def sums(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor) -> Sums | None:
-        from cache.sums import read, slices, total
+        from wan.cache.sums import read, slices, total
 
         if getattr(memory, "reference", None) is None:
             return None
@@ -81,7 +81,7 @@ class FBCache(Policy):
         return value
 
     def computing(self, memory: SimpleNamespace, index: int, before: Tensor, probe: Tensor) -> None:
-        from cache.sums import slices, total
+        from wan.cache.sums import slices, total
 
         memory.reference = None
         signal = self._signal(before, probe, slice(0, probe.shape[1]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cache.context import StepContext
-from cache.policy import Embed, Lifecycle, Option, PlannedPolicy, below, count, register, threshold
+from wan.cache.context import StepContext
+from wan.cache.policy import Embed, Lifecycle, Option, PlannedPolicy, below, count, register, threshold
 
 
 @register

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cache.context import StepContext
-from cache.policy import Embed, Lifecycle, Option, PlannedPolicy, count, register, threshold
+from wan.cache.context import StepContext
+from wan.cache.policy import Embed, Lifecycle, Option, PlannedPolicy, count, register, threshold
 
 RESCALES = ("linear", "polynomial", "polynomial_projection")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from wan.cache import NO_CACHE, NoCache
 
-from cache import NO_CACHE, NoCache
 from tests.caching.toy import CONFIGS, STEPS, random
 from wan.denoise import denoise
 from wan.models.dit import WanModel

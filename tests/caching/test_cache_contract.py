@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from wan.cache import NO_CACHE, CacheManager
+from wan.cache.coefficients import load_coefficients
+from wan.cache.options import check_coefficients, check_options, make_manager
+from wan.cache.policies.teacache import TeaCache
+from wan.cache.policy import Lifecycle, PlannedPolicy
+from wan.cache.predictor import Residuals
 
-from cache import NO_CACHE, CacheManager
-from cache.coefficients import load_coefficients
-from cache.options import check_coefficients, check_options, make_manager
-from cache.policies.teacache import TeaCache
-from cache.policy import Lifecycle, PlannedPolicy
-from cache.predictor import Residuals
 from tests.caching.network import (
     FBCACHE,
     MEASURED,

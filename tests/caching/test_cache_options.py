@@ -6,10 +6,10 @@ import json
 import math
 
 import pytest
+from wan.cache.coefficients import load_coefficients, read_coefficients, write_coefficients
+from wan.cache.options import OPTIONS, check_coefficients, check_options, make_manager, policy_of
+from wan.cache.policy import POLICIES
 
-from cache.coefficients import load_coefficients, read_coefficients, write_coefficients
-from cache.options import OPTIONS, check_coefficients, check_options, make_manager, policy_of
-from cache.policy import POLICIES
 from tests.caching.network import sample
 from tests.caching.toy import STEPS, decisions
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from wan.cache import NO_CACHE, CacheManager
+from wan.cache.options import check_coefficients, check_options, make_manager
+from wan.cache.policies.magcache import nearest
+from wan.cache.policy import POLICIES, Lifecycle, Policy, register
+from wan.cache.predictor import Residuals
+from wan.cache.sums import read, slices, total
 
-from cache import NO_CACHE, CacheManager
-from cache.options import check_coefficients, check_options, make_manager
-from cache.policies.magcache import nearest
-from cache.policy import POLICIES, Lifecycle, Policy, register
-from cache.predictor import Residuals
-from cache.sums import read, slices, total
 from tests.caching.network import FBCACHE, ON_BLOCKS, Scripted, Watch, official_mask, sample, skips, way
 from tests.caching.toy import CONFIGS, STEPS, Stack, contexts, decisions, hidden, make, predict, random, run_stack
 from wan.conditioning.condition import Condition

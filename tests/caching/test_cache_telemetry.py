@@ -8,9 +8,9 @@ import os
 from dataclasses import replace
 
 import pytest
+from wan.cache import StepContext
+from wan.cache.telemetry import Decision, Telemetry, read_trace
 
-from cache import StepContext
-from cache.telemetry import Decision, Telemetry, read_trace
 from tests.caching.network import sample
 from tests.caching.toy import contexts, make
 

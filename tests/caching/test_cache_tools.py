@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wan.cache import StepContext, report
+from wan.cache.coefficients import read_coefficients, write_coefficients
+from wan.cache.options import PREDICTORS
+from wan.cache.telemetry import Decision, Telemetry
 
 from benchmarks import cache_overhead, cache_quality, calibrate
 from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.judge import judge
 from benchmarks.peers import DIT
-from cache import StepContext, report
-from cache.coefficients import read_coefficients, write_coefficients
-from cache.options import PREDICTORS
-from cache.telemetry import Decision, Telemetry
 from tools.tiny.world import render
 from wan.request import build_request
 from wan.tasks import load_task, task_names

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wan.cache.coefficients import load_coefficients
+from wan.cache.policies.magcache import nearest
 
-from cache.coefficients import load_coefficients
-from cache.policies.magcache import nearest
 from tests.caching.network import official_mask
 from tests.caching.toy import decisions
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint

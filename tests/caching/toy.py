@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from cache import CacheManager, StepContext
-from cache.options import check_options, make_manager
-from distributed.shards import Group
+from wan.cache import CacheManager, StepContext
+from wan.cache.options import check_options, make_manager
+from wan.distributed.shards import Group
 
 STEPS = 12
 # Name -> (flags that skip about half of the steps, coefficients).

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from wan.cache.coefficients import write_coefficients
+from wan.cache.options import OPTIONS
+from wan.cache.telemetry import read_trace
 
-from cache.coefficients import write_coefficients
-from cache.options import OPTIONS
-from cache.telemetry import read_trace
 from wan.cli import main
 from wan.media import read_settings
 
@@ -86,7 +86,7 @@ def test_a_trace_that_cannot_be_written_keeps_the_video(generate, folder, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cache.telemetry.Telemetry.write", full)
+    monkeypatch.setattr("wan.cache.telemetry.Telemetry.write", full)
     code, _, lines = generate(*SMALL, "--quiet", *CACHED, "--cache_trace", "t.jsonl", "--save_file", "a.mp4")
     assert code == 1 and lines == ["error: --cache_trace: cannot write t.jsonl: No space left on device"]
     assert [item.name for item in folder.iterdir()] == ["a.mp4"]

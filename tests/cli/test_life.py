@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from wan.distributed.signals import listening
 
-from distributed.signals import listening
 from wan.cli import main
 from wan.command import run_command
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distributed.parallel import Parallel
+from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
 from wan.finite import NotFinite
 from wan.models.dit import WanModel

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distributed.launch import World
-from distributed.watchdog import Failure
+from wan.distributed.launch import World
+from wan.distributed.watchdog import Failure
 
 pytestmark = pytest.mark.dist
 REPO = Path(__file__).resolve().parents[2]
@@ -22,8 +22,8 @@ PATIENCE_S = 60  # an upper bound for whatever must happen; nothing here takes s
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from distributed.launch import World
-from distributed.signals import listening
+from wan.distributed.launch import World
+from wan.distributed.signals import listening
 
 def touch(name):
     path = Path(f"{name}-{world.rank}")
@@ -388,5 +388,5 @@ def test_consequences_are_told_from_causes(message, secondary):
 
 
 def test_import_without_torch():
-    command = "import sys, distributed.launch; sys.exit('torch' in sys.modules)"
+    command = "import sys, wan.distributed.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=REPO).returncode == 0

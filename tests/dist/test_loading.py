@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import loading
-from distributed.parallel import Parallel
+from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
 from wan.quant.linear import QuantLinear
 

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from distributed.grid import split
-from distributed.parallel import Parallel
-from distributed.ring import merge
+from wan.distributed.grid import split
+from wan.distributed.parallel import Parallel
+from wan.distributed.ring import merge
 from tests.dist.processes import run
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel

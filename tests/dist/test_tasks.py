@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distributed.parallel import Parallel
+from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
 from tests.unit.test_pipeline import CASES, picture
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from distributed.halo import RowShards
-from distributed.shards import ALONE, Group, split
+from wan.distributed.halo import RowShards
+from wan.distributed.shards import ALONE, Group, split
 from tests.dist.processes import run
 from wan.models.vae import WanVAE
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.parallel import Parallel
+from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
 from wan.pipeline import WanPipeline
 from wan.request import build_request

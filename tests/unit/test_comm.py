@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from wan.distributed.grid import Grid
 
 from benchmarks import comm, roofline
 from benchmarks.comm import (
@@ -20,7 +21,6 @@ from benchmarks.comm import (
     weights_row,
 )
 from benchmarks.roofline import Published, Tally, Transfer, best, check, fake_rank, step_seconds, transfer_seconds
-from distributed.grid import Grid
 from wan.models.rope import rope_table
 from wan.plan import forward_flops, parameters
 

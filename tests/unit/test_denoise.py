@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from wan.cache import StepContext
 
-from cache import StepContext
 from wan.conditioning.condition import Condition
 from wan.denoise import denoise, expert_at, scale_of
 from wan.solvers import make_solver

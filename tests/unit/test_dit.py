@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
+from wan.distributed import Parallel
 
-from distributed import Parallel
 from wan.errors import SwanError, UsageError
 from wan.models import attention
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel

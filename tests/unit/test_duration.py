@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from wan.cache.options import check_options
 
-from cache.options import check_options
 from wan.models.vae import WanVAE
 from wan.plan import Machine, duration, format_plan, forward_flops, make_plan, start_lines
 from wan.plan.work import clip_flops, decode_flops, encode_flops, text_flops, tiled_flops
@@ -206,7 +206,8 @@ def test_what_is_not_possible_is_not_offered(tmp_path, monkeypatch):
 
 
 def test_the_bar_counts_from_where_it_begins_and_shows_the_estimate_before(capsys):
-    from distributed.signals import Signals
+    from wan.distributed.signals import Signals
+
     from wan.cli import _Progress
 
     plan = {"seconds": {"encode_text": 60, "load": 60, "denoise": 7200, "decode": 60}}

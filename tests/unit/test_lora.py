@@ -624,7 +624,7 @@ STRENGTHS = (0.5, 1, 0)  # before the first forward, and after it
 
 
 def predict_shared(path, file):
-    from distributed.fsdp import shard_model, weight_mesh
+    from wan.distributed.fsdp import shard_model, weight_mesh
 
     mesh, results = weight_mesh("cpu", 3), []
     for stream in (False, True):

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 from safetensors.torch import save_file
+from wan.cache import StepContext
+from wan.cache.options import check_options, make_manager
 
-from cache import StepContext
-from cache.options import check_options, make_manager
 from tests.unit.simulated_device import SimulatedDevice
 from tests.unit.test_dit import SHAPE, latents, make, texts
 from tests.unit.tiny_checkpoint import shrunk, t5_state, write_tokenizer

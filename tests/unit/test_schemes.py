@@ -463,7 +463,7 @@ def test_packed_computes_what_dequantised_does(folder):
 
 
 def predict_shared(path):
-    from distributed.fsdp import shard_model, weight_mesh
+    from wan.distributed.fsdp import shard_model, weight_mesh
 
     mesh = weight_mesh("cpu", 2)
     model = load(open_source(path), True, shard=lambda model: shard_model(model, model.blocks, mesh))

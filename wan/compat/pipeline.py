@@ -15,11 +15,11 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from distributed.parallel import Parallel
 from wan.compat.config import FunConfig, hyperparameters, read_fun_config
 from wan.compat.request import check_config, guidance, text_request
 from wan.compat.sampler import DEFAULT_SAMPLER, sampler, solver_of
 from wan.compat.transformer import WanTransformerGGUF, diffusers_config, warn_of_dtypes
+from wan.distributed.parallel import Parallel
 from wan.errors import UsageError
 from wan.experts import Check, Experts
 from wan.models.encoders import TextEncoder

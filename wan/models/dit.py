@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cache import NO_CACHE, NoCache, StepContext
-from distributed.parallel import Parallel, TokenShards
+from wan.cache import NO_CACHE, NoCache, StepContext
+from wan.distributed.parallel import Parallel, TokenShards
 from wan.models.attention import get_attention
 from wan.models.fused import gated_add, gelu_tanh, modulated_norm, norm_rope
 from wan.models.rope import rope_table

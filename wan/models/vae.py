@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distributed.halo import RowShards
-from distributed.shards import ALONE, Group
+from wan.distributed.halo import RowShards
+from wan.distributed.shards import ALONE, Group
 from wan.finite import NotFinite, is_finite
 from wan.models.vae_blocks import (
     AttentionBlock,

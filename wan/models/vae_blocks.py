@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed.halo import WHOLE, RowShards
+from wan.distributed.halo import WHOLE, RowShards
 from wan.models.fused import slice_rows
 
 _ROWS = 2  # the axis of the rows

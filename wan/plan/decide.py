@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from easydict import EasyDict
 
-from cache.policies import POLICIES
+from wan.cache.policies import POLICIES
 from wan.errors import UsageError
 from wan.plan.machine import Machine, look_with_torch
 from wan.plan.memory import Workload

@@ -9,7 +9,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from cache.options import check_coefficients, check_options
+from wan.cache.options import check_coefficients, check_options
 from wan.plan.files import size_of
 from wan.plan.machine import CPU_FLOPS, Machine
 from wan.plan.memory import Workload

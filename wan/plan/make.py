@@ -7,7 +7,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from distributed.grid import attention_bytes, split
+from wan.distributed.grid import attention_bytes, split
 from wan.plan.decide import decide, settle_dtype
 from wan.plan.duration import forwards_of, shorter, stage_seconds
 from wan.plan.files import check_one_quantised, find_files

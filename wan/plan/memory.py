@@ -13,9 +13,9 @@ from typing import Any
 
 from easydict import EasyDict
 
-from cache.options import policy_of
-from distributed.grid import split
+from wan.cache.options import policy_of
 from wan.conditioning.sizes import latent_shape
+from wan.distributed.grid import split
 from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES
 from wan.plan.weights import (

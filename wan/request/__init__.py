@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache.options import OPTIONS as CACHE_OPTIONS
-from distributed.grid import Grid
 from wan import __version__
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
+from wan.distributed.grid import Grid
 from wan.errors import UsageError
 from wan.pictures import image_sha256
 from wan.request.files import check_ckpt_dir, check_files, check_loras, check_outputs, check_save_file

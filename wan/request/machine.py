@@ -9,10 +9,10 @@ from typing import Any
 
 from easydict import EasyDict
 
-from cache.options import OPTIONS as CACHE_OPTIONS
-from cache.options import check_coefficients, check_options
-from distributed.grid import Grid, choose_grid
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
+from wan.cache.options import check_coefficients, check_options
 from wan.conditioning.sizes import latent_shape
+from wan.distributed.grid import Grid, choose_grid
 from wan.errors import UsageError
 from wan.request.files import check_writable
 from wan.request.options import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cache.options import OPTIONS as CACHE_OPTIONS
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
 
 DEFAULT_TASK = "t2v-tiny"
 SOLVER_NAMES = ("unipc", "dpm++", "euler")

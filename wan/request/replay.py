@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.options import OPTIONS as CACHE_OPTIONS
-from cache.options import POLICIES as CACHES
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
+from wan.cache.options import POLICIES as CACHES
 from wan.errors import SwanError, UsageError, printable
 from wan.pictures import image_sha256
 from wan.request.options import DEFAULT_TASK, GGUF_FLAGS, KINDS, LORA_FLAGS, STORED, STORED_FILES, STORED_PICTURES

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distributed.fsdp import own_rows, with_rows
+from wan.distributed.fsdp import own_rows, with_rows
 from wan.errors import SwanError
 from wan.quant.blocks import UNPACK
 from wan.quant.ggml import GGMLType

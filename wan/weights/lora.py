@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed.fsdp import own_rows
+from wan.distributed.fsdp import own_rows
 from wan.errors import SwanError, printable
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import read_tensor

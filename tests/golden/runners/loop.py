@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from wan.cache import StepContext
 
-from cache import StepContext
 from tests.golden.cases import Case
 from tests.golden.checks import Check, close, exact
 from tests.golden.runners import model as model_runner
