@@ -56,6 +56,27 @@ def ti2v_size(max_area: int, img_h: int, img_w: int, *, multiple: int = 32) -> t
     return first if mismatch(first) < mismatch(second) else second
 
 
+def vace_source_size(
+    num_frames: int, height: int, width: int, *, max_area: int, max_tokens: int, multiple: int = 16
+) -> tuple[int, int, int]:
+    """(frames, height, width) of a video made from a source: 4n + 1 frames, whole patches of ``multiple`` pixels, an area
+    of at most ``max_area`` and no larger than the source's, and at most ``max_tokens`` tokens (vace)."""
+    most = min(max_tokens, max_area / multiple**2, (height // multiple) * (width // multiple))
+    frames = min((num_frames - 1) // TEMPORAL_STRIDE + 1, int(max_tokens / most)) if most else 0
+    most = min(most, max_tokens // frames) if frames else 0
+    rows = round(math.sqrt(most * (height / width)))
+    columns = int(most / rows) if rows else 0
+    if not columns:
+        raise UsageError(f"{width}x{height} is too small or too long: no {multiple}x{multiple} patches fit in its shape")
+    return (frames - 1) * TEMPORAL_STRIDE + 1, rows * multiple, columns * multiple
+
+
+def fit_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:
+    """The (height, width) of a picture scaled, in its aspect ratio, so that it just fits into height x width."""
+    scale = min(height / img_h, width / img_w)
+    return max(1, int(img_h * scale)), max(1, int(img_w * scale))
+
+
 def cover_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:
     """The (height, width) of a picture scaled, in its aspect ratio, so that it just covers height x width."""
     scale = max(width / img_w, height / img_h)
