@@ -10,7 +10,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ from wan.models.attention import check_attention
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
+from wan.options import Request, check_device
+from wan.options.files import check_loras
+from wan.options.load import check_built
+from wan.options.names import LoraChoice
 from wan.plan import (
     Placement,
     free_ram,
@@ -44,9 +48,6 @@ from wan.plan import (
     start_lines,
 )
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
-from wan.request import Request, check_device, check_loras
-from wan.request.built import check_built
-from wan.request.options import LoraChoice
 from wan.solvers import make_solver
 from wan.stage_checks import StageChecks
 from wan.weights.assign import load_weights
@@ -83,17 +84,20 @@ class WanPipeline:
 
     def __init__(self, spec: Any, files: CheckpointFiles, request: Request, parallel: Parallel | None = None):
         self.spec, self.files, self.parallel = spec, files, parallel or Parallel()
-        self.dit_fsdp, self.t5_fsdp = request.dit_fsdp, request.t5_fsdp
-        self.device = torch.device(request.device)
+        self.dit_fsdp, self.t5_fsdp = request.load.dit_fsdp, request.load.t5_fsdp
+        self.device = torch.device(request.load.device)
         self.plan = self._make_plan(request)
-        self.request = replace(request, dtype=self.plan["dtypes"]["dit"], auto_dtype=False)
+        self.request = request.changed(dtype=self.plan["dtypes"]["dit"], auto_dtype=False)
         self.checks = StageChecks(files, self.request, self.parallel)
-        dtypes = (self.request.dtype, request.t5_dtype, request.vae_dtype)
+        dtypes = (self.request.load.dtype, request.load.t5_dtype, request.load.vae_dtype)
         self.dtype, self.t5_dtype, self.vae_dtype = (DTYPES[name] for name in dtypes)
-        self.attention = request.attention
+        self.attention = request.load.attention
         self.placement = Placement(**self.plan["placement"])
         self.notes: list[str] = start_lines(self.plan)
-        self.loras, self._asked_loras = self._open_loras(request.loras), dict(request.loras)  # by expert, by flag
+        self.loras, self._asked_loras = (
+            self._open_loras(request.sample.loras),
+            dict(request.sample.loras),
+        )  # by expert, by flag
         self.latents: Tensor | None = None
         self.cache: NoCache = NO_CACHE
         self.experts = Experts(self._load_expert, lambda: self.device, keep_all=self.placement.offload == "none")
@@ -107,9 +111,9 @@ class WanPipeline:
 
         Raises UsageError or SwanError, one line, before any work is done.
         """
-        request = replace(request, device=check_device(request.device))
-        check_attention(request.attention, DTYPES[request.dtype], request.device)
-        files = locate(request.ckpt_dir, spec, request.files)
+        request = request.changed(device=check_device(request.load.device))
+        check_attention(request.load.attention, DTYPES[request.load.dtype], request.load.device)
+        files = locate(request.load.ckpt_dir, spec, request.load.files)
         notes = check_files(files, spec)
         pipe = cls(spec, files, request, parallel)
         pipe.notes += notes
@@ -124,7 +128,9 @@ class WanPipeline:
 
         Autograd is off, as everywhere but in tools/tiny, unless the environment says WAN_INFERENCE_ONLY=0.
         """
-        check_built(request, self.request, self._asked_loras)
+        check_built(request.load, self.request.load)
+        if (wanted := request.sample.loras) and wanted != self._asked_loras:
+            self.set_loras(**wanted)
         handled = sys.exc_info()[1]  # by the caller, and none of ours
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
             try:
@@ -162,20 +168,20 @@ class WanPipeline:
             condition, clip_fea = self._encode_images(request)
         self.experts.take_seconds()
         is_loaded = any(name in self.experts for name in self.files.dit)
-        with _timed("denoise", seconds, report, self.device, request.steps, begins=is_loaded):
+        with _timed("denoise", seconds, report, self.device, request.sample.steps, begins=is_loaded):
             latents = self._denoise(request, texts, condition, clip_fea, report)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report, self.device):
-            frames = self._decode(latents, self._tile_px(request))[request.trim_first_frames :]
+            frames = self._decode(latents, self._tile_px(request))[request.sample.trim_first_frames :]
         return Result(frames, self.latents, seconds)
 
     # Stages
 
     def _encode_texts(self, request: Request) -> dict[str, Tensor]:
-        texts = {"cond": request.prompt}
-        if any(scale != 1 for scale in request.guide_scale):
-            texts["uncond"] = request.negative_prompt
+        texts = {"cond": request.sample.prompt}
+        if any(scale != 1 for scale in request.sample.guide_scale):
+            texts["uncond"] = request.sample.negative_prompt
 
         def encode() -> list[Tensor]:
             with self._model("t5") as encoder:
@@ -189,10 +195,10 @@ class WanPipeline:
         return dict(zip(texts, embeddings, strict=True))
 
     def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
-        if request.image is None:
+        if request.sample.image is None:
             return Condition(), None
-        pictures = [read_image(path) for path in (request.image, request.last_image) if path is not None]
-        size = {"num_frames": request.frame_num, "height": request.height, "width": request.width}
+        pictures = [read_image(path) for path in (request.sample.image, request.sample.last_frame) if path is not None]
+        size = {"num_frames": request.sample.frame_num, "height": request.sample.height, "width": request.sample.width}
         with self._model("vae") as vae:
 
             def encode(video: Tensor) -> Tensor:
@@ -218,20 +224,24 @@ class WanPipeline:
         self, request: Request, texts: dict[str, Tensor], condition: Condition, clip_fea: Tensor | None, report
     ) -> Tensor:
         shape = latent_shape(
-            self.spec.vae.z_dim, request.frame_num, request.height, request.width, self.spec.vae_stride[1]
+            self.spec.vae.z_dim,
+            request.sample.frame_num,
+            request.sample.height,
+            request.sample.width,
+            self.spec.vae_stride[1],
         )
         # Drawn on the CPU, so that one seed gives one video on every device.
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = torch.Generator().manual_seed(request.sample.seed)
         noise = torch.randn(1, *shape, generator=generator, dtype=torch.float32).to(self.device)
         solver = make_solver(
-            request.solver,
-            steps=request.steps,
-            shift=request.shift,
-            denoising_step_list=request.denoising_step_list,
+            request.sample.solver,
+            steps=request.sample.steps,
+            shift=request.sample.shift,
+            denoising_step_list=request.sample.denoising_step_list,
         )
 
-        if request.cache and self.cache is NO_CACHE:
-            self.cache = make_manager(request.cache, request.cache_coefficients, self.parallel)
+        if request.sample.cache and self.cache is NO_CACHE:
+            self.cache = make_manager(request.sample.cache, request.sample.coefficients, self.parallel)
         cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
         apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
         decided = len(self.cache.telemetry.decisions) if apart else 0
@@ -241,7 +251,7 @@ class WanPipeline:
             return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
-        following = set(experts_of(timesteps, boundary, request.boundary_step_index))
+        following = set(experts_of(timesteps, boundary, request.sample.boundary_step_index))
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
             self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
@@ -255,9 +265,9 @@ class WanPipeline:
                     predict,
                     solver,
                     noise,
-                    guide_scale=request.guide_scale,
+                    guide_scale=request.sample.guide_scale,
                     boundary=self.spec.get("boundary"),
-                    boundary_step_index=request.boundary_step_index,
+                    boundary_step_index=request.sample.boundary_step_index,
                     condition=condition,
                     cache=self.cache,
                     parallel=self.parallel,
@@ -297,10 +307,10 @@ class WanPipeline:
     def decided(self) -> dict[str, Any]:
         """Fields of the Request that were left to the plan, as it has decided; a video stores them."""
         tile = self._tile_px(self.request)
-        return {"dtype": self.request.dtype, "auto_dtype": False, "vae_tile_px": tile}
+        return {"dtype": self.request.load.dtype, "auto_dtype": False, "vae_tile_px": tile}
 
     def _tile_px(self, request: Request) -> int:
-        return self.placement.vae_tile_px if request.vae_tile_px is None else request.vae_tile_px
+        return self.placement.vae_tile_px if request.sample.vae_tile_px is None else request.sample.vae_tile_px
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae, self.checks.decoding(vae):
@@ -384,8 +394,10 @@ class WanPipeline:
 
     def _make_plan(self, request: Request) -> dict[str, Any]:
         """What lies where. All ranks plan for the one that has the least memory."""
-        if self.files.folder is not None and request.ckpt_option is not None:  # what came from the hub is here by now
-            request = replace(request, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
+        if (
+            self.files.folder is not None and request.load.ckpt_option is not None
+        ):  # what came from the hub is here by now
+            request = request.changed(ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
         machines = self.parallel.gather_objects(measure(self.device, request, self.spec, self.parallel.local_size))
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 

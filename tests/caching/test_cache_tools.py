@@ -20,7 +20,7 @@ from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.judge import judge
 from benchmarks.peers import DIT
 from tools.tiny.world import render
-from wan.request import build_request
+from wan.options import build_request
 from wan.tasks import load_task, task_names
 
 REPO = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_calibration_is_accepted_by_requests(tmp_path, capsys, task):
     assert build_request({**common, "magcache": True}).cache_coefficients["ratios"] == ratios
     for policy, signal in (("polynomial", "embedding"), ("polynomial_projection", "projection")):
         request = build_request({**common, "teacache": True, "teacache_policy": policy})
-        assert request.cache_coefficients == models["mine"]["teacache"][signal]
+        assert request.sample.coefficients == models["mine"]["teacache"][signal]
 
 
 @pytest.mark.parametrize("task", CALIBRATED)

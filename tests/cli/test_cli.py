@@ -29,7 +29,7 @@ class StandIn:
     def from_request(cls, request, spec, parallel):
         pipe = cls()
         pipe.latents = None
-        pipe.device = types.SimpleNamespace(type=request.device)
+        pipe.device = types.SimpleNamespace(type=request.load.device)
         return pipe
 
     def decided(self):
@@ -40,13 +40,15 @@ class StandIn:
 
         if self.early:
             raise self.early
-        for done in range(request.steps + 1):
-            progress("denoise", done, request.steps)
-        self.latents = torch.zeros(16, (request.frame_num - 1) // 4 + 1, request.height // 8, request.width // 8)
+        for done in range(request.sample.steps + 1):
+            progress("denoise", done, request.sample.steps)
+        self.latents = torch.zeros(
+            16, (request.sample.frame_num - 1) // 4 + 1, request.sample.height // 8, request.sample.width // 8
+        )
         if self.fail:
             raise self.fail
-        shape = (request.frame_num, request.height, request.width, 3)
-        frames = np.random.default_rng(request.seed).integers(0, 255, shape, dtype=np.uint8)
+        shape = (request.sample.frame_num, request.sample.height, request.sample.width, 3)
+        frames = np.random.default_rng(request.sample.seed).integers(0, 255, shape, dtype=np.uint8)
         return types.SimpleNamespace(frames=frames, latents=self.latents, seconds={"denoise": 0.5})
 
 

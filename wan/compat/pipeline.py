@@ -25,9 +25,9 @@ from wan.experts import Check, Experts
 from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
 from wan.models.vae import WanVAE
+from wan.options import Request, check_device
+from wan.options.names import MAX_SEED
 from wan.pipeline import DTYPE_NAMES, Progress, WanPipeline
-from wan.request import Request, check_device
-from wan.request.options import MAX_SEED
 from wan.weights.locate import CheckpointFiles
 
 # Options of build_request -> arguments of a call, for messages.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import UsageError
-from wan.request.options import MAX_CHARS
+from wan.options.names import MAX_CHARS
 
 QUOTES = "'\""
 MAX_FP32 = 3.4e38  # what is computed with is held in fp32
@@ -28,12 +28,14 @@ def or_default(value: Any, default: Any) -> Any:
 def of_kind(value: Any, flag: str, kind: str) -> Any:
     """`value`, which must be of the kind that its flag takes, whoever gave it: a Python caller or the file of a replay.
 
-    kind: text, name (short), path (comes back as text, ~ expanded), flag (a bool), number (or text for one), numbers
-    (text, one number or a list), loras (text, a pair of path and strength, or a list of both). None stays None.
+    kind: text, name (short), path or file (comes back as text, ~ expanded), flag or bool, number or whole (or text for
+    one), numbers (text, one number or a list), loras (text, a pair of path and strength, or a list of both). None stays
+    None.
     Raises UsageError.
     """
     if value is None:
         return None
+    kind = {"file": "path", "bool": "flag", "whole": "number"}.get(kind, kind)
     if kind in MAX_CHARS:
         value = os.fspath(value) if kind == "path" and isinstance(value, os.PathLike) else value
         if kind == "text" and isinstance(value, str):

@@ -10,8 +10,8 @@ from easydict import EasyDict
 
 from wan.conditioning.sizes import latent_frames
 from wan.errors import UsageError
-from wan.request.options import MAX_SEED, MAX_STEPS
-from wan.request.values import listed, number, or_default, shown, whole
+from wan.options.names import MAX_SEED, MAX_STEPS
+from wan.options.values import listed, number, or_default, shown, whole
 
 
 def check_prompt(spec: EasyDict, prompt: str | None) -> str:

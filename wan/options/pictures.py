@@ -11,8 +11,9 @@ from easydict import EasyDict
 
 from wan.conditioning.sizes import cover_size, i2v_size, ti2v_size
 from wan.errors import UsageError
+from wan.options.names import STORED_PICTURES
+from wan.options.values import or_default, shown
 from wan.pictures import read_image
-from wan.request.values import or_default, shown
 from wan.tasks import embedded_checkpoint, grid_px
 
 
@@ -42,6 +43,12 @@ def read_images(spec: EasyDict, get: Mapping[str, Any]) -> list[tuple[str, int, 
         except UsageError as error:
             raise UsageError(f"--last_frame: {error}") from error
     return images
+
+
+def given_pictures(get: Mapping[str, Any], images: list[tuple[str, int, int]]) -> dict[str, str]:
+    """The images that the user gave, and no embedded task's own, by flag."""
+    given = images if get["image"] or get["first_frame"] else []
+    return {flag: path for flag, (path, _, _) in zip(STORED_PICTURES, given)}
 
 
 def check_size(spec: EasyDict, value: Any, images: list, warnings: list[str]) -> tuple[str, int, int]:

@@ -12,9 +12,10 @@ from typing import Any
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.cache.options import POLICIES as CACHES
 from wan.errors import SwanError, UsageError, printable
+from wan.options import FLAGS, STORED
+from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, LORA_FLAGS, STORED_FILES, STORED_PICTURES
+from wan.options.values import of_kind
 from wan.pictures import image_sha256
-from wan.request.options import DEFAULT_TASK, GGUF_FLAGS, KINDS, LORA_FLAGS, STORED, STORED_FILES, STORED_PICTURES
-from wan.request.values import of_kind
 from wan.tasks import embedded_checkpoint, load_preset, load_task
 
 MOST_SHOWN = 4
@@ -69,7 +70,7 @@ def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[di
         warnings.append(f"not taken from the video: {', '.join(unused)[:200]}")
     options = {name: settings[name] for name in STORED if settings.get(name) is not None}
     try:
-        options = {name: of_kind(value, name, KINDS[name]) for name, value in options.items()}
+        options = {name: of_kind(value, name, FLAGS[name].kind) for name, value in options.items()}
     except UsageError as error:
         raise SwanError(f"the settings in the video are damaged: {error}") from error
     hashes = settings.get("image_sha256", {})

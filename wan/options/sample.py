@@ -1,0 +1,203 @@
+"""Sample: what is made by one call of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
+from wan.options.files import check_lora
+from wan.options.machine import check_cache, check_tile
+from wan.options.names import LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
+from wan.options.pictures import check_size, given_pictures, read_images
+from wan.options.sampling import (
+    check_boundary_step,
+    check_frame_num,
+    check_guide_scale,
+    check_prompt,
+    check_seed,
+    check_shift,
+    check_step_list,
+)
+from wan.options.schema import Asked, Option, derived, option
+from wan.options.values import choice, or_default, whole
+from wan.pictures import image_sha256
+from wan.tasks import preset_names
+
+_WHAT, _SAMPLING, _WEIGHTS = "what to make", "sampling (defaults: the task's official ones)", "weights"
+_CACHE = "cache: skip what changes little from step to step"
+
+
+def _images(at: Asked) -> list[tuple[str, int, int]]:
+    """(path, width, height) of the first and the last image, read once."""
+    return at.once("images", lambda: read_images(at.spec, at.get))
+
+
+def _size(at: Asked) -> tuple[str, int, int]:
+    return at.once("size and sides", lambda: check_size(at.spec, at.get["size"], _images(at), at.warnings))
+
+
+def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
+    steps, area = at.done["steps"], at.done["width"] * at.done["height"]
+    return at.once("cache and coefficients", lambda: check_cache(at, steps, area, bool(_images(at))))
+
+
+def _steps(at: Asked, given: Any) -> int:
+    listed = at.done["denoising_step_list"]
+    return len(listed) if listed else whole(given, at.spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
+
+
+def _lora(flag: str, what: str) -> Any:
+    help = f"a LoRA for {what}, of strength X; may be repeated"
+    check = lambda at, given: check_lora(at.spec, flag, given)  # noqa: E731
+    return option("loras", help, check, group=_WEIGHTS, value="FILE[:X]")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video to make, with every default filled in and everything checked.
+
+    image:          the (first) image, absolute path, or None; image_option: the image that the user gave (None: none,
+                    or the one that comes with an embedded task); last_frame: the last frame of flf2v
+    size:           what was asked for, "W*H"; with an image only its area counts
+    width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
+    guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
+    boundary_step_index: the first step of the low-noise expert; None: by the noise level
+    vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
+    lora ...:       (absolute path, strength) each
+    cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
+    """
+
+    prompt: str = option(
+        "text", "what the video shows", lambda at, given: check_prompt(at.spec, given), group=_WHAT, value="TEXT"
+    )
+    negative_prompt: str = option(
+        "text",
+        "what it must not show; default: the task's official text",
+        lambda at, given: or_default(given, at.spec.negative_prompt),
+        group=_WHAT,
+        value="TEXT",
+    )
+    image: str | None = option(
+        "path",
+        "image to start from (i2v, flf2v, ti2v)",
+        lambda at, given: _images(at)[0][0] if _images(at) else None,
+        group=_WHAT,
+        value="FILE",
+    )
+    image_option: str | None = derived(lambda at: given_pictures(at.get, _images(at)).get("image"))
+    last_frame: str | None = option(
+        "path",
+        "last frame (flf2v)",
+        lambda at, given: _images(at)[1][0] if len(_images(at)) > 1 else None,
+        group=_WHAT,
+        value="FILE",
+    )
+    size: str = option(
+        "name",
+        "pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
+        lambda at, given: _size(at)[0],
+        group=_WHAT,
+        value="W*H",
+    )
+    width: int = derived(lambda at: _size(at)[1])
+    height: int = derived(lambda at: _size(at)[2])
+    frame_num: int = option(
+        "number", "frames, 4n+1", lambda at, given: check_frame_num(at.spec, given), group=_WHAT, value="N"
+    )
+    trim_first_frames: int = option(
+        "number",
+        "leave out the first N frames, which distilled models can spoil",
+        lambda at, given: whole(given, 0, "trim_first_frames", 0, at.done["frame_num"] - 1),
+        group=_WHAT,
+        value="N",
+    )
+    fps: int = option(
+        "number",
+        "frames per second of the file",
+        lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240),
+        group=_WHAT,
+        value="N",
+    )
+    seed: int = option(
+        "number",
+        "default -1: random, and printed",
+        lambda at, given: check_seed(given),
+        group=_WHAT,
+        value="N",
+        spelled=("base_seed",),
+    )
+    solver: str = option(
+        "name",
+        f"one of: {', '.join(SOLVER_NAMES)}",
+        lambda at, given: choice(given, at.spec.sampling.solver, "sample_solver", SOLVER_NAMES),
+        group=_SAMPLING,
+        value="NAME",
+        flag="sample_solver",
+    )
+    denoising_step_list: tuple[float, ...] | None = option(
+        "numbers",
+        "timesteps of a step-distilled model, as 1000,750,500,250",
+        lambda at, given: check_step_list(given, at.get["sample_steps"]),
+        group=_SAMPLING,
+        value="T,T,...",
+    )
+    steps: int = option("number", "number of steps", _steps, group=_SAMPLING, value="N", flag="sample_steps")
+    shift: float = option(
+        "number",
+        "shift of the noise schedule",
+        lambda at, given: check_shift(at.spec, given, at.done["size"]),
+        group=_SAMPLING,
+        value="X",
+        flag="sample_shift",
+    )
+    guide_scale: tuple[float, float] = option(
+        "numbers",
+        "guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off",
+        lambda at, given: check_guide_scale(at.spec, given),
+        group=_SAMPLING,
+        value="X",
+        flag="sample_guide_scale",
+    )
+    boundary_step_index: int | None = option(
+        "number",
+        "first step of the low-noise expert; default: by the noise level",
+        lambda at, given: check_boundary_step(at.spec, given, at.done["steps"]),
+        group=_SAMPLING,
+        value="N",
+    )
+    lora: LoraChoice = _lora("lora", "the DiT")
+    lora_high: LoraChoice = _lora("lora_high", "the high-noise expert alone")
+    lora_low: LoraChoice = _lora("lora_low", "the low-noise expert alone")
+    vae_tile_px: int | None = option(
+        "number",
+        "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits",
+        lambda at, given: check_tile(given, at.spec.vae_stride[1]),
+        group="machine",
+        value="N",
+    )
+    cache: dict[str, Any] = derived(lambda at: _cache(at)[0])
+    coefficients: dict[str, Any] = derived(lambda at: _cache(at)[1])
+    image_sha256: dict[str, str] = derived(
+        lambda at: {flag: image_sha256(path) for flag, path in given_pictures(at.get, _images(at)).items()}
+    )
+
+    OTHERS: ClassVar[dict[str, Option]] = {
+        "first_frame": Option("path", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),
+        "preset": Option(
+            "name",
+            f"settings of a kind of model, one of: {', '.join(preset_names())}",
+            _SAMPLING,
+            "NAME",
+            stored=False,
+        ),
+        **{
+            name: Option(one.kind, one.help, _CACHE, stored=name != "cache_trace")
+            for name, one in CACHE_OPTIONS.items()
+        },
+    }
+
+    @property
+    def loras(self) -> dict[str, LoraChoice]:
+        """LoRAs by flag, where there are any."""
+        return {flag: chosen for flag in LORA_FLAGS if (chosen := getattr(self, flag))}
