@@ -258,8 +258,9 @@ def _main(argv: Sequence[str] | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         requests = make_requests(args, folder)
         runs = record(requests, spec)
-    one = requests[0]
-    how = f"{one.steps} steps, {one.solver}, shift {one.shift:g}, {one.width}x{one.height}, {one.frame_num} frames"
+    one = requests[0].sample
+    size = f"{one.width}x{one.height}, {one.frame_num} frames"
+    how = f"{one.steps} steps, {one.solver}, shift {one.shift:g}, {size}"
     source = f"benchmarks.calibrate on {spec.name}: mean of {len(runs)} runs of {how}"
     entry = coefficients(runs, source)
     print(table(runs, entry))

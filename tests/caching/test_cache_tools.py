@@ -132,7 +132,7 @@ def test_calibration_is_accepted_by_requests(tmp_path, capsys, task):
     assert all(one[0] == 1 for one in ratios.values()) and steps == 8 - len(ratios)
     write_coefficients(out, {"mine": models["mine"]}, "")
     common = {"task": task, "cache_coefficients": str(out), "save_file": str(tmp_path / "a.mp4")}
-    assert build_request({**common, "magcache": True}).cache_coefficients["ratios"] == ratios
+    assert build_request({**common, "magcache": True}).sample.coefficients["ratios"] == ratios
     for policy, signal in (("polynomial", "embedding"), ("polynomial_projection", "projection")):
         request = build_request({**common, "teacache": True, "teacache_policy": policy})
         assert request.sample.coefficients == models["mine"]["teacache"][signal]
@@ -142,7 +142,7 @@ def test_calibration_is_accepted_by_requests(tmp_path, capsys, task):
 def test_embedded_models_come_with_coefficients(tmp_path, task):
     for flags in ({"magcache": True}, *({"teacache": True, "teacache_policy": policy} for policy in
                                         ("polynomial", "polynomial_projection"))):  # fmt: skip
-        assert build_request({"task": task, "save_file": str(tmp_path / "a.mp4"), **flags}).cache_coefficients
+        assert build_request({"task": task, "save_file": str(tmp_path / "a.mp4"), **flags}).sample.coefficients
 
 
 @pytest.mark.parametrize(
