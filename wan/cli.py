@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ from wan.weights.locate import TOKENIZER_FILES, CheckpointFiles
 
 if TYPE_CHECKING:
     import torch
+
+    from wan.engine import Event, Video
 
 MAX_NAME_BYTES = 255  # of a file, on usual file systems
 # What the command line alone does, beside the options that Python has too.
@@ -115,7 +117,7 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     spec = load_task(request.load.task)
     quiet = args.quiet or world.rank > 0
     if not quiet:
-        for warning in (*notes, *request.warnings):
+        for warning in (*notes, *(request.warnings if args.dry_run else ())):  # else the engine tells them
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         if world.rank == 0:
@@ -150,70 +152,54 @@ def run(
     """
     started = time.perf_counter()
     world = world or World()
+    load, output = request.load, request.output
     with listening() as signals, signals.held():  # an import that is interrupted may go on half done
-        device = check_device(request.load.device)
+        device = check_device(load.device)
         from wan.distributed.parallel import Parallel
-        from wan.pipeline import WanPipeline
+        from wan.engine import Engine
     if request.sample.cache:
         check_device(request.sample.cache["cache_device"], "cache_device")
     device_type = "cuda" if device.startswith("cuda") else "cpu"
     _start(world, device_type, request, spec, seeded)
-    parallel = Parallel(*request.load.grid, device_type=device_type, local_size=world.local_size)
+    parallel = Parallel(*load.grid, device_type=device_type, local_size=world.local_size)
     if world.size > 1:
         device = f"cuda:{world.local_rank}" if device == "cuda" else device
-        request = request.changed(
-            seed=parallel.gather_objects(request.sample.seed)[0]
-        )  # a random one: of the first rank
-    with listening() as signals, _Progress(quiet, world, signals) as progress:
-        pipe = WanPipeline.from_request(request.changed(device=device), spec, parallel)
-        request = request.changed(**pipe.decided())
+    # One video is made: nothing is gained by what stays.
+    load = replace(load, device=device, residency="stage" if load.residency == "auto" else load.residency)
+    preview = output.preview if world.rank == 0 else None
+    with listening() as signals, _Progress(quiet, world, signals, preview) as progress:
+        engine = Engine.of(load, spec, parallel)
+
+        def kept() -> str | None:
+            return None if engine.latents is None else _keep_latents(engine.latents, output.save_file)
+
         if world.size > 1:
-            _compare_files(world, pipe.files, request)
-        progress.expect(pipe.plan)
-        if not quiet:
-            for note in pipe.notes:
-                print(note, file=sys.stderr)
+            _compare_files(world, engine.files, request)
         if world.rank == 0:
-            world.at_failure = lambda: (
-                None if pipe.latents is None else _keep_latents(pipe.latents, request.output.save_file)
-            )
+            world.at_failure = kept
         try:
-            result = pipe(request, progress=progress)
-            peaks = parallel.gather_objects(_peak_memory(pipe.device))
+            video = engine.make(request, on_event=progress, preview_every=output.preview_every if output.preview else 0)
+            peaks = parallel.gather_objects(_peak_memory(engine.device))
             if world.rank > 0:
                 return {}
             saving = time.perf_counter()
             world.stage = "save"
-            media.write_video(request.output.save_file, result.frames, request.sample.fps, request.settings())
+            video.write(output.save_file)
         except Exception as error:
-            latents = getattr(pipe, "latents", None)
-            if latents is None or world.rank > 0:
+            if engine.latents is None or world.rank > 0:
                 raise
             world.at_failure = None
-            raise SwanError(f"{_describe(error)}; {_keep_latents(latents, request.output.save_file)}") from error
-    cached = {}
-    if request.sample.cache:
-        cached = {"cache": pipe.cache.telemetry.report()}
-        _report_cache(request, pipe.cache, quiet)
+            raise SwanError(f"{_describe(error)}; {kept()}") from error
+    if video.cache is not None:
+        _report_cache(video, quiet)
     ended = time.perf_counter()
-    packed = pipe.placement.packed
-    seconds = dict(result.seconds) | {"save": ended - saving, "total": ended - started}
-    frames, height, width, _ = result.frames.shape
+    report = dict(video.report)
+    report["seconds"] |= {"save": round(ended - saving, 3), "total": round(ended - started, 3)}
     return {
-        "task": request.load.task,
-        "seed": request.sample.seed,
-        "size": f"{width}x{height}",
-        "frames": frames,
-        "fps": request.sample.fps,
-        "steps": request.sample.steps,
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "offload": pipe.placement.offload,
-        **({"gguf_mode": modes} if (modes := {name: mode for name, mode in packed.items() if mode}) else {}),
-        **cached,
-        **({"grid": request.load.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
+        **report,
+        **({"grid": load.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
         **{name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
-        "file": request.output.save_file,
-        "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
+        "file": output.save_file,
     }
 
 
@@ -246,20 +232,17 @@ def _compare_files(world: World, files: CheckpointFiles, request: Request) -> No
         raise SwanError(f"{error.filename}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
-def _report_cache(request: Request, cache: Any, quiet: bool) -> None:
+def _report_cache(video: Video, quiet: bool) -> None:
     """The summary on stderr, and the trace where one is asked for."""
+    request = video.request
     if not quiet:
-        for line in cache.telemetry.summary():
+        for line in video.cache.summary():
             print(line, file=sys.stderr)
     if trace := request.sample.cache["cache_trace"]:
-        header = {
-            "task": request.load.task,
-            "seed": request.sample.seed,
-            "steps": request.sample.steps,
-            "cache": request.sample.cache,
-        }
+        sample = request.sample
+        header = {"task": request.load.task, "seed": sample.seed, "steps": sample.steps, "cache": sample.cache}
         try:
-            cache.telemetry.write(trace, header)
+            video.cache.write(trace, header)
         except OSError as error:
             raise SwanError(f"--cache_trace: cannot write {trace}: {error.strerror or error}") from error
 
@@ -302,53 +285,59 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
             unit = 1 if sys.platform == "darwin" else 1024
             peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
+        import torch
+
         peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
 
 
 class _Progress:
-    """One bar a stage on stderr, of the first rank. The pipeline calls it with (stage, done, total).
+    """One bar a stage on stderr, of the first rank, and what else the engine tells.
 
     A bar counts from where it begins, so that its rate and what is left are of the stage itself; until the first step
     has ended it shows what the plan expects.
     """
 
-    def __init__(self, quiet: bool, world: World, signals: Signals):
-        self.quiet, self.world, self.signals, self.stage, self.bar = quiet, world, signals, None, None
-        self.expected: dict[str, float] = {}  # seconds by stage
-
-    def expect(self, plan: Mapping[str, Any]) -> None:
-        """By its stages: "encode" is of texts and images, "load" of one expert."""
-        seconds = dict(plan.get("seconds", {}))
-        if seconds:
-            seconds["encode"] = seconds["encode_text"] + seconds.get("encode_image", 0)
-            seconds["load"] /= len(plan.get("steps_by_expert", "1"))
-        self.expected = seconds
+    def __init__(self, quiet: bool, world: World, signals: Signals, preview: str | None = None):
+        self.quiet, self.world, self.signals, self.preview = quiet, world, signals, preview
+        self.stage, self.bar = None, None
 
     def __enter__(self) -> _Progress:
         return self
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, event: Event) -> None:
         self.signals.check()  # one may have been swallowed
-        self.world.stage = stage
-        if self.quiet:
-            return
-        if stage != self.stage:
+        if event.kind == "preview":
+            from wan.preview import write_preview
+
+            write_preview(self.preview, event.frames)
+        elif event.kind in ("note", "warning"):
+            self._say(event.text if event.kind == "note" else f"warning: {event.text}")
+        else:
+            self.world.stage = event.stage
+            if not self.quiet:
+                self._show(event)
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr)
+
+    def _show(self, event: Event) -> None:
+        if event.stage != self.stage:
             self._close()
-            self.stage, self.bar = stage, self._begin(stage, done, total)
-        self.bar.n = done
-        if done > self.bar.initial:
+            self.stage, self.bar = event.stage, self._begin(event)
+        self.bar.n = event.done
+        if event.done > self.bar.initial:
             self.bar.postfix = None
         self.bar.refresh()
 
-    def _begin(self, stage: str, done: int, total: int) -> Any:
+    def _begin(self, event: Event) -> Any:
         from tqdm import tqdm
 
         from wan.plan import duration
 
-        left = self.expected.get(stage, 0) * (total - done) / total
-        told = f"about {duration(left)} left, by the plan" if left else None
-        return tqdm(total=total, initial=done, desc=stage, file=sys.stderr, leave=True, postfix=told)
+        told = f"about {duration(event.left)} left, by the plan" if event.left else None
+        return tqdm(total=event.total, initial=event.done, desc=event.stage, file=sys.stderr, leave=True, postfix=told)
 
     def __exit__(self, *_: object) -> None:
         self._close()

@@ -31,6 +31,7 @@ def denoise(
     boundary_step_index: int | None = None,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
+    on_clean: OnStep | None = None,
     cache: NoCache = NO_CACHE,
     parallel: Parallel | None = None,
     run: int = 0,
@@ -44,6 +45,7 @@ def denoise(
     condition:   y and CLIP tokens are predict's matter; here its latent is restored and its timesteps are used
     on_step:     called after each step with the cond branch's context and the new latent; whatever it raises ends the
                  run, which is how one is cancelled
+    on_clean:    called before it with the clean latent that the step's prediction means, which a preview shows
     parallel:    may compute cond and uncond on different ranks
     cache:       stands around every prediction, and is told of the run; predict hands it on to the network
     """
@@ -59,6 +61,8 @@ def denoise(
         for ctx, timestep in zip(contexts, solver.timesteps, strict=True):
             times = condition.timesteps(timestep)
             velocity = guided_velocity(predict, latent, times, ctx, scale_of(ctx.expert, guide_scale), cache, parallel)
+            if on_clean is not None:
+                on_clean(ctx, condition.restore(latent - ctx.sigma * velocity))
             latent = condition.restore(solver.step(velocity, latent))
             if on_step is not None:
                 on_step(ctx, latent)

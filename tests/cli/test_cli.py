@@ -23,19 +23,26 @@ class StandIn:
 
     fail = None  # raised after denoising
     early = None  # raised before
-    notes, plan, placement = (), {}, types.SimpleNamespace(offload="none", packed={})
+    notes, placement = (), types.SimpleNamespace(offload="none", packed={})
+    plan = {"notes": (), "seconds": {}}
 
     @classmethod
-    def from_request(cls, request, spec, parallel):
+    def from_load(cls, load, spec, parallel):
         pipe = cls()
-        pipe.latents = None
-        pipe.device = types.SimpleNamespace(type=request.load.device)
+        pipe.load, pipe.parallel, pipe.latents, pipe.asked_loras = load, parallel, None, {}
+        pipe.device = types.SimpleNamespace(type=load.device)
         return pipe
 
-    def decided(self):
-        return {}
+    def plan_for(self, request):
+        return self.plan
 
-    def __call__(self, request, progress):
+    def decided(self, request):
+        return request
+
+    def take_notes(self):
+        return []
+
+    def __call__(self, request, progress, on_clean):
         import torch
 
         if self.early:
@@ -56,7 +63,7 @@ class StandIn:
 def pipeline(monkeypatch, tmp_path):
     """The stand-in in place of wan.pipeline, in an empty folder."""
     stand_in = type("WanPipeline", (StandIn,), {})
-    monkeypatch.setitem(sys.modules, "wan.pipeline", types.SimpleNamespace(WanPipeline=stand_in))
+    monkeypatch.setattr("wan.engine.WanPipeline", stand_in)
     monkeypatch.chdir(tmp_path)
     return stand_in
 
@@ -198,8 +205,8 @@ def test_failed_save_keeps_the_latents_elsewhere(pipeline, capsys, tmp_path, mon
     monkeypatch.setattr("tempfile.tempdir", str(other))
     vanish = pipeline.__call__
 
-    def folder_goes_away(self, request, progress):
-        result = vanish(self, request, progress)
+    def folder_goes_away(self, request, progress, on_clean):
+        result = vanish(self, request, progress, on_clean)
         folder.rmdir()
         return result
 

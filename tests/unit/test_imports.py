@@ -21,7 +21,8 @@ LAYERS = [
     ("wan.solvers", "wan.conditioning"),
     ("wan.options", "wan.plan"),
     ("wan.denoise", "wan.experts", "wan.file_checks", "wan.stage_checks"),
-    ("wan.pipeline", "wan.dry_run"),
+    ("wan.pipeline", "wan.dry_run", "wan.preview"),
+    ("wan.engine",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.__main__"),
     ("generate",),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from wan import __version__
@@ -23,7 +24,8 @@ from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, opt
 from wan.options.values import or_default
 from wan.tasks import load_preset, load_task
 
-__all__ = ["FLAGS", "LoadOptions", "Output", "Request", "STORED", "Sample", "build_request", "check_device"]
+__all__ = ["FLAGS", "LoadOptions", "Option", "Output", "Request", "STORED", "Sample"]
+__all__ += ["build_load", "build_request", "build_sample", "check_device"]
 
 PARTS = {"load": LoadOptions, "sample": Sample, "output": Output}
 FLAGS: dict[str, Option] = {name: one for part in PARTS.values() for name, one in options_of(part)}
@@ -38,7 +40,7 @@ class Request:
 
     load: LoadOptions
     sample: Sample
-    output: Output
+    output: Output | None = None
     warnings: tuple[str, ...] = ()
 
     def changed(self, **values: Any) -> Request:
@@ -46,7 +48,8 @@ class Request:
         parts = {}
         for key, part in PARTS.items():
             own = {one.name for one in fields(part)} & values.keys()
-            parts[key] = replace(getattr(self, key), **{name: values.pop(name) for name in own})
+            if own:
+                parts[key] = replace(getattr(self, key), **{name: values.pop(name) for name in own})
         return replace(self, **parts, **values)
 
     def settings(self) -> dict[str, Any]:
@@ -56,8 +59,13 @@ class Request:
         values |= {**sample.cache, "ckpt_dir": load.ckpt_option, "image": sample.image_option}
         low, high = sample.guide_scale
         values["sample_guide_scale"] = low if low == high else [low, high]
-        stored = {name: value for name in STORED if (value := values.get(name)) not in (None, ())}
+        stored = {name: value for name in STORED if _is_storable(value := values.get(name))}
         return {"swan": __version__, **stored, "image_sha256": sample.image_sha256}
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether it says something, and is no image in memory."""
+    return isinstance(value, (str, Real, list, tuple)) and value != ()
 
 
 def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replayed: str | None = None) -> Request:
@@ -67,11 +75,33 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     options. Raises UsageError or SwanError with one line.
     """
     at = asked(options, world_size)
-    parts = {key: check_part(part, at) for key, part in PARTS.items()}
+    load, sample, output = (check_part(part, at) for part in PARTS.values())
     check_grid(at)
-    request = Request(**parts, warnings=tuple(at.warnings))
+    request = Request(load, sample, output, tuple(at.warnings))
     check_written(request, replayed)
     return request
+
+
+def build_load(options: Mapping[str, Any], world_size: int = 1) -> LoadOptions:
+    """What an engine loads. Raises as `build_request`, also for an option of a video."""
+    _refuse_others(options, "load", "says what a video is like: it is for generate()")
+    return check_part(LoadOptions, asked(options, world_size))
+
+
+def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
+    """A video of an engine, which nothing is written for. Raises as `build_request`, also for an option of loading."""
+    _refuse_others(options, "sample", "says what is loaded: it is for Engine()")
+    at = asked({**options, "task": load.task})
+    at.done["grid"] = load.grid
+    sample = check_part(Sample, at)
+    check_grid(at)
+    return Request(load, sample, warnings=tuple(at.warnings))
+
+
+def _refuse_others(options: Mapping[str, Any], part: str, why: str) -> None:
+    for name in options:
+        if PART_OF.get(name, part) != part:
+            raise UsageError(f"{name} {why}")
 
 
 def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
@@ -93,5 +123,7 @@ def check_written(request: Request, replayed: str | None = None) -> None:
     loras = [(flag, path) for flag, chosen in sample.loras.items() for path, _ in chosen]
     pictures = [("image", sample.image), ("last_frame", sample.last_frame)]
     coefficients = ("cache_coefficients", sample.cache.get("cache_coefficients"))
+    pictures = [(flag, path) for flag, path in pictures if isinstance(path, str)]  # and is no image in memory
     inputs = [*pictures, *loras, *load.files.items(), ("ckpt_dir", load.ckpt_dir), coefficients, ("replay", replayed)]
-    check_outputs({"save_file": request.output.save_file, "cache_trace": sample.cache.get("cache_trace")}, inputs)
+    written = {"save_file": request.output.save_file, "preview": request.output.preview}
+    check_outputs({**written, "cache_trace": sample.cache.get("cache_trace")}, inputs)

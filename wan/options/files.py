@@ -110,7 +110,7 @@ def _is_gguf(path: str) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def check_save_file(value: str | None, frame_num: int, stem: str, prompt: str) -> str:
+def check_save_file(value: str | None, frame_num: int, stem: str = "", prompt: str = "") -> str:
     """Absolute path of the output, in a folder that can be written to."""
     if not value:
         slug = re.sub(r"[^\w-]+", "_", prompt)[:40].strip("_")

@@ -25,6 +25,7 @@ from wan.options.names import (
     FILE_FLAGS,
     GGUF_FLAGS,
     GGUF_MODES,
+    RESIDENCY_NAMES,
     T5_DTYPE_NAMES,
     VAE_DTYPE_NAMES,
 )
@@ -140,6 +141,15 @@ class LoadOptions:
     may_offload: bool = derived(
         lambda at: at.world_size > 1 and at.get["offload"] is None and at.get["offload_model"] is None
     )
+    residency: str = option(
+        "name",
+        "which models stay between their uses: stage (as little memory as the plan needs), keep (as many as memory"
+        " allows) or auto: keep, but stage for the one video of a command line",
+        lambda at, given: choice(given, "auto", "residency", RESIDENCY_NAMES),
+        group=_MACHINE,
+        value="NAME",
+        stored=False,
+    )
     resident_blocks: int | None = option(
         "number",
         "blocks that stay on the device with block and phase; default auto",
@@ -220,7 +230,12 @@ class LoadOptions:
         return {part: path for part in FILE_FLAGS if (path := getattr(self, part))}
 
 
-_NO_WISH = {"gguf_mode": "auto", "device": "auto", "offload": "auto"}  # beside None: left to whoever loads
+_NO_WISH = {
+    "gguf_mode": "auto",
+    "device": "auto",
+    "offload": "auto",
+    "residency": "auto",
+}  # beside None: left to whoever loads
 
 
 def check_built(wanted: LoadOptions, has: LoadOptions) -> None:

@@ -20,6 +20,7 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 AREA_BELOW_720P = 832 * 624  # px
 
+RESIDENCY_NAMES = ("auto", "stage", "keep")
 OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
 MAX_RANKS = 4096
 # Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.

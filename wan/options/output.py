@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from wan.options.files import check_save_file
+from wan.errors import UsageError
+from wan.options.files import check_save_file, check_writable
+from wan.options.names import MAX_STEPS
 from wan.options.schema import Asked, Option, option
+from wan.options.values import whole
 
 
 def _save_file(at: Asked, given: Any) -> str:
@@ -15,9 +19,20 @@ def _save_file(at: Asked, given: Any) -> str:
     return check_save_file(given, made["frame_num"] - made["trim_first_frames"], stem, made["prompt"])
 
 
+def _preview(at: Asked, given: Any) -> str | None:
+    if given is None:
+        if at.get["preview_every"] is not None:
+            raise UsageError("--preview_every is for --preview FILE")
+        return None
+    if os.path.splitext(given)[1].lower() not in (".png", ".gif"):
+        raise UsageError(f"--preview must end in .png or .gif, not {os.path.basename(given)!r}")
+    check_writable(given, "preview")
+    return os.path.abspath(given)
+
+
 @dataclass(frozen=True)
 class Output:
-    """save_file: absolute path of the mp4 or PNG."""
+    """save_file: absolute path of the mp4 or PNG; preview: of the PNG or GIF that shows how it goes on, or None."""
 
     save_file: str = option(
         "path",
@@ -25,6 +40,23 @@ class Output:
         _save_file,
         group="what to make",
         value="FILE",
+        stored=False,
+    )
+
+    preview: str | None = option(
+        "path",
+        "while it is made, show what it becomes: .png (its middle frame) or .gif, written anew every few steps",
+        _preview,
+        group="output",
+        value="FILE",
+        stored=False,
+    )
+    preview_every: int = option(
+        "number",
+        "steps from preview to preview; default 5",
+        lambda at, given: whole(given, 5, "preview_every", 1, MAX_STEPS),
+        group="output",
+        value="N",
         stored=False,
     )
 

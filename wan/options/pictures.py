@@ -35,7 +35,7 @@ def read_images(spec: EasyDict, get: Mapping[str, Any]) -> list[tuple[str, int, 
     images = []
     for path in filter(None, (first, last)):
         height, width, _ = read_image(path).shape
-        images.append((str(Path(path).resolve()), width, height))
+        images.append((str(Path(path).resolve()) if isinstance(path, str) else path, width, height))
     if last:
         (_, width, height), (_, last_width, last_height) = images
         try:

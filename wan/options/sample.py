@@ -79,7 +79,7 @@ class Sample:
         value="TEXT",
     )
     image: str | None = option(
-        "path",
+        "picture",
         "image to start from (i2v, flf2v, ti2v)",
         lambda at, given: _images(at)[0][0] if _images(at) else None,
         group=_WHAT,
@@ -87,7 +87,7 @@ class Sample:
     )
     image_option: str | None = derived(lambda at: given_pictures(at.get, _images(at)).get("image"))
     last_frame: str | None = option(
-        "path",
+        "picture",
         "last frame (flf2v)",
         lambda at, given: _images(at)[1][0] if len(_images(at)) > 1 else None,
         group=_WHAT,
@@ -183,7 +183,7 @@ class Sample:
     )
 
     OTHERS: ClassVar[dict[str, Option]] = {
-        "first_frame": Option("path", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),
+        "first_frame": Option("picture", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),
         "preset": Option(
             "name",
             f"settings of a kind of model, one of: {', '.join(preset_names())}",

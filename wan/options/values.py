@@ -28,14 +28,17 @@ def or_default(value: Any, default: Any) -> Any:
 def of_kind(value: Any, flag: str, kind: str) -> Any:
     """`value`, which must be of the kind that its flag takes, whoever gave it: a Python caller or the file of a replay.
 
-    kind: text, name (short), path or file (comes back as text, ~ expanded), flag or bool, number or whole (or text for
-    one), numbers (text, one number or a list), loras (text, a pair of path and strength, or a list of both). None stays
-    None.
+    kind: text, name (short), path or file (comes back as text, ~ expanded), picture (or a PIL image or array), flag or
+    bool, number or whole (or text for one), numbers (text, one number or a list), loras (text, a pair of path and
+    strength, or a list of both). None stays None.
+
     Raises UsageError.
     """
     if value is None:
         return None
-    kind = {"file": "path", "bool": "flag", "whole": "number"}.get(kind, kind)
+    if kind == "picture" and not isinstance(value, (str, os.PathLike)):
+        return _picture(value, flag)
+    kind = {"picture": "path", "file": "path", "bool": "flag", "whole": "number"}.get(kind, kind)
     if kind in MAX_CHARS:
         value = os.fspath(value) if kind == "path" and isinstance(value, os.PathLike) else value
         if kind == "text" and isinstance(value, str):
@@ -53,6 +56,18 @@ def of_kind(value: Any, flag: str, kind: str) -> Any:
     if not fits:
         raise UsageError(f"--{flag} must be {allowed}, not {shown(value)}")
     return value
+
+
+def _picture(value: Any, flag: str) -> Any:
+    """A PIL image, or a uint8 array [H, W, 3], as PIL image."""
+    if hasattr(value, "__array_interface__"):
+        from PIL import Image
+
+        if isinstance(value, Image.Image):
+            return value
+        if getattr(value, "dtype", None) == "uint8" and value.ndim == 3 and value.shape[2] == 3 and value.size:
+            return Image.fromarray(value)
+    raise UsageError(f"--{flag} must be a path, a PIL image or an array uint8 [H, W, 3], not {shown(value)}")
 
 
 def _check_text(value: Any, flag: str, kind: str) -> None:

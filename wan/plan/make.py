@@ -65,7 +65,7 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "shorter": shorter(load, machine, seconds),
         "margin": MARGIN,
         "notes": [*dtype_notes, *decision.notes],
-        "save_file": request.output.save_file,
+        "save_file": request.output.save_file if request.output else None,
     }
     if "experts" in spec:
         plan["steps_by_expert"] = {"high": high_steps, "low": request.sample.steps - high_steps}
