@@ -364,7 +364,7 @@ class WanPipeline:
             loras=self.loras[name],
             shard=self._shard(self.device) if self.dit_fsdp else None,
             granularity=offload if offload in ("block", "phase") else None,
-            resident_blocks=resident_indices(len(model.blocks), self.placement.resident_blocks),
+            resident_blocks=resident_indices(len(model.units()), self.placement.resident_blocks),
             blocks_from=self.placement.blocks_from,
             check=check,
         )

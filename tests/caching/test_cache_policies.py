@@ -362,4 +362,4 @@ def test_two_call_sites():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 if node.func.attr in ("blocks", "prediction") and ast.unparse(node.func.value).endswith("cache"):
                     found[path.relative_to(REPO).as_posix(), node.func.attr] += 1
-    assert found == {("wan/models/dit.py", "blocks"): 1, ("wan/denoise.py", "prediction"): 1}
+    assert found == {("wan/models/dit/model.py", "blocks"): 1, ("wan/denoise.py", "prediction"): 1}

@@ -8,7 +8,8 @@ from wan.distributed import Parallel
 
 from wan.errors import SwanError, UsageError
 from wan.models import attention
-from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit import CLIP_DIM, CLIP_TOKENS, Schedule, WanModel
+from wan.models.dit.sequence import Group, Sequence
 from wan.weights.assign import load_weights
 
 SHAPE = {
@@ -154,7 +155,8 @@ def test_a_token_of_time_zero_is_modulated_by_time_zero():
 def test_each_distinct_timestep_is_embedded_once(t, rows, segments):
     model, seen = make(), []
     model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    time_RC, temb_R6C, found = model.embed_time(t, Parallel().tokens(4))
+    sequence = Sequence([Group((1, 2, 2))], Parallel(), model.attention, model.head_dim, torch.device("cpu"))
+    time_RC, temb_R6C, found = model.embed_time(Schedule([t])[0], sequence, len(t))
     assert seen == [rows] and time_RC.shape[0] == temb_R6C.shape[0] == rows
     assert found == segments
 
