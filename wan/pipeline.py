@@ -33,6 +33,7 @@ from wan.file_checks import check_files, open_loras
 from wan.media import read_image
 from wan.models.attention import check_attention
 from wan.models.dit import WanModel
+from wan.models.dit.sequence import Times
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.plan import (
@@ -159,11 +160,11 @@ class WanPipeline:
         report = progress or (lambda stage, done, total: None)
         with _timed("encode", seconds, report, self.device):
             texts = self._encode_texts(request)
-            condition, clip_fea = self._encode_images(request)
+            condition = self._encode_images(request)
         self.experts.take_seconds()
         is_loaded = any(name in self.experts for name in self.files.dit)
         with _timed("denoise", seconds, report, self.device, request.steps, begins=is_loaded):
-            latents = self._denoise(request, texts, condition, clip_fea, report)
+            latents = self._denoise(request, texts, condition, report)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report, self.device):
@@ -188,9 +189,9 @@ class WanPipeline:
         self.checks.text(embeddings)
         return dict(zip(texts, embeddings, strict=True))
 
-    def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
+    def _encode_images(self, request: Request) -> Condition:
         if request.image is None:
-            return Condition(), None
+            return Condition()
         pictures = [read_image(path) for path in (request.image, request.last_image) if path is not None]
         size = {"num_frames": request.frame_num, "height": request.height, "width": request.width}
         with self._model("vae") as vae:
@@ -203,7 +204,6 @@ class WanPipeline:
             else:
                 condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
         self.checks.image(condition)
-        clip_fea = None
         if condition.clip_images:
 
             def look() -> list[Tensor]:
@@ -212,16 +212,16 @@ class WanPipeline:
 
             clip_fea = self.parallel.once(look, self.device)[0]
             self.checks.clip(clip_fea)
-        return condition, clip_fea
+            condition = replace(condition, clip_fea=clip_fea)
+        return condition
 
-    def _denoise(
-        self, request: Request, texts: dict[str, Tensor], condition: Condition, clip_fea: Tensor | None, report
-    ) -> Tensor:
+    def _denoise(self, request: Request, texts: dict[str, Tensor], condition: Condition, report: Progress) -> Tensor:
         shape = latent_shape(
             self.spec.vae.z_dim, request.frame_num, request.height, request.width, self.spec.vae_stride[1]
         )
         # Drawn on the CPU, so that one seed gives one video on every device.
         generator = torch.Generator().manual_seed(request.seed)
+        shape = (shape[0], shape[1] + condition.extra_frames, *shape[2:])
         noise = torch.randn(1, *shape, generator=generator, dtype=torch.float32).to(self.device)
         solver = make_solver(
             request.solver,
@@ -236,9 +236,9 @@ class WanPipeline:
         apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
         decided = len(self.cache.telemetry.decisions) if apart else 0
 
-        def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
+        def predict(latent: Tensor, times: Times, ctx: StepContext) -> Tensor:
             model, here = self._expert(ctx, report), {**cached, "ctx": ctx} if cached else {}
-            return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
+            return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
         following = set(experts_of(timesteps, boundary, request.boundary_step_index))
@@ -270,7 +270,7 @@ class WanPipeline:
         if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
-        return latents
+        return latents[:, :, condition.extra_frames :]
 
     def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
         """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""

@@ -13,7 +13,7 @@ from wan.distributed.parallel import Parallel
 from wan.models.attention import get_attention
 from wan.models.dit.adapters import Adapter
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
-from wan.models.dit.sequence import Group, Schedule, Segments, Sequence, Times
+from wan.models.dit.sequence import Group, Segments, Sequence, Times
 from wan.models.fused import gelu_tanh
 from wan.offload import Resident
 
@@ -112,7 +112,7 @@ class WanModel(nn.Module):
             )
         self._check_inputs(inputs)
         if isinstance(x, Tensor):
-            times = t if isinstance(t, Times) else Schedule([t])[0]
+            times = t if isinstance(t, Times) else Times.of(t)
             return self._forward(x if y is None else torch.cat([x, y], 1), times, context, clip_fea, inputs, cache, ctx)
         if cache is not NO_CACHE:
             raise ValueError("a cache needs one tensor, not a list")
@@ -124,7 +124,7 @@ class WanModel(nn.Module):
         for i, (latent, cond, image) in enumerate(zip(x, ys, images, strict=True)):
             latent = (latent if cond is None else torch.cat([latent, cond])).unsqueeze(0)
             mine = {name: value[i][None] if isinstance(value, list) else value for name, value in inputs.items()}
-            outs.append(self._forward(latent, Schedule([t[i : i + 1]])[0], [context[i]], image, mine)[0])
+            outs.append(self._forward(latent, Times.of(t[i : i + 1]), [context[i]], image, mine)[0])
         return outs
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ puts beside it are others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,12 @@ class Times(NamedTuple):
     t: Tensor
     schedule: Schedule
 
+    @classmethod
+    def of(cls, t: Tensor) -> Times:
+        """Of a step that stands alone."""
+        [times] = Schedule([t])
+        return times
+
 
 class Schedule:
     """The timesteps of all the steps that one network takes in a run.
@@ -59,8 +65,9 @@ class Schedule:
         self.steps = [t.cpu() for t in steps]
         self.embedded: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}  # by the distinct timesteps of a step
 
-    def __getitem__(self, index: int) -> Times:
-        return Times(self.steps[index], self)
+    def __iter__(self) -> Iterator[Times]:
+        """Step by step."""
+        return (Times(t, self) for t in self.steps)
 
 
 class Sequence:
