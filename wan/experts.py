@@ -159,11 +159,11 @@ def load_expert(
     granularity: "block" or "phase" to stream the blocks to `device`, see `wan.offload`, from "ram" or "disk", but for
     those of the indices `resident_blocks`. compute_device: where LoRAs are merged. check: called before each weight.
     """
-    share = shard and (lambda model: shard(model, model.blocks))
+    share = shard and (lambda model: shard(model, list(model.units().values())))
     weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)
-    units = streamed_modules(model.blocks, granularity, resident_blocks) if granularity else []
+    units = streamed_modules(model.units(), granularity, resident_blocks) if granularity else {}
     stream_to = make_device(device) if units else None
-    prefixes = tuple(f"{path}." for path, _ in units)
+    prefixes = tuple(f"{path}." for path in units)
     at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
 
     def place(name: str) -> torch.device:

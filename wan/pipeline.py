@@ -33,6 +33,7 @@ from wan.file_checks import check_files, open_loras
 from wan.media import read_image
 from wan.models.attention import check_attention
 from wan.models.dit import WanModel
+from wan.models.dit.sequence import Times
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.options import LoadOptions, Request, check_device
@@ -212,11 +213,11 @@ class WanPipeline:
 
         with _timed("encode", seconds, report, self.device):
             texts = self._encode_texts(request)
-            condition, clip_fea = self._encode_images(request)
+            condition = self._encode_images(request)
         self.experts.take_seconds()
         is_loaded = any(name in self.experts for name in self.files.dit)
         with _timed("denoise", seconds, report, self.device, request.sample.steps, begins=is_loaded):
-            latents = self._denoise(request, texts, condition, clip_fea, report, on_clean)
+            latents = self._denoise(request, texts, condition, report, on_clean)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report, self.device):
@@ -241,11 +242,12 @@ class WanPipeline:
         self.checks.text(embeddings)
         return dict(zip(texts, embeddings, strict=True))
 
-    def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
-        if request.sample.image is None:
-            return Condition(), None
-        pictures = [read_image(path) for path in (request.sample.image, request.sample.last_frame) if path is not None]
-        size = {"num_frames": request.sample.frame_num, "height": request.sample.height, "width": request.sample.width}
+    def _encode_images(self, request: Request) -> Condition:
+        sample = request.sample
+        if sample.image is None:
+            return Condition()
+        pictures = [read_image(path) for path in (sample.image, sample.last_frame) if path is not None]
+        size = {"num_frames": sample.frame_num, "height": sample.height, "width": sample.width}
         with self._model("vae", "encode_image") as vae:
 
             def encode(video: Tensor) -> Tensor:
@@ -256,7 +258,6 @@ class WanPipeline:
             else:
                 condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
         self.checks.image(condition)
-        clip_fea = None
         if condition.clip_images:
 
             def look() -> list[Tensor]:
@@ -265,14 +266,14 @@ class WanPipeline:
 
             clip_fea = self.parallel.once(look, self.device)[0]
             self.checks.clip(clip_fea)
-        return condition, clip_fea
+            condition = replace(condition, clip_fea=clip_fea)
+        return condition
 
     def _denoise(
         self,
         request: Request,
         texts: dict[str, Tensor],
         condition: Condition,
-        clip_fea: Tensor | None,
         report: Progress,
         on_clean: OnStep | None = None,
     ) -> Tensor:
@@ -285,6 +286,7 @@ class WanPipeline:
         )
         # Drawn on the CPU, so that one seed gives one video on every device.
         generator = torch.Generator().manual_seed(request.sample.seed)
+        shape = (shape[0], shape[1] + condition.extra_frames, *shape[2:])
         noise = torch.randn(1, *shape, generator=generator, dtype=torch.float32).to(self.device)
         solver = make_solver(
             request.sample.solver,
@@ -299,10 +301,10 @@ class WanPipeline:
         apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
         decided = len(self.cache.telemetry.decisions) if apart else 0
 
-        def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
+        def predict(latent: Tensor, times: Times, ctx: StepContext) -> Tensor:
             model, here = self._expert(ctx, report), {**cached, "ctx": ctx} if cached else {}
             self.check()
-            return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
+            return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
         following = set(experts_of(timesteps, boundary, request.sample.boundary_step_index))
@@ -335,7 +337,7 @@ class WanPipeline:
         if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
-        return latents
+        return latents[:, :, condition.extra_frames :]
 
     def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
         """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""
@@ -467,7 +469,7 @@ class WanPipeline:
             loras=self.loras[name],
             shard=self._shard(self.device) if self.load.dit_fsdp else None,
             granularity=offload if offload in ("block", "phase") else None,
-            resident_blocks=resident_indices(len(model.blocks), self.placement.resident_blocks),
+            resident_blocks=resident_indices(len(model.units()), self.placement.resident_blocks),
             blocks_from=self.placement.blocks_from,
             check=lambda: (check(), self.check()),
         )

@@ -36,7 +36,7 @@ class StageChecks:
             raise _error("encode_text", what, self._files.t5, ("t5_dtype", self.load.t5_dtype), "t5")
 
     def image(self, condition: Condition) -> None:
-        if not all(is_finite(latent) for latent in (condition.y, condition.frame) if latent is not None):
+        if not all(map(is_finite, condition.tensors())):
             raise self._of_vae("encode_image", "the latent of the image is not finite")
 
     def clip(self, features: Tensor) -> None:

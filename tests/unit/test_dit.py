@@ -9,6 +9,7 @@ from wan.distributed import Parallel
 from wan.errors import SwanError, UsageError
 from wan.models import attention
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit.sequence import Group, Schedule, Sequence, Times
 from wan.weights.assign import load_weights
 
 SHAPE = {
@@ -154,9 +155,40 @@ def test_a_token_of_time_zero_is_modulated_by_time_zero():
 def test_each_distinct_timestep_is_embedded_once(t, rows, segments):
     model, seen = make(), []
     model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    time_RC, temb_R6C, found = model.embed_time(t, Parallel().tokens(4))
+    sequence = Sequence([Group((1, 2, 2))], Parallel(), model.attention, model.head_dim, torch.device("cpu"))
+    time_RC, temb_R6C, found = model.embed_time(Times.of(t), sequence, len(t))
     assert seen == [rows] and time_RC.shape[0] == temb_R6C.shape[0] == rows
     assert found == segments
+
+
+def test_a_schedule_is_embedded_by_the_first_of_its_steps_and_changes_no_bit():
+    model, [x], context, seen = make("ti2v"), latents((2, 4, 4)), texts(7), []
+    steps = [torch.tensor([999]), torch.tensor([[0] * 4 + [500.0] * 4]), torch.tensor([2.5])]
+    alone = [model(x[None], t, context) for t in steps]
+    model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    for times, wanted in zip(Schedule(steps), alone, strict=True):
+        for _ in ("cond", "uncond"):
+            assert torch.equal(model(x[None], times, context), wanted)
+        assert seen == [1, 2, 1]
+
+
+def sequence_of(*groups):
+    model = make()
+    return Sequence(groups, Parallel(), model.attention, model.head_dim, torch.device("cpu"))
+
+
+def test_groups_of_tokens_have_places_and_times_of_their_own_and_may_be_unseen():
+    whole, video = sequence_of(Group((3, 2, 2))), Group((2, 2, 2), origin=(1, 0, 0))
+    parts = sequence_of(video, Group((1, 2, 2), time=0.0, is_seen=False))
+    assert torch.equal(parts.rope_LD, torch.cat([whole.rope_LD[4:], whole.rope_LD[:4]]))
+    before = sequence_of(Group((1, 1, 1), origin=(-5, 0, 0)))
+    assert torch.allclose(before.rope_LD, sequence_of(Group((1, 1, 1), origin=(5, 0, 0))).rope_LD.conj())
+    assert parts.segments(torch.tensor([700.0]), 2) == ((0.0, 700.0), [(1, 8), (0, 4)] * 2)
+    assert parts.segments(torch.tensor([[9.0] * 8]), 1) == ((0.0, 9.0), [(1, 8), (0, 4)])
+    with pytest.raises(ValueError, match="7 timesteps for 8 tokens"):
+        parts.segments(torch.zeros(1, 7), 1)
+    x_BLC = torch.randn(2, 12, 3)
+    assert torch.equal(parts.gather(x_BLC), x_BLC[:, :8])
 
 
 def test_padding_of_the_text_is_zeros():

@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_one_line(options, message):
 def test_the_low_noise_expert_begins_at_the_boundary_step(index):
     experts = []
 
-    def predict(latent, timestep, ctx):
+    def predict(latent, times, ctx):
         experts.append(ctx.expert)
         return torch.zeros_like(latent)
 

@@ -193,8 +193,8 @@ class GGUFPipeline(WanPipeline):
         report = progress or (lambda stage, done, total: None)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             texts = self._encode_texts(request)
-            condition, clip_fea = self._encode_images(request)
-            latents = self._denoise(request, texts, condition, clip_fea, report)
+            condition = self._encode_images(request)
+            latents = self._denoise(request, texts, condition, report)
         self.latents = latents[0].cpu()
         videos = latents if output_type == "latent" else torch.from_numpy(self.decode_latents(latents))
         return PipelineOutput(videos) if return_dict else videos

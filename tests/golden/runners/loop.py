@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from wan.cache import StepContext
@@ -14,6 +16,7 @@ from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import i2v_size, latent_shape, ti2v_size
 from wan.denoise import denoise
+from wan.models.dit.sequence import Times
 from wan.solvers import Solver, make_solver
 
 TOLERANCE = 5e-4
@@ -28,6 +31,8 @@ def matches(case: Case) -> bool:
 def run(case: Case) -> list[Check]:
     generate = case.meta["generate"]
     condition, height, width = _condition(case)
+    if "inputs/clip_fea" in case.tensors:
+        condition = replace(condition, clip_fea=case.tensors["inputs/clip_fea"])
     shape = latent_shape(case.meta["z_dim"], generate["frame_num"], height, width, case.meta["vae_stride"][-1])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(generate["seed"]))
     solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
@@ -52,7 +57,6 @@ class _Trace:
     def __init__(self, case: Case, condition: Condition):
         self.condition = condition
         self.context = {"cond": case.tensors["inputs/context"], "uncond": case.tensors["inputs/context_null"]}
-        self.clip_fea = case.tensors.get("inputs/clip_fea", case.tensors.get("inputs/clip_context"))
         self.models = {}
         for name in EXPERT_NAMES.values():
             weights = case.group("weights" if name == "model" else f"weights_{name}")
@@ -60,13 +64,13 @@ class _Trace:
                 self.models[name] = model_runner.build(case.config, weights)
         self.latents, self.model_t, self.noise_pred, self.step_output, self.experts = [], [], [], [], []
 
-    def predict(self, latent: torch.Tensor, timestep: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+    def predict(self, latent: torch.Tensor, times: Times, ctx: StepContext) -> torch.Tensor:
         name = EXPERT_NAMES[ctx.expert]
         if ctx.branch == "cond":
             self.latents.append(latent)
-            self.model_t.append(timestep)
+            self.model_t.append(times.t)
         context = [self.context[ctx.branch]]
-        return self.models[name](latent[None], timestep, context, y=self.condition.y, clip_fea=self.clip_fea)[0]
+        return self.models[name](latent[None], times, context, **self.condition.inputs(ctx))[0]
 
     def on_step(self, ctx: StepContext, latent: torch.Tensor) -> None:
         self.experts.append(EXPERT_NAMES[ctx.expert])
