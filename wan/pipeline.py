@@ -22,15 +22,12 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.cache.options import make_manager
 from wan.cache.telemetry import merged
 from wan.conditioning.condition import Condition
-from wan.conditioning.image import image_condition
-from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.file_checks import check_files, open_loras
-from wan.media import read_image
 from wan.models.attention import check_attention
 from wan.models.dit import WanModel
 from wan.models.dit.sequence import Times
@@ -50,6 +47,7 @@ from wan.plan import (
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
 from wan.solvers import make_solver
 from wan.stage_checks import StageChecks
+from wan.tasks.kinds import kind_of
 from wan.weights.assign import load_weights
 from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.lora import Lora, set_loras
@@ -243,20 +241,11 @@ class WanPipeline:
         return dict(zip(texts, embeddings, strict=True))
 
     def _encode_images(self, request: Request) -> Condition:
-        sample = request.sample
-        if sample.image is None:
-            return Condition()
-        pictures = [read_image(path) for path in (sample.image, sample.last_frame) if path is not None]
-        size = {"num_frames": sample.frame_num, "height": sample.height, "width": sample.width}
-        with self._model("vae", "encode_image") as vae:
-
-            def encode(video: Tensor) -> Tensor:
+        def encode(video: Tensor) -> Tensor:
+            with self._model("vae", "encode_image") as vae:
                 return vae.encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
 
-            if self.spec.kind == "ti2v":
-                condition = first_frame_condition(encode, *pictures, **size)
-            else:
-                condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
+        condition = kind_of(self.spec).condition(self.spec, request.sample, encode)
         self.checks.image(condition)
         if condition.clip_images:
 

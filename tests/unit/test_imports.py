@@ -19,6 +19,7 @@ LAYERS = [
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
+    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent"),
     ("wan.options", "wan.plan"),
     ("wan.denoise", "wan.experts", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, as_tensor
 
 from wan.cache import StepContext
+
+Encode = Callable[[Tensor], Tensor]  # video [1, 3, T, H, W] in [-1, 1] -> latent [1, z, T', h, w]
 
 
 class Condition:

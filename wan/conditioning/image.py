@@ -5,7 +5,6 @@ The network gets y = 4 mask channels + the latent of a video that is grey except
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from wan.cache import StepContext
-from wan.conditioning.condition import Condition
+from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.sizes import cover_size, latent_frames
-
-Encode = Callable[[torch.Tensor], torch.Tensor]  # video [1, 3, T, H, W] in [-1, 1] -> latent [1, z, T', h, w]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wan.conditioning.condition import Condition
-from wan.conditioning.image import Encode, to_pixels
+from wan.conditioning.condition import Condition, Encode
+from wan.conditioning.image import to_pixels
 from wan.conditioning.sizes import cover_size, latent_frames
 
 

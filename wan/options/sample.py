@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.options.files import check_lora
+from wan.options.inputs import check_size, given_pictures, inputs_of, path_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
 from wan.options.names import LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
-from wan.options.pictures import check_size, given_pictures, read_images
 from wan.options.sampling import (
     check_boundary_step,
     check_frame_num,
@@ -21,25 +21,15 @@ from wan.options.sampling import (
 )
 from wan.options.schema import Asked, Option, derived, option
 from wan.options.values import choice, or_default, whole
-from wan.pictures import image_sha256
 from wan.tasks import preset_names
 
 _WHAT, _SAMPLING, _WEIGHTS = "what to make", "sampling (defaults: the task's official ones)", "weights"
 _CACHE = "cache: skip what changes little from step to step"
 
 
-def _images(at: Asked) -> list[tuple[str, int, int]]:
-    """(path, width, height) of the first and the last image, read once."""
-    return at.once("images", lambda: read_images(at.spec, at.get))
-
-
-def _size(at: Asked) -> tuple[str, int, int]:
-    return at.once("size and sides", lambda: check_size(at.spec, at.get["size"], _images(at), at.warnings))
-
-
 def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
     steps, area = at.done["steps"], at.done["width"] * at.done["height"]
-    return at.once("cache and coefficients", lambda: check_cache(at, steps, area, bool(_images(at))))
+    return at.once("cache and coefficients", lambda: check_cache(at, steps, area, bool(inputs_of(at))))
 
 
 def _steps(at: Asked, given: Any) -> int:
@@ -81,27 +71,27 @@ class Sample:
     image: str | None = option(
         "picture",
         "image to start from (i2v, flf2v, ti2v)",
-        lambda at, given: _images(at)[0][0] if _images(at) else None,
+        lambda at, given: path_of(at, "image"),
         group=_WHAT,
         value="FILE",
     )
-    image_option: str | None = derived(lambda at: given_pictures(at.get, _images(at)).get("image"))
+    image_option: str | None = derived(lambda at: given_pictures(at).get("image"))
     last_frame: str | None = option(
         "picture",
         "last frame (flf2v)",
-        lambda at, given: _images(at)[1][0] if len(_images(at)) > 1 else None,
+        lambda at, given: path_of(at, "last_frame"),
         group=_WHAT,
         value="FILE",
     )
     size: str = option(
         "name",
         "pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
-        lambda at, given: _size(at)[0],
+        lambda at, given: check_size(at)[0],
         group=_WHAT,
         value="W*H",
     )
-    width: int = derived(lambda at: _size(at)[1])
-    height: int = derived(lambda at: _size(at)[2])
+    width: int = derived(lambda at: check_size(at)[1])
+    height: int = derived(lambda at: check_size(at)[2])
     frame_num: int = option(
         "number", "frames, 4n+1", lambda at, given: check_frame_num(at.spec, given), group=_WHAT, value="N"
     )
@@ -178,9 +168,7 @@ class Sample:
     )
     cache: dict[str, Any] = derived(lambda at: _cache(at)[0])
     coefficients: dict[str, Any] = derived(lambda at: _cache(at)[1])
-    image_sha256: dict[str, str] = derived(
-        lambda at: {flag: image_sha256(path) for flag, path in given_pictures(at.get, _images(at)).items()}
-    )
+    image_sha256: dict[str, str] = derived(picture_hashes)
 
     OTHERS: ClassVar[dict[str, Option]] = {
         "first_frame": Option("picture", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),

@@ -9,6 +9,7 @@ from easydict import EasyDict
 
 from wan.options import Request
 from wan.plan.activations import CLIP_DIM, CLIP_TOKENS
+from wan.tasks.kinds import kind_of
 
 CLIP_PARAMS = 632_076_800  # ViT-H/14 of open-clip, the image tower alone
 
@@ -52,7 +53,7 @@ def forward_flops(spec: EasyDict, tokens: int) -> dict[str, float]:
 def _image_tokens(spec: EasyDict) -> int:
     if "clip" not in spec.files:
         return 0
-    return CLIP_TOKENS * (2 if spec.kind == "flf2v" else 1)
+    return CLIP_TOKENS * kind_of(spec).clip_images
 
 
 # Work of the encoders and the VAE: what computes in matrix products, convolutions and attention
@@ -174,7 +175,7 @@ def _dit_params(spec: EasyDict) -> int:
     if "clip" in spec.files:
         block += 2 * _linear(dim, dim) + dim
         total += 2 * CLIP_DIM + _linear(CLIP_DIM, CLIP_DIM) + _linear(CLIP_DIM, dim) + 2 * dim
-        total += 2 * CLIP_TOKENS * CLIP_DIM if spec.kind == "flf2v" else 0
+        total += 2 * CLIP_TOKENS * CLIP_DIM if spec.dit.model_type == "flf2v" else 0
     return total + dit.num_layers * block
 
 

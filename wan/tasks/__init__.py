@@ -11,8 +11,8 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
 
-KINDS = ("t2v", "i2v", "flf2v", "ti2v")
-REPO = Path(__file__).resolve().parent.parent
+KINDS = ("t2v", "i2v", "flf2v", "ti2v")  # see wan.tasks.kinds
+REPO = Path(__file__).resolve().parents[2]
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
 SCHEMA: dict[str, Any] = {
@@ -84,7 +84,7 @@ SCHEMA: dict[str, Any] = {
 
 def config_dir(kind: str) -> Path:
     """The folder of "tasks" or "presets": beside the package in a checkout, inside it when pip-installed."""
-    for folder in (REPO / "configs" / kind, Path(__file__).resolve().parent / "configs" / kind):
+    for folder in (REPO / "configs" / kind, Path(__file__).resolve().parents[1] / "configs" / kind):
         if folder.is_dir():
             return folder
     raise SwanError(f"configs/{kind} is missing from this installation")
