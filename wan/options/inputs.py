@@ -9,11 +9,13 @@ from easydict import EasyDict
 
 from wan.errors import UsageError
 from wan.options.names import STORED_PICTURES
+from wan.options.sampling import check_frame_num
 from wan.options.schema import Asked
 from wan.options.values import or_default, shown
 from wan.pictures import image_sha256
 from wan.tasks import grid_px
 from wan.tasks.kinds import KINDS, kind_of
+from wan.video import VideoFile
 
 INPUTS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.inputs))  # of any kind of task
 
@@ -39,24 +41,31 @@ def _tasks(name: str) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def path_of(at: Asked, name: str) -> Any:
-    """The file of a picture among the inputs, or the picture, where there is one."""
-    return inputs_of(at)[name][0] if name in inputs_of(at) else None
+def input_of(at: Asked, name: str) -> Any:
+    """An input as a Sample has it: the absolute path of a file, or the picture in memory; None where there is none."""
+    one = inputs_of(at).get(name)
+    return one.path if isinstance(one, VideoFile) else one[0] if isinstance(one, tuple) and name in STORED_PICTURES else one
 
 
 def given_pictures(at: Asked) -> dict[str, Any]:
     """The pictures that the user gave, and no embedded task's own, by flag."""
     if not (at.get["image"] or at.get["first_frame"]):
         return {}
-    return {name: path for name in STORED_PICTURES if (path := path_of(at, name)) is not None}
+    return {name: path for name in STORED_PICTURES if (path := input_of(at, name)) is not None}
 
 
-def check_size(at: Asked) -> tuple[str, int, int]:
-    """(asked "W*H", width, height) in px; made once."""
-    return at.once("sides", lambda: _check_size(at.spec, at.get["size"], inputs_of(at), at.warnings))
+def check_shape(at: Asked) -> tuple[str, int, int, int]:
+    """(asked "W*H", width, height in px, frames); made once."""
+    return at.once("shape", lambda: _check_shape(at))
 
 
-def _check_size(spec: EasyDict, value: Any, inputs: dict[str, Any], warnings: list[str]) -> tuple[str, int, int]:
+def _check_shape(at: Asked) -> tuple[str, int, int, int]:
+    size, sides = _check_size(at.spec, at.get["size"], at.warnings)
+    frames = check_frame_num(at.spec, at.get["frame_num"])
+    return size, *kind_of(at.spec).shape(at.spec, sides, frames, inputs_of(at))
+
+
+def _check_size(spec: EasyDict, value: Any, warnings: list[str]) -> tuple[str, tuple[int, int]]:
     match = re.fullmatch(r"\s*(\d{1,5})\s*[*xX]\s*(\d{1,5})\s*", str(or_default(value, spec.sampling.size)))
     if not match:
         raise UsageError(f"--size must be WIDTH*HEIGHT or WIDTHxHEIGHT in pixels, such as 832*480, not {shown(value)}")
@@ -70,7 +79,7 @@ def _check_size(spec: EasyDict, value: Any, inputs: dict[str, Any], warnings: li
     size = f"{width}*{height}"
     if spec.sampling.sizes and size not in spec.sampling.sizes:
         warnings.append(f"size {size} is not an official size of {spec.name} ({', '.join(spec.sampling.sizes)})")
-    return size, *kind_of(spec).size(spec, (width, height), inputs)
+    return size, (width, height)
 
 
 def picture_hashes(at: Asked) -> dict[str, str]:

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.options.files import check_lora
-from wan.options.inputs import check_size, given_pictures, inputs_of, path_of, picture_hashes
+from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
 from wan.options.names import LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
 from wan.options.sampling import (
     check_boundary_step,
-    check_frame_num,
     check_guide_scale,
     check_prompt,
     check_seed,
@@ -35,6 +34,11 @@ def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
 def _steps(at: Asked, given: Any) -> int:
     listed = at.done["denoising_step_list"]
     return len(listed) if listed else whole(given, at.spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
+
+
+def _input(kind: str, help: str, value: str) -> Any:
+    """A field that the kind of task has read; its name is that of the input."""
+    return option(kind, help, None, group=_WHAT, value=value)
 
 
 def _lora(flag: str, what: str) -> Any:
@@ -71,7 +75,7 @@ class Sample:
     image: str | None = option(
         "picture",
         "image to start from (i2v, flf2v, ti2v)",
-        lambda at, given: path_of(at, "image"),
+        lambda at, given: input_of(at, "image"),
         group=_WHAT,
         value="FILE",
     )
@@ -79,22 +83,33 @@ class Sample:
     last_frame: str | None = option(
         "picture",
         "last frame (flf2v)",
-        lambda at, given: path_of(at, "last_frame"),
+        lambda at, given: input_of(at, "last_frame"),
         group=_WHAT,
         value="FILE",
     )
+    src_video: Any = _input("picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE")
+    src_mask: Any = _input("picture", "mask of it, as video or picture: white is made anew, black stays (vace)", "FILE")
+    src_ref_images: tuple[Any, ...] = _input("files", "pictures of what the video shows (vace)", "FILE,FILE,...")
+    context_scale: float = option(
+        "number",
+        "how much these count; default 1 (vace)",
+        lambda at, given: number(given, "context_scale", float, "a number", math.isfinite) if given is not None else 1.0,
+        group=_WHAT,
+        value="X",
+    )
+    inpaint: Any = _input("picture", "as --src_mask, but what --src_video shows there is left out (vace)", "FILE")
+    outpaint: tuple[int, ...] | None = _input("numbers", "pixels to add around --src_video (vace)", "L,T,R,B")
+    extend: Any = _input("picture", "clip, or picture, that the video begins with; see --last_frame (vace)", "FILE")
     size: str = option(
         "name",
         "pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
-        lambda at, given: check_size(at)[0],
+        lambda at, given: check_shape(at)[0],
         group=_WHAT,
         value="W*H",
     )
-    width: int = derived(lambda at: check_size(at)[1])
-    height: int = derived(lambda at: check_size(at)[2])
-    frame_num: int = option(
-        "number", "frames, 4n+1", lambda at, given: check_frame_num(at.spec, given), group=_WHAT, value="N"
-    )
+    width: int = derived(lambda at: check_shape(at)[1])
+    height: int = derived(lambda at: check_shape(at)[2])
+    frame_num: int = option("number", "frames, 4n+1", lambda at, given: check_shape(at)[3], group=_WHAT, value="N")
     trim_first_frames: int = option(
         "number",
         "leave out the first N frames, which distilled models can spoil",

@@ -26,12 +26,12 @@ class Image(Kind):
             raise UsageError(f"{spec.name} needs --image FILE")
         return {"image": picture_size(image)}
 
-    def size(self, spec: EasyDict, asked: Size, inputs: Mapping[str, Any]) -> Size:
+    def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """The aspect ratio is the image's, of what is asked only the area counts."""
         _, width, height = inputs["image"]
         stride = spec.vae_stride[1]
-        rows, columns = i2v_size(asked[0] * asked[1], height, width, stride=stride, patch=grid_px(spec) // stride)
-        return columns, rows
+        rows, columns = i2v_size(size[0] * size[1], height, width, stride=stride, patch=grid_px(spec) // stride)
+        return columns, rows, frames
 
     def condition(self, spec: EasyDict, sample: Any, encode: Any) -> Any:
         from wan.conditioning.image import image_condition

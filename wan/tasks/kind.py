@@ -37,13 +37,13 @@ class Kind:
         """
         return {}
 
-    def size(self, spec: EasyDict, asked: Size, inputs: Mapping[str, Any]) -> Size:
-        """Of the video, where `asked` is what the user, or the task, says."""
-        return asked
+    def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(width, height, frames) of the video, where `size` and `frames` are what the user, or the task, says."""
+        return *size, frames
 
-    def frames(self, spec: EasyDict, asked: int, size: Size, inputs: Mapping[str, Any]) -> int:
-        """So many frames the video has, where `asked` is what the user, or the task, says."""
-        return asked
+    def extra_frames(self, sample: Any) -> int:
+        """Latent frames that are sampled beside those of the video."""
+        return 0
 
     def condition(self, spec: EasyDict, sample: Any, encode: Encode) -> Condition:
         """What a Sample is conditioned on. encode: the VAE. Imports torch."""

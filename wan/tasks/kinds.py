@@ -7,8 +7,15 @@ from easydict import EasyDict
 from wan.tasks.image import FirstLast, Image
 from wan.tasks.kind import Kind
 from wan.tasks.latent import FirstLatent
+from wan.tasks.vace import Vace
 
-KINDS: dict[str, Kind] = {"t2v": Kind(), "i2v": Image(), "flf2v": FirstLast(), "ti2v": FirstLatent()}
+KINDS: dict[str, Kind] = {
+    "t2v": Kind(),
+    "i2v": Image(),
+    "flf2v": FirstLast(),
+    "ti2v": FirstLatent(),
+    "vace": Vace(),
+}
 
 
 def kind_of(spec: EasyDict) -> Kind:

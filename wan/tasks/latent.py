@@ -22,13 +22,13 @@ class FirstLatent(Kind):
         image = first_image(spec, get)
         return {"image": picture_size(image)} if image else {}
 
-    def size(self, spec: EasyDict, asked: Size, inputs: Mapping[str, Any]) -> Size:
+    def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """With an image the aspect ratio is the image's, and of what is asked only the area counts."""
         if "image" not in inputs:
-            return asked
+            return *size, frames
         _, width, height = inputs["image"]
-        rows, columns = ti2v_size(asked[0] * asked[1], height, width, multiple=grid_px(spec))
-        return columns, rows
+        rows, columns = ti2v_size(size[0] * size[1], height, width, multiple=grid_px(spec))
+        return columns, rows, frames
 
     def condition(self, spec: EasyDict, sample: Any, encode: Any) -> Any:
         if sample.image is None:
