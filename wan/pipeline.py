@@ -9,7 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -240,12 +240,22 @@ class WanPipeline:
         self.checks.text(embeddings)
         return dict(zip(texts, embeddings, strict=True))
 
-    def _encode_images(self, request: Request) -> Condition:
-        def encode(video: Tensor) -> Tensor:
-            with self._model("vae", "encode_image") as vae:
-                return vae.encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
+    def _condition(self, request: Request) -> Condition:
+        """With the VAE, which is loaded when something is to be encoded, and stays until all is."""
+        with ExitStack() as stage:
+            held: list[WanVAE] = []
 
-        condition = kind_of(self.spec).condition(self.spec, request.sample, encode)
+            def encode(video: Tensor) -> Tensor:
+                if not held:
+                    held.append(stage.enter_context(self._model("vae", "encode_image")))
+                return held[0].encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
+
+            condition = kind_of(self.spec).condition(self.spec, request.sample, encode)
+            held.clear()
+        return condition
+
+    def _encode_images(self, request: Request) -> Condition:
+        condition = self._condition(request)
         self.checks.image(condition)
         if condition.clip_images:
 

@@ -62,8 +62,8 @@ def ti2v_size(max_area: int, img_h: int, img_w: int, *, multiple: int = 32) -> t
 def vace_size(
     area: int, max_tokens: int, num_frames: int, img_h: int, img_w: int, *, multiple: int = 16
 ) -> tuple[int, int, int]:
-    """(height, width, frames) of a VACE run on a source video: its aspect ratio, at most `area` and its own size, and at
-    most `max_tokens` tokens of multiple x multiple pixels and four frames, which shorten the video.
+    """(height, width, frames) of a VACE run on a source video: its aspect ratio, at most `area` and its own size, and
+    at most `max_tokens` tokens of multiple x multiple pixels and four frames, which shorten the video.
 
     Source: behaviour of the official `VaceVideoProcessor`.
     """

@@ -50,7 +50,7 @@ def stacked(frames: Iterable[Tensor], count: int, height: int, width: int) -> Te
 
 def cover(frame: np.ndarray, height: int, width: int) -> Tensor:
     """uint8 [H, W, 3] -> [3, height, width]: bicubic on whole grey levels, rounded after each of its two passes."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None]
     scale = max(height / frame.shape[0], width / frame.shape[1])
     size = round(frame.shape[0] * scale), round(frame.shape[1] * scale)
     if size != frame.shape[:2]:
@@ -65,7 +65,7 @@ def as_frames(pixels: Tensor) -> Tensor:
 
 
 def as_mask(pixels: Tensor) -> Tensor:
-    """uint8 [T, 3, H, W] of a mask, white where the video is made anew -> [1, T, H, W] in 0..1. Soft edges stay soft."""
+    """uint8 [T, 3, H, W] of a mask, white where the video is made anew -> [1, T, H, W] in 0..1; soft edges stay."""
     return as_frames(pixels[:, :1]).add(1).div(2).clamp(0, 1)
 
 

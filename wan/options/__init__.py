@@ -17,7 +17,7 @@ from wan.errors import UsageError
 from wan.options.files import check_outputs
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
-from wan.options.names import DEFAULT_TASK
+from wan.options.names import DEFAULT_TASK, VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
@@ -65,7 +65,9 @@ class Request:
 
 def _is_storable(value: Any) -> bool:
     """Whether it says something, and is no image in memory."""
-    return isinstance(value, (str, Real, list, tuple)) and value != ()
+    if isinstance(value, (list, tuple)):
+        return value != () and all(map(_is_storable, value))
+    return isinstance(value, (str, Real))
 
 
 def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replayed: str | None = None) -> Request:
@@ -121,9 +123,10 @@ def check_written(request: Request, replayed: str | None = None) -> None:
     """That nothing which is read would be overwritten."""
     load, sample = request.load, request.sample
     loras = [(flag, path) for flag, chosen in sample.loras.items() for path, _ in chosen]
-    pictures = [("image", sample.image), ("last_frame", sample.last_frame)]
+    made_from = [(name, getattr(sample, name)) for name in ("image", "last_frame", *VIDEO_FLAGS)]
+    made_from += [("src_ref_images", path) for path in sample.src_ref_images]
     coefficients = ("cache_coefficients", sample.cache.get("cache_coefficients"))
-    pictures = [(flag, path) for flag, path in pictures if isinstance(path, str)]  # and is no image in memory
-    inputs = [*pictures, *loras, *load.files.items(), ("ckpt_dir", load.ckpt_dir), coefficients, ("replay", replayed)]
+    made_from = [(flag, path) for flag, path in made_from if isinstance(path, str)]  # and is no image in memory
+    inputs = [*made_from, *loras, *load.files.items(), ("ckpt_dir", load.ckpt_dir), coefficients, ("replay", replayed)]
     written = {"save_file": request.output.save_file, "preview": request.output.preview}
     check_outputs({**written, "cache_trace": sample.cache.get("cache_trace")}, inputs)

@@ -44,7 +44,9 @@ def _tasks(name: str) -> str:
 def input_of(at: Asked, name: str) -> Any:
     """An input as a Sample has it: the absolute path of a file, or the picture in memory; None where there is none."""
     one = inputs_of(at).get(name)
-    return one.path if isinstance(one, VideoFile) else one[0] if isinstance(one, tuple) and name in STORED_PICTURES else one
+    if isinstance(one, VideoFile):
+        return one.path
+    return one[0] if isinstance(one, tuple) and name in STORED_PICTURES else one
 
 
 def given_pictures(at: Asked) -> dict[str, Any]:

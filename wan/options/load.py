@@ -37,11 +37,11 @@ _WEIGHTS, _MACHINE, _RANKS = "weights", "machine", "several processes, started b
 
 
 def _part(part: str, what: str, value: str = "FILE") -> Any:
-    return option("path", what, lambda at, given: check_file(at.spec, at.get, part), group=_WEIGHTS, value=value)
+    return option("path", _WEIGHTS, value, what, lambda at, given: check_file(at.spec, at.get, part))
 
 
 def _flag(help: str, group: str) -> Any:
-    return option("flag", help, lambda at, given: bool(given), group=group, stored=group == _MACHINE)
+    return option("flag", group, "", help, lambda at, given: bool(given), stored=group == _MACHINE)
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,17 @@ class LoadOptions:
 
     task: str = option(
         "name",
+        "what to make",
+        "NAME",
         f"one of: {', '.join(task_names())}; default {DEFAULT_TASK}, which needs no download",
         lambda at, given: at.spec.name,
-        group="what to make",
-        value="NAME",
     )
     ckpt_dir: str = option(
         "path",
+        _WEIGHTS,
+        "DIR",
         "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B",
         lambda at, given: check_ckpt_dir(at.spec, given),
-        group=_WEIGHTS,
-        value="DIR",
     )
     ckpt_option: str | None = derived(lambda at: absolute(at.get["ckpt_dir"]))
     dit: str | None = _part("dit", "take the DiT from this file")
@@ -84,58 +84,58 @@ class LoadOptions:
     tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", "DIR")
     gguf_mode: str = option(
         "name",
+        _WEIGHTS,
+        "NAME",
         "quantised weights: resident (dequantised once), stream (at each use, in little memory) or auto (default:"
         " resident where the memory is free)",
         lambda at, given: choice(given, "auto", "gguf_mode", GGUF_MODES),
-        group=_WEIGHTS,
-        value="NAME",
     )
     device: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         "auto (default), cpu, cuda, cuda:N or mps",
         lambda at, given: check_device_name(given, ranks=at.world_size),
-        group=_MACHINE,
-        value="NAME",
     )
     dtype: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or fp32 on a CPU without units for"
         " bf16",
         lambda at, given: check_dtype(at.spec, given, at.get["convert_model_dtype"])[0],
-        group=_MACHINE,
-        value="NAME",
     )
     auto_dtype: bool = derived(
         lambda at: check_dtype(at.spec, at.get["dtype"], at.get["convert_model_dtype"])[1], compare=False
     )
     t5_dtype: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
         lambda at, given: check_t5_dtype(at.spec, given),
-        group=_MACHINE,
-        value="NAME",
     )
     vae_dtype: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32",
         lambda at, given: choice(given, "fp32", "vae_dtype", VAE_DTYPE_NAMES),
-        group=_MACHINE,
-        value="NAME",
     )
     attention: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         f"attention back end: {', '.join(ATTENTION_NAMES)}; default sdpa",
         lambda at, given: given or "sdpa",
-        group=_MACHINE,
-        value="NAME",
     )
     offload: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         "none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
         " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
         lambda at, given: check_offload(at.get, at.world_size),
-        group=_MACHINE,
-        value="NAME",
         stored=False,
     )
     may_offload: bool = derived(
@@ -143,56 +143,48 @@ class LoadOptions:
     )
     residency: str = option(
         "name",
+        _MACHINE,
+        "NAME",
         "which models stay between their uses: stage (as little memory as the plan needs), keep (as many as memory"
         " allows) or auto: keep, but stage for the one video of a command line",
         lambda at, given: choice(given, "auto", "residency", RESIDENCY_NAMES),
-        group=_MACHINE,
-        value="NAME",
         stored=False,
     )
     resident_blocks: int | None = option(
         "number",
+        _MACHINE,
+        "N",
         "blocks that stay on the device with block and phase; default auto",
         lambda at, given: check_resident_blocks(at.spec, at.get),
-        group=_MACHINE,
-        value="N",
         stored=False,
     )
     vae_offload: bool | None = option(
-        "bool", "release the VAE after use; default: as the other models", group=_MACHINE, stored=False
+        "bool", _MACHINE, "", "release the VAE after use; default: as the other models", stored=False
     )
     t5_cpu: bool = _flag("run the text encoder on the CPU", _MACHINE)
     vram_bytes: int | None = option(
         "number",
+        _MACHINE,
+        "X",
         "GPU memory that the plan may use, in GB; default: what is free",
         lambda at, given: check_budget(given, "vram_gb"),
-        group=_MACHINE,
-        value="X",
         stored=False,
         flag="vram_gb",
     )
     ram_bytes: int | None = option(
         "number",
+        _MACHINE,
+        "X",
         "memory of the machine that it may use, in GB; default: what is free",
         lambda at, given: check_budget(given, "ram_gb"),
-        group=_MACHINE,
-        value="X",
         stored=False,
         flag="ram_gb",
     )
     ulysses_size: int | None = option(
-        "number",
-        "share tokens and heads among N (default: all processes that are left)",
-        group=_RANKS,
-        value="N",
-        stored=False,
+        "number", _RANKS, "N", "share tokens and heads among N (default: all processes that are left)", stored=False
     )
     ring_size: int | None = option(
-        "number",
-        "share tokens among N groups, keys and values going round; default 1",
-        group=_RANKS,
-        value="N",
-        stored=False,
+        "number", _RANKS, "N", "share tokens among N groups, keys and values going round; default 1", stored=False
     )
     cfg_parallel: bool = _flag("the two branches of guidance on half of them each", _RANKS)
     grid: Grid = derived(lambda at: make_grid(at.get, at.world_size))
@@ -200,10 +192,10 @@ class LoadOptions:
     t5_fsdp: bool = _flag("share the weights of the text encoder out among all", _RANKS)
     dist_timeout: int = option(
         "number",
+        _RANKS,
+        "S",
         "give up when a process has not answered for S seconds; default 600",
         lambda at, given: whole(given, 600, "dist_timeout", 1, 86_400),
-        group=_RANKS,
-        value="S",
         stored=False,
     )
 

@@ -36,27 +36,27 @@ class Output:
 
     save_file: str = option(
         "path",
+        "what to make",
+        "FILE",
         ".mp4, or .png for one frame; default: a new name in this folder",
         _save_file,
-        group="what to make",
-        value="FILE",
         stored=False,
     )
 
     preview: str | None = option(
         "path",
+        "output",
+        "FILE",
         "while it is made, show what it becomes: .png (its middle frame) or .gif, written anew every few steps",
         _preview,
-        group="output",
-        value="FILE",
         stored=False,
     )
     preview_every: int = option(
         "number",
+        "output",
+        "N",
         "steps from preview to preview; default 5",
         lambda at, given: whole(given, 5, "preview_every", 1, MAX_STEPS),
-        group="output",
-        value="N",
         stored=False,
     )
 

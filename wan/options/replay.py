@@ -89,7 +89,7 @@ def _check_files(named: Mapping[str, Any], hashes: Mapping[str, str], home: str 
     missing: list[tuple[str, str, bool]] = []  # path, flag to add, whether it is a hub id
     for flag in (*STORED_FILES, *STORED_PICTURES):
         value = named.get(flag)
-        for path, *strength in (value if flag in LORA_FLAGS else [[value]]) if value else []:
+        for path, *strength in _parts(flag, value) if value else []:
             is_hub = flag == "ckpt_dir" and not os.path.isabs(path)
             proven = flag in STORED_PICTURES and flag in hashes and not path.startswith(_NETWORK)
             if is_hub or not (allowed or proven or _is_inside(path, home)):
@@ -99,6 +99,13 @@ def _check_files(named: Mapping[str, Any], hashes: Mapping[str, str], home: str 
         flags = " ".join(flag for _, flag, _ in missing[:MOST_SHOWN]) + " ..." * (len(missing) > MOST_SHOWN)
         also = "" if all(is_hub for *_, is_hub in missing) else ", or --replay_files to use all files that it names"
         raise UsageError(f"the video was made from {missing[0][0]}: add {flags}{also}")
+
+
+def _parts(flag: str, value: Any) -> list[list[Any]]:
+    """[path] or [path, strength] of each file that an option names."""
+    if flag == "src_ref_images":
+        return [[path] for path in value]
+    return value if flag in LORA_FLAGS else [[value]]
 
 
 def _is_inside(path: str, folder: str | None) -> bool:

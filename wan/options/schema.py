@@ -53,9 +53,9 @@ class Option:
     flag: str = ""
 
 
-def option(kind: str, help: str, check: Check = lambda at, given: given, *, group: str, **more: Any) -> Any:
-    """A field that a flag of its name sets. check: also fills in the default, and raises UsageError."""
-    return field(metadata={"option": Option(kind, help, group, **more), "check": check})
+def option(kind: str, group: str, value: str, help: str, check: Check = lambda at, given: given, **more: Any) -> Any:
+    """A field that a flag sets, see Option. check: also fills in the default, and raises UsageError."""
+    return field(metadata={"option": Option(kind, help, group, value, **more), "check": check})
 
 
 def derived(check: Callable[[Asked], Any], **of_field: Any) -> Any:

@@ -28,14 +28,17 @@ def or_default(value: Any, default: Any) -> Any:
 def of_kind(value: Any, flag: str, kind: str) -> Any:
     """`value`, which must be of the kind that its flag takes, whoever gave it: a Python caller or the file of a replay.
 
-    kind: text, name (short), path or file (comes back as text, ~ expanded), picture (or a PIL image or array), flag or
-    bool, number or whole (or text for one), numbers (text, one number or a list), loras (text, a pair of path and
-    strength, or a list of both). None stays None.
+    kind: text, name (short), path or file (comes back as text, ~ expanded), picture (or a PIL image or array), pictures
+    (a list of those, or text with commas between them), flag or bool, number or whole (or text for one), numbers (text,
+    one number or a list), loras (text, a pair of path and strength, or a list of both). None stays None.
 
     Raises UsageError.
     """
     if value is None:
         return None
+    if kind == "pictures":
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return [of_kind(part, flag, "picture") for part in parts]
     if kind == "picture" and not isinstance(value, (str, os.PathLike)):
         return _picture(value, flag)
     kind = {"picture": "path", "file": "path", "bool": "flag", "whole": "number"}.get(kind, kind)

@@ -31,6 +31,7 @@ from wan.plan.weights import (
     vae_component,
 )
 from wan.plan.work import high_noise_steps
+from wan.tasks.kinds import kind_of
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
 GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
@@ -65,7 +66,8 @@ class Workload:
     @cached_property
     def latent(self) -> tuple[int, int, int, int]:
         size = self.request.sample.frame_num, self.request.sample.height, self.request.sample.width
-        return latent_shape(self.spec.vae.z_dim, *size, self.spec.vae_stride[1])
+        channels, frames, *sides = latent_shape(self.spec.vae.z_dim, *size, self.spec.vae_stride[1])
+        return channels, frames + kind_of(self.spec).extra_frames(self.request.sample), *sides
 
     @cached_property
     def all_tokens(self) -> int:
@@ -84,7 +86,7 @@ class Workload:
 
     @cached_property
     def stages(self) -> list[str]:
-        has_image = self.request.sample.image is not None
+        has_image = kind_of(self.spec).encodes(self.request.sample)
         return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
 
     @cached_property
@@ -137,7 +139,8 @@ class Workload:
         words = min(spec.dit.text_len, max(map(len, texts)) + 2)
         text = text_bytes(spec, len(texts), words, ITEMSIZE[request.load.t5_dtype])
         # Sample, noise, two predictions and the solver's history in fp32; the input with its condition.
-        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * spec.dit.in_dim // spec.vae.z_dim)
+        channels = spec.dit.in_dim + spec.dit.get("vace_in_dim", 0)
+        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * channels // spec.vae.z_dim)
         hidden = [dit_bytes(spec, self.tokens, self.all_tokens, itemsize, on_cpu) for on_cpu in (True, False)]
         decoding = self._vae_bytes(decode_values, spec.vae_stride[1]) + self._video_bytes(4)
         found = {
@@ -148,6 +151,8 @@ class Workload:
         if "encode_image" in self.stages:
             # The video that is encoded, as it is given and cut up for the encoder.
             video = self._video_bytes(4 + ITEMSIZE[request.load.vae_dtype])
+            if spec.kind == "vace":  # frames and mask, which stay; a copy of the frames and of what is new; the cut
+                video += self._video_bytes(4 + 2)
             encoding = self._vae_bytes(encode_values, 1) + video
             looking = clip_bytes(2 if request.sample.last_frame else 1) if "clip" in self.components else 0
             found["encode_image"] = (max(encoding, looking), max(encoding, looking))

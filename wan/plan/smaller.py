@@ -54,8 +54,8 @@ def _sides(size: str) -> tuple[int, int]:
 
 
 def _with_image(request: Request, spec: EasyDict, width: int, height: int) -> Size | None:
-    flag = f"{width}*{height}"
-    if request.sample.image is None:
+    flag, sample = f"{width}*{height}", request.sample
+    if sample.size == f"{sample.width}*{sample.height}":  # what it is made from does not say otherwise
         return Size(flag, width, height)
     stride = spec.vae_stride[1]
     try:  # near enough for ti2v, which rounds by a rule of its own

@@ -176,6 +176,9 @@ def _dit_params(spec: EasyDict) -> int:
         block += 2 * _linear(dim, dim) + dim
         total += 2 * CLIP_DIM + _linear(CLIP_DIM, CLIP_DIM) + _linear(CLIP_DIM, dim) + 2 * dim
         total += 2 * CLIP_TOKENS * CLIP_DIM if spec.dit.model_type == "flf2v" else 0
+    if hints := len(dit.get("vace_layers", ())):
+        total += _linear(dit.vace_in_dim * math.prod(dit.patch_size), dim) + _linear(dim, dim)
+        total += hints * (block + _linear(dim, dim))
     return total + dit.num_layers * block
 
 

@@ -45,6 +45,10 @@ class Kind:
         """Latent frames that are sampled beside those of the video."""
         return 0
 
+    def encodes(self, sample: Any) -> bool:
+        """Whether its condition is made with the VAE."""
+        return sample.image is not None
+
     def condition(self, spec: EasyDict, sample: Any, encode: Encode) -> Condition:
         """What a Sample is conditioned on. encode: the VAE. Imports torch."""
         from wan.conditioning.condition import Condition

@@ -14,6 +14,7 @@ from wan.tasks import grid_px
 from wan.tasks.kind import Kind, Size, first_image, picture_size
 from wan.video import VideoFile, open_video
 
+_MOST_MARGIN = 10_000
 _SAME_SHAPE = 0.02  # aspect ratios that differ by less are alike
 
 
@@ -35,7 +36,7 @@ class Vace(Kind):
         if "src_ref_images" in given:
             read["src_ref_images"] = [picture_size(path)[0] for path in given["src_ref_images"]]
         if "outpaint" in given:
-            read["outpaint"] = Margins(*given["outpaint"])
+            read["outpaint"] = _margins(given["outpaint"])
         for name in ("src_mask", "inpaint"):
             if name in read:
                 _check_mask(name, read[name], read["src_video"])
@@ -64,6 +65,9 @@ class Vace(Kind):
     def extra_frames(self, sample: Any) -> int:
         return len(sample.src_ref_images)
 
+    def encodes(self, sample: Any) -> bool:
+        return True
+
     def condition(self, spec: EasyDict, sample: Any, encode: Any) -> Any:
         from wan.conditioning import vace_inputs as made
         from wan.conditioning.vace import vace_condition
@@ -85,6 +89,18 @@ class Vace(Kind):
         return vace_condition(encode, frames, mask, references, context_scale=sample.context_scale)
 
 
+def _margins(value: Any) -> Margins:
+    allowed = "four numbers of pixels, LEFT,TOP,RIGHT,BOTTOM, not all 0"
+    parts = value.replace(",", " ").split() if isinstance(value, str) else value
+    try:
+        margins = Margins(*map(int, parts))
+        if min(margins) < 0 or not any(margins) or max(margins) > _MOST_MARGIN:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(f"--outpaint must be {allowed}, not {str(value)[:100]!r}") from None
+    return margins
+
+
 def _check_together(given: Mapping[str, Any]) -> None:
     """Raises UsageError for inputs that contradict each other or need another one."""
     for name in ("src_mask", "inpaint", "outpaint"):
@@ -93,9 +109,8 @@ def _check_together(given: Mapping[str, Any]) -> None:
     for group in (("src_mask", "inpaint", "outpaint"), ("image", "extend")):
         if len(both := [name for name in group if name in given]) > 1:
             raise UsageError(f"--{both[0]} and --{both[1]} contradict each other: give one")
-    if "src_video" in given and (
-        other := next((one for one in ("extend", "image", "last_frame") if one in given), None)
-    ):
+    other = next((name for name in ("extend", "image", "last_frame") if name in given), None)
+    if "src_video" in given and other:
         raise UsageError(f"--src_video and --{other} both say what the frames are: give one")
 
 

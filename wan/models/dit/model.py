@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.distributed.parallel import Parallel
 from wan.models.attention import get_attention
 from wan.models.dit.adapters import Adapter
+from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
 from wan.models.dit.sequence import Group, Segments, Sequence, Times
 from wan.models.fused import gelu_tanh
@@ -19,7 +21,7 @@ from wan.offload import Resident
 
 
 class WanModel(nn.Module):
-    """`model_type`: "t2v", "i2v", "flf2v" or "ti2v". Wan2.2's i2v experts are "i2v" with `clip=False`.
+    """`model_type`: "t2v", "i2v", "flf2v", "ti2v" or "vace". Wan2.2's i2v experts are "i2v" with `clip=False`.
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
     `wan.models.attention`. Activations have the type of the weights; what `keep_fp32` names stays in fp32. `parallel`:
@@ -42,6 +44,8 @@ class WanModel(nn.Module):
         num_layers: int = 32,
         eps: float = 1e-6,
         clip: bool | None = None,
+        vace_layers: Iterable[int] = (),
+        vace_in_dim: int = 96,
         attention: str = "sdpa",
         parallel: Parallel | None = None,
     ):
@@ -57,10 +61,15 @@ class WanModel(nn.Module):
         self.text_embedding = _mlp(text_dim, dim)
         self.time_embedding = _mlp(freq_dim, dim)
         self.time_projection = nn.ModuleDict({"1": nn.Linear(dim, 6 * dim)})
-        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps, clip) for _ in range(num_layers))
+        block = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "eps": eps}
+        self.blocks = nn.ModuleList(Block(**block, images=clip) for _ in range(num_layers))
         self.head = Head(dim, out_dim * self.patch_size[0] * self.patch_size[1] * self.patch_size[2], eps)
         self.img_emb = ImageEmbedding(dim, positions=model_type == "flf2v") if clip else None
         self.adapters: list[Adapter] = []
+        if vace_layers:
+            self.adapters.append(Vace(vace_layers, vace_in_dim, self.patch_size, block))
+        for name, module in (pair for adapter in self.adapters for pair in adapter.names.items()):
+            self.add_module(name, module)
 
     @staticmethod
     def keep_fp32(name: str) -> bool:
