@@ -9,7 +9,7 @@ from __future__ import annotations
 from easydict import EasyDict
 
 CLIP_DIM, CLIP_TOKENS = 1280, 257
-_SLICE_BYTES = 64 << 20  # on a GPU: the fp32 copy of a slice in wan.models.fused
+_SLICE_BYTES = 64 << 20  # on a GPU: the fp32 copy of a slice in wan.models.ops
 _TAPS = 2  # frames that a causal convolution keeps from its last chunk
 
 
