@@ -11,6 +11,7 @@ from wan.errors import SwanError, UsageError
 from wan.models import attention
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
 from wan.models.dit.sequence import Group, Schedule, Sequence, Times
+from wan.models.ops import OPS
 from wan.weights.assign import load_weights
 
 SHAPE = {
@@ -217,7 +218,9 @@ def test_a_token_of_time_zero_is_modulated_by_time_zero():
 def test_each_distinct_timestep_is_embedded_once(t, rows, segments):
     model, seen = make(), []
     model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    sequence = Sequence([Group((1, 2, 2))], Parallel(), model.attention, model.head_dim, torch.device("cpu"))
+    sequence = Sequence(
+        [Group((1, 2, 2))], Parallel(), model.attention, OPS["cpu"], model.head_dim, torch.device("cpu")
+    )
     time_RC, temb_R6C, found = model.embed_time(Times.of(t), sequence, len(t))
     assert seen == [rows] and time_RC.shape[0] == temb_R6C.shape[0] == rows
     assert found == segments
@@ -236,7 +239,7 @@ def test_a_schedule_is_embedded_by_the_first_of_its_steps_and_changes_no_bit():
 
 def sequence_of(*groups):
     model = make()
-    return Sequence(groups, Parallel(), model.attention, model.head_dim, torch.device("cpu"))
+    return Sequence(groups, Parallel(), model.attention, OPS["cpu"], model.head_dim, torch.device("cpu"))
 
 
 def test_groups_of_tokens_have_places_and_times_of_their_own_and_may_be_unseen():

@@ -11,7 +11,7 @@ from easydict import EasyDict
 from wan.tasks.kinds import kind_of
 
 CLIP_DIM, CLIP_TOKENS = 1280, 257
-_SLICE_BYTES = 64 << 20  # on a GPU: the fp32 copy of a slice in wan.models.fused
+_SLICE_BYTES = 64 << 20  # on a GPU: the fp32 copy of a slice in wan.models.ops
 _TAPS = 2  # frames that a causal convolution keeps from its last chunk
 
 

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wan.models.attention import BackEnd
 from wan.models.dit.sequence import Sequence
-from wan.models.fused import gelu_tanh, norm_rope
+from wan.models.ops.reference import Reference
 
 CLIP_DIM = 1280
 CLIP_TOKENS = 257  # per image
@@ -38,14 +37,15 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def heads(self, x_BLC: Tensor, norm: RMSNorm | None = None, rope_LD: Tensor | None = None) -> Tensor:
-        if norm is None:
-            return x_BLC.unflatten(-1, (-1, self.head_dim))
-        return norm_rope(x_BLC, norm.weight, norm.eps, self.head_dim, rope_LD)
+    def heads(self, x_BLC: Tensor) -> Tensor:
+        return x_BLC.unflatten(-1, (-1, self.head_dim))
+
+    def normed(self, x_BLC: Tensor, norm: RMSNorm, ops: Reference, rope_LD: Tensor | None = None) -> Tensor:
+        return ops.norm_rope(x_BLC, norm.weight, norm.eps, self.head_dim, rope_LD)
 
     def forward(self, x_BLC: Tensor, sequence: Sequence) -> Tensor:
-        q_BLHD = self.heads(self.q(x_BLC), self.norm_q, sequence.rope_LD)
-        k_BLHD = self.heads(self.k(x_BLC), self.norm_k, sequence.rope_LD)
+        q_BLHD = self.normed(self.q(x_BLC), self.norm_q, sequence.ops, sequence.rope_LD)
+        k_BLHD = self.normed(self.k(x_BLC), self.norm_k, sequence.ops, sequence.rope_LD)
         y_BLHD = sequence.attend(q_BLHD, k_BLHD, self.heads(self.v(x_BLC)))
         return self.o(y_BLHD.flatten(2))
 
@@ -59,12 +59,13 @@ class CrossAttention(SelfAttention):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x_BLC: Tensor, context: Context, attention: BackEnd) -> Tensor:
+    def forward(self, x_BLC: Tensor, context: Context, sequence: Sequence) -> Tensor:
         text_BMC, image_BMC = context
-        q_BLHD = self.heads(self.q(x_BLC), self.norm_q)
-        y = attention(q_BLHD, self.heads(self.k(text_BMC), self.norm_k), self.heads(self.v(text_BMC)))
+        attention, ops = sequence.attention, sequence.ops
+        q_BLHD = self.normed(self.q(x_BLC), self.norm_q, ops)
+        y = attention(q_BLHD, self.normed(self.k(text_BMC), self.norm_k, ops), self.heads(self.v(text_BMC)))
         if image_BMC is not None:
-            k_BMHD = self.heads(self.k_img(image_BMC), self.norm_k_img)
+            k_BMHD = self.normed(self.k_img(image_BMC), self.norm_k_img, ops)
             y = y + attention(q_BLHD, k_BMHD, self.heads(self.v_img(image_BMC)))
         return self.o(y.flatten(2))
 
@@ -89,10 +90,10 @@ class Block(nn.Module):
             y = self.self_attn(sequence.norm(x_BLC, shift1, scale1, self.eps), sequence)
         x_BLC = sequence.gated_add(x_BLC, y, gate1)
         with hold(self.cross_attn):
-            x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), context, sequence.attention)
+            x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), context, sequence)
         with hold(self.ffn):
             y = self.ffn["0"](sequence.norm(x_BLC, shift2, scale2, self.eps))
-            return sequence.gated_add(x_BLC, self.ffn["2"](gelu_tanh(y)), gate2)
+            return sequence.gated_add(x_BLC, self.ffn["2"](sequence.ops.gelu(y)), gate2)
 
 
 class ImageEmbedding(nn.Module):

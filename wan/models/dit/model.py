@@ -16,7 +16,7 @@ from wan.models.dit.adapters import Adapter
 from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
 from wan.models.dit.sequence import Group, Segments, Sequence, Times
-from wan.models.fused import gelu_tanh
+from wan.models.ops import Reference, choose_ops
 from wan.offload import Resident
 
 
@@ -24,9 +24,9 @@ class WanModel(nn.Module):
     """`model_type`: "t2v", "i2v", "flf2v", "ti2v" or "vace". Wan2.2's i2v experts are "i2v" with `clip=False`.
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
-    `wan.models.attention`. Activations have the type of the weights; what `keep_fp32` names stays in fp32. `parallel`:
-    the processes that share the work; by default this one alone. `offload`: brings the weights of blocks that are not
-    on the device, see `wan.offload`.
+    `wan.models.attention`, `ops` some of `wan.models.ops` (None: by the device). Activations have the type of the
+    weights; what `keep_fp32` names stays in fp32. `parallel`: the processes that share the work; by default this one
+    alone. `offload`: brings the weights of blocks that are not on the device, see `wan.offload`.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class WanModel(nn.Module):
         vace_layers: Iterable[int] = (),
         vace_in_dim: int = 96,
         attention: str = "sdpa",
+        ops: str | None = None,
         parallel: Parallel | None = None,
     ):
         super().__init__()
         self.patch_size, self.text_len, self.freq_dim = tuple(patch_size), text_len, freq_dim
         self.head_dim, self.out_dim = dim // num_heads, out_dim
-        self.attention = get_attention(attention)
+        self.attention, self.ops = get_attention(attention), ops
         self.parallel = parallel or Parallel()
         self.offload = Resident()
         clip = model_type in ("i2v", "flf2v") if clip is None else clip
@@ -152,9 +153,10 @@ class WanModel(nn.Module):
         ctx: StepContext | None = None,
     ) -> Tensor:
         x_BLC, grid = self.embed_patches(x_BCFHW)
-        sequence = Sequence([Group(grid)], self.parallel, self.attention, self.head_dim, x_BLC.device)
+        ops = choose_ops(self.ops, x_BLC.device)
+        sequence = Sequence([Group(grid)], self.parallel, self.attention, ops, self.head_dim, x_BLC.device)
         sequence.set_time(*self.embed_time(times, sequence, len(x_BLC)))
-        text_BMC = self.embed_text(context)
+        text_BMC = self.embed_text(context, ops)
         seen = Context(text_BMC, self.img_emb(clip_fea.to(self.dtype)) if self.img_emb is not None else None)
         x_BLC = sequence.shard(x_BLC)
         hold = self.offload.hold
@@ -179,12 +181,12 @@ class WanModel(nn.Module):
         x = self.patch_embedding(x_BCFHW.to(self.dtype))
         return x.flatten(2).transpose(1, 2).contiguous(), tuple(x.shape[2:])
 
-    def embed_text(self, context) -> Tensor:
+    def embed_text(self, context, ops: Reference) -> Tensor:
         """Text embeddings, zero-padded to `text_len` (the padding is not masked later): `[B, text_len, C]`."""
         if (longest := max(len(text) for text in context)) > self.text_len:
             raise ValueError(f"a text embedding of {longest} tokens; at most {self.text_len} fit")
         padded = [F.pad(text.to(self.dtype), (0, 0, 0, self.text_len - text.shape[0])) for text in context]
-        x = gelu_tanh(self.text_embedding["0"](torch.stack(padded)))
+        x = ops.gelu(self.text_embedding["0"](torch.stack(padded)))
         return self.text_embedding["2"](x)
 
     def embed_time(self, times: Times, sequence: Sequence, batch: int) -> tuple[Tensor, Tensor, Segments]:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from wan.distributed.parallel import Parallel
 from wan.models.attention import BackEnd
 from wan.models.dit.rope import rope_table
-from wan.models.fused import gated_add, modulated_norm
-
-Segments = list[tuple[int, int]]  # (row of the modulation, so many tokens), along the B*L tokens of this rank
+from wan.models.ops.reference import Reference, Segments
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,22 @@ class Schedule:
 
 
 class Sequence:
-    """The tokens of one forward, of which this rank has a part; `attention`: a back end of `wan.models.attention`.
+    """The tokens of one forward, of which this rank has a part; `attention`: a back end of `wan.models.attention`,
+    `ops`: the elementwise chains.
 
     Blocks ask it for all that concerns more than one token, or the place of one in space and time.
     """
 
     def __init__(
-        self, groups: Iterable[Group], parallel: Parallel, attention: BackEnd, head_dim: int, device: torch.device
+        self,
+        groups: Iterable[Group],
+        parallel: Parallel,
+        attention: BackEnd,
+        ops: Reference,
+        head_dim: int,
+        device: torch.device,
     ):
-        self.groups, self.attention = tuple(groups), attention
+        self.groups, self.attention, self.ops = tuple(groups), attention, ops
         self.shards = parallel.tokens(sum(group.count for group in self.groups))
         places = tuple((group.grid, group.origin) for group in self.groups)
         self.rope_LD = self.shards.shard(rope_table(places, head_dim, device), dim=0)
@@ -119,11 +124,11 @@ class Sequence:
 
     def norm(self, x_BLC: Tensor, shift_RC: Tensor, scale_RC: Tensor, eps: float) -> Tensor:
         """LayerNorm, scaled and shifted by what each token's time says."""
-        return modulated_norm(x_BLC, shift_RC, scale_RC, self._segments, eps)
+        return self.ops.modulated_norm(x_BLC, shift_RC, scale_RC, self._segments, eps)
 
     def gated_add(self, x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor) -> Tensor:
         """`x + gate * y`."""
-        return gated_add(x_BLC, y_BLC, gate_RC, self._segments)
+        return self.ops.gated_add(x_BLC, y_BLC, gate_RC, self._segments)
 
     # Among ranks
 
