@@ -38,6 +38,11 @@ def check_ckpt_dir(spec: EasyDict, value: str | None) -> str:
     return absolute(value)
 
 
+def is_checkpoint(value: str | None) -> bool:
+    """Whether it may be one: a folder, or a hub id."""
+    return bool(value) and (os.path.isdir(value) or not os.path.exists(value) and _is_hub_id(value))
+
+
 def _is_hub_id(value: str) -> bool:
     """OWNER/NAME or OWNER/NAME@REVISION, and not a path below a folder that exists here (that is a mistyped path)."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", value)) and not os.path.exists(value.split("/")[0])

@@ -25,6 +25,7 @@ class Asked:
     spec: EasyDict
     get: Mapping[str, Any]
     world_size: int = 1
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     done: dict[str, Any] = field(default_factory=dict)
     _known: dict[str, Any] = field(default_factory=dict)
