@@ -39,8 +39,8 @@ from benchmarks.tiny_world import CASES_PER_HALF, WORDS, Outcome, rates
 from benchmarks.tiny_world_gguf import SAME_DB, psnr
 from wan.command import Parser, run_command
 from wan.errors import UsageError
+from wan.options import Request, build_request, check_device
 from wan.pipeline import WanPipeline
-from wan.request import Request, build_request, check_device
 from wan.tasks import load_task
 
 HALF = 0.5  # of the compute: where the best policy is looked for
@@ -257,13 +257,13 @@ def measure(
     return {
         "task": task,
         "clips": count,
-        "size": f"{request.width}x{request.height}",
-        "frames": request.frame_num,
-        "steps": request.steps,
-        "solver": request.solver,
-        "guide_scale": list(request.guide_scale),
-        "dtype": request.dtype,
-        "device": request.device,
+        "size": f"{request.sample.width}x{request.sample.height}",
+        "frames": request.sample.frame_num,
+        "steps": request.sample.steps,
+        "solver": request.sample.solver,
+        "guide_scale": list(request.sample.guide_scale),
+        "dtype": request.load.dtype,
+        "device": request.load.device,
         "machine": machine(),
         "best_at_half_the_compute": best,
         "uncached": row(Setting("uncached", {}), uncached),

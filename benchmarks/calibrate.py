@@ -35,9 +35,9 @@ from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.tiny_world import CASES_PER_HALF
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
+from wan.options import Request, build_request, check_device
+from wan.options.names import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS
 from wan.pipeline import WanPipeline
-from wan.request import Request, build_request, check_device
-from wan.request.options import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS
 from wan.tasks import load_task
 
 SIGNALS = ("embedding", "projection")
@@ -162,13 +162,13 @@ def record(requests: Sequence[Request], spec: Any) -> list[list[Change]]:
     pipe = WanPipeline.from_request(requests[0], spec)
     runs = []
     for index, request in enumerate(requests, 1):
-        print(f"run {index} of {len(requests)}, seed {request.seed}: {request.prompt}", file=sys.stderr)
+        print(f"run {index} of {len(requests)}, seed {request.sample.seed}: {request.sample.prompt}", file=sys.stderr)
         recorder = Recorder()
         pipe(request, cache=recorder)
         runs.append(recorder.changes)
         if missing := set(spec.get("experts", ["model"])) - {one.expert for one in recorder.changes}:
             raise UsageError(
-                f"{request.steps} steps are too few: expert {min(missing)} runs in fewer than two of them;"
+                f"{request.sample.steps} steps are too few: expert {min(missing)} runs in fewer than two of them;"
                 " give more --sample_steps"
             )
     if not np.isfinite([one[3:] for run in runs for one in run]).all():
@@ -258,8 +258,9 @@ def _main(argv: Sequence[str] | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         requests = make_requests(args, folder)
         runs = record(requests, spec)
-    one = requests[0]
-    how = f"{one.steps} steps, {one.solver}, shift {one.shift:g}, {one.width}x{one.height}, {one.frame_num} frames"
+    one = requests[0].sample
+    size = f"{one.width}x{one.height}, {one.frame_num} frames"
+    how = f"{one.steps} steps, {one.solver}, shift {one.shift:g}, {size}"
     source = f"benchmarks.calibrate on {spec.name}: mean of {len(runs)} runs of {how}"
     entry = coefficients(runs, source)
     print(table(runs, entry))

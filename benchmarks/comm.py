@@ -46,9 +46,8 @@ from benchmarks.roofline import FLASH, Tally, aligned, draw, fake_rank, format_r
 from wan.command import Parser, run_command
 from wan.conditioning.sizes import latent_shape
 from wan.errors import UsageError
-from wan.models import rope
 from wan.models.attention import BackEnd
-from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel, rope
 from wan.plan import forward_flops
 from wan.tasks import load_task
 
@@ -215,7 +214,7 @@ def weights_row(network: str, ranks: int, per_machine: int = 1) -> dict[str, Any
     )
     tally = Tally(Grid(), 0)
     with fake_rank(Grid(ulysses=ranks)):
-        shard_model(model, model.blocks, weight_mesh("cpu", per_machine))
+        shard_model(model, list(model.units().values()), weight_mesh("cpu", per_machine))
         for name, parameter in list(model.named_parameters()):
             first, last = own_rows(parameter)
             with fake:
@@ -225,7 +224,8 @@ def weights_row(network: str, ranks: int, per_machine: int = 1) -> dict[str, Any
         # A table that is kept for the next caller must not be a fake one.
         with patch.object(rope, "_table", rope._table.__wrapped__), fake, torch.no_grad(), tally:
             time_RC = torch.empty(1, spec.dit.dim)
-            model.embed_time = lambda t, tokens: (time_RC, time_RC[:, None].expand(1, 6, -1), [(0, tokens.total)])
+            time = (time_RC, time_RC[:, None].expand(1, 6, -1))
+            model.embed_time = lambda t, sequence, batch: (*time, [(0, sequence.shards.total)])
             model(torch.empty(1, spec.dit.in_dim, 1, 2, 2), torch.empty(1), torch.empty(1, 1, spec.dit.text_dim))
     root, block = (sum(one.received.values()) for one in tally.transfers["rest"])
     share = len(tally.transfers["rest"][0].ranks)

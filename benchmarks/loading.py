@@ -65,7 +65,7 @@ def load(path: Path, config: dict[str, Any], sharded: bool, parallel: Parallel |
     with torch.device("meta"):
         model = WanModel(**config, parallel=parallel).eval()
     mesh = weight_mesh("cpu", dist.get_world_size()) if sharded else None
-    shard = (lambda model: shard_model(model, model.blocks, mesh)) if sharded else None
+    shard = (lambda model: shard_model(model, list(model.units().values()), mesh)) if sharded else None
     return load_weights(model, open_source(path), "dit", dtype=torch.bfloat16, stream=True, shard=shard)
 
 

@@ -31,9 +31,9 @@ from benchmarks.loading import anonymous_bytes, peak_anonymous, write
 from wan.command import Parser, run_command
 from wan.experts import load_expert
 from wan.models.dit import WanModel
+from wan.options import check_device
 from wan.plan import resident_indices
 from wan.quant.scratch import return_freed_memory
-from wan.request import check_device
 from wan.tasks import load_task
 from wan.weights.source import Source, TensorInfo, open_source
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from wan.distributed.parallel import Parallel, TokenShards
@@ -24,33 +25,30 @@ from wan.distributed.parallel import Parallel, TokenShards
 from benchmarks.common import DTYPES, machine, report, timed
 from benchmarks.peers import DIT
 from wan.command import Parser, run_command
-from wan.models import dit
+from wan.models.dit import model, sequence
 
 TARGET = 0.005
 SIZES = [(3, 32, 32), (9, 30, 52)]  # latent frames, rows, columns: 768 and 3,510 tokens
 WITHOUT = [  # calls -> what is left of them
-    ("tokens.attention(attention, ", "attention("),
-    ("tokens.shard(x_BLC, dim=1)", "x_BLC"),
-    (
-        "tokens.shard(rope_table(grid, self.head_dim, x_BLC.device), dim=0)",
-        "rope_table(grid, self.head_dim, x_BLC.device)",
-    ),
-    ("tokens.gather(self.head(x_BLC, time_RC, segments), dim=1)", "self.head(x_BLC, time_RC, segments)"),
-    ("tokens.shard(per_token, dim=1)", "per_token"),
+    ("self.shards.attention(self.attention, q_BLHD, k_BLHD, v_BLHD)", "self.attention(q_BLHD, k_BLHD, v_BLHD)"),
+    ("self.shards.shard(x_BLC, dim=1)", "x_BLC"),
+    ("self.shards.shard(rope_table(places, head_dim, device), dim=0)", "rope_table(places, head_dim, device)"),
+    ("self.shards.gather(x_BLC, dim=1)", "x_BLC"),
+    ("self.shards.shard(time_BL, dim=1)", "time_BL"),
 ]
 
 
-def build() -> ModuleType:
-    """The transformer's module with the calls taken out of its text. RuntimeError: the text has changed."""
-    text = inspect.getsource(dit)
+def build() -> type[sequence.Sequence]:
+    """The transformer's `Sequence` with the calls taken out of its text. RuntimeError: the text has changed."""
+    text = inspect.getsource(sequence)
     for call, rest in WITHOUT:
         if text.count(call) != 1:
-            raise RuntimeError(f"{dit.__name__} does not hold {call!r} once: bring WITHOUT up to date")
+            raise RuntimeError(f"{sequence.__name__} does not hold {call!r} once: bring WITHOUT up to date")
         text = text.replace(call, rest)
-    module = ModuleType(dit.__name__)
+    module = ModuleType(sequence.__name__)
     sys.modules["without_calls"] = module
-    exec(compile(text, "dit.py without calls", "exec"), module.__dict__)
-    return module
+    exec(compile(text, "sequence.py without calls", "exec"), module.__dict__)
+    return module.Sequence
 
 
 class Clocked(Parallel):
@@ -93,23 +91,21 @@ class Clocked(Parallel):
 @torch.inference_mode()
 def compare(size: tuple[int, int, int], layers: int, dtype: torch.dtype, runs: int) -> dict[str, Any]:
     """Everything about one size, as JSON data."""
-    models = {}
-    for name, module, parallel in (
-        ("calls", dit, Parallel()),
-        ("none", build(), Parallel()),
-        ("clocked", dit, Clocked()),
-    ):
+    models, sequences = {}, {"calls": sequence.Sequence, "none": build(), "clocked": sequence.Sequence}
+    for name in sequences:
         torch.manual_seed(0)
-        models[name] = module.WanModel(**DIT | {"num_layers": layers}, parallel=parallel).eval()
+        parallel = Clocked() if name == "clocked" else Parallel()
+        models[name] = model.WanModel(**DIT | {"num_layers": layers}, parallel=parallel).eval()
         for key, parameter in models[name].named_parameters():
-            if not dit.WanModel.keep_fp32(key):
+            if not model.WanModel.keep_fp32(key):
                 parameter.data = parameter.data.to(dtype)
     x, text = torch.randn(1, 16, *size), torch.randn(1, 512, 4096)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     outputs = {}
     for run in range(runs + 1):
         for name in (list(models), list(reversed(models)))[run % 2]:
-            spent, outputs[name] = timed(lambda: models[name](x, torch.tensor([500]), text))  # noqa: B023
+            with patch.object(model, "Sequence", sequences[name]):
+                spent, outputs[name] = timed(lambda: models[name](x, torch.tensor([500]), text))  # noqa: B023
             if run:
                 seconds[name].append(spent)
     step, own = median(seconds["none"]), models["clocked"].parallel.seconds / (runs + 1)

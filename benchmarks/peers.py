@@ -74,7 +74,11 @@ def build_theirs(part: str, config: dict[str, Any]) -> nn.Module:
         names = {"in_channels": "in_dim", "out_channels": "out_dim"}
         names |= {name: name for name in ("ffn_dim", "num_layers", "freq_dim", "text_dim")}
         extra |= {theirs: config[ours] for theirs, ours in names.items()}
-        model = diffusers.WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=dim // heads, **extra)
+        cls = diffusers.WanTransformer3DModel
+        if config["model_type"] == "vace":
+            cls = diffusers.WanVACETransformer3DModel
+            extra |= {"vace_layers": list(config["vace_layers"]), "vace_in_channels": config["vace_in_dim"]}
+        model = cls(num_attention_heads=heads, attention_head_dim=dim // heads, **extra)
     else:
         dim, z_dim = config["dim"], config["z_dim"]
         extra = {"latents_mean": [0.0] * z_dim, "latents_std": [1.0] * z_dim}

@@ -36,8 +36,8 @@ from benchmarks.judge import Verdict, has_stripes, judge
 from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out, picture, sample_starts
 from wan.command import Parser, run_command
 from wan.errors import UsageError
+from wan.options import Request, build_request, check_device
 from wan.pipeline import WanPipeline
-from wan.request import Request, build_request, check_device
 from wan.tasks import load_task, preset_names
 
 TASK = "t2v-tiny"
@@ -143,26 +143,26 @@ def report(outcomes: list[Outcome], request: Request) -> dict:
     halves["held_out"] = [one for one in outcomes if one.held_out]
     seconds = [one.seconds for one in outcomes]
     return {
-        "task": request.task,
+        "task": request.load.task,
         "clips": len(outcomes),
-        "size": f"{request.width}x{request.height}",
-        "frames": request.frame_num,
-        "steps": request.steps,
-        "solver": request.solver,
-        "guide_scale": request.guide_scale[0],
+        "size": f"{request.sample.width}x{request.sample.height}",
+        "frames": request.sample.frame_num,
+        "steps": request.sample.steps,
+        "solver": request.sample.solver,
+        "guide_scale": request.sample.guide_scale[0],
         **rates(outcomes),
-        **({"loras": _named(request), "stripes": stripes_rate(outcomes)} if request.loras else {}),
+        **({"loras": _named(request), "stripes": stripes_rate(outcomes)} if request.sample.loras else {}),
         **{name: {"clips": len(half), **rates(half)} for name, half in halves.items()},
         "seconds_per_clip": {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)},
-        "device": request.device,
-        "dtype": request.dtype,
+        "device": request.load.device,
+        "dtype": request.load.dtype,
         "machine": machine(),
     }
 
 
 def _named(request: Request) -> dict[str, list[str]]:
     """FILE:STRENGTH of the LoRAs, by flag."""
-    return {flag: [f"{Path(path).name}:{x:g}" for path, x in chosen] for flag, chosen in request.loras.items()}
+    return {flag: [f"{Path(path).name}:{x:g}" for path, x in chosen] for flag, chosen in request.sample.loras.items()}
 
 
 def rates(outcomes: list[Outcome]) -> dict[str, float]:

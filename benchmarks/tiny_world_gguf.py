@@ -32,8 +32,8 @@ from PIL import Image, ImageDraw
 from benchmarks.common import high_water_bytes, in_fresh_process, machine, timed
 from benchmarks.tiny_world import TASK, WORDS, Outcome, cases, make_request, rates, run
 from wan.errors import UsageError
+from wan.options import Request
 from wan.pipeline import WanPipeline
-from wan.request import Request
 from wan.tasks import load_task
 from wan.weights.export import export_gguf, plan_tensors
 from wan.weights.folder import Form, export_folder
@@ -105,12 +105,12 @@ def compare(types: list[str], count: int, steps: int | None, ckpt_dir: str | Non
     return {
         "task": TASK,
         "clips": count,
-        "size": f"{request.width}x{request.height}",
-        "frames": request.frame_num,
-        "steps": request.steps,
-        "solver": request.solver,
-        "device": request.device,
-        "dtype": request.dtype,
+        "size": f"{request.sample.width}x{request.sample.height}",
+        "frames": request.sample.frame_num,
+        "steps": request.sample.steps,
+        "solver": request.sample.solver,
+        "device": request.load.device,
+        "dtype": request.load.dtype,
         "gguf_mode": "stream",
         "machine": machine(),
         "types": rows,

@@ -26,8 +26,8 @@ from benchmarks.judge import judge
 from benchmarks.tiny_world import CASES_PER_HALF, TASK, Outcome, cases, make_request, rates, run, stripes_rate
 from benchmarks.tiny_world_gguf import psnr
 from wan.command import Parser, run_command
+from wan.options import Request
 from wan.pipeline import WanPipeline
-from wan.request import Request
 from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
@@ -106,10 +106,10 @@ def figures(row: Row, others: dict[str, list[Outcome]]) -> dict[str, Any]:
     nearest = [judge(one.frames, min_overlap=0).shape == one.clip.shape for one in outcomes]
     found = {
         "row": name,
-        "steps": request.steps,
-        "solver": request.solver,
-        "shift": request.shift,
-        "guide_scale": request.guide_scale[0],
+        "steps": request.sample.steps,
+        "solver": request.sample.solver,
+        "shift": request.sample.shift,
+        "guide_scale": request.sample.guide_scale[0],
         **rates(outcomes),
         "nearest_shape": round(sum(nearest) / len(nearest), 4),
         "stripes": stripes_rate(outcomes),

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,29 +22,34 @@ from typing import TYPE_CHECKING, Any
 from easydict import EasyDict
 
 from wan import __version__, media
-from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.command import Parser, put, run_command
 from wan.distributed.launch import Disagreement, World
 from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError, one_line
-from wan.request import Request, build_request, check_device, replay_options
-from wan.request.alike import file_fact, request_facts
-from wan.request.options import (
-    DEFAULT_TASK,
-    DTYPE_NAMES,
-    GGUF_FLAGS,
-    OPTIONS,
-    SOLVER_NAMES,
-    T5_DTYPE_NAMES,
-    VAE_DTYPE_NAMES,
-)
-from wan.tasks import load_task, preset_names, task_names
+from wan.options import FLAGS, Option, Request, build_request, check_device
+from wan.options.alike import file_fact, request_facts
+from wan.options.replay import replay_options
+from wan.tasks import load_task
 from wan.weights.locate import TOKENIZER_FILES, CheckpointFiles
 
 if TYPE_CHECKING:
     import torch
 
+    from wan.engine import Event, Video
+
 MAX_NAME_BYTES = 255  # of a file, on usual file systems
+# What the command line alone does, beside the options that Python has too.
+COMMANDS = {
+    "replay": Option(
+        "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"
+    ),
+    "replay_files": Option(
+        "flag", "use the checkpoint and the other files that the video names: for videos of your own", "what to make"
+    ),
+    "dry_run": Option("flag", "check the files, print the plan (work, memory, time) and stop", "output"),
+    "json": Option("flag", "print the plan as JSON", "output"),
+    "quiet": Option("flag", "no progress and no notes on stderr", "output"),
+}
 
 
 def _boolean(text: str) -> bool:
@@ -55,138 +59,26 @@ def _boolean(text: str) -> bool:
     return words[text.lower()]
 
 
+def _taken(one: Option) -> dict[str, Any]:
+    """What argparse is told of a flag's value."""
+    if one.kind == "flag":
+        return {"action": "store_true", "default": None}
+    value = one.value or {"bool": "BOOL", "whole": "N", "number": "X", "name": "NAME", "file": "FILE"}[one.kind]
+    if one.kind == "bool":
+        return {"metavar": value, "type": _boolean}
+    return {"metavar": value, "action": "append" if one.kind == "loras" else "store"}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All flags. Every default is None: what it stands for depends on the task, and replay must see what was given."""
     parser = Parser(prog="generate.py", description="Make a video with a Wan 2.1 or 2.2 model.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"swan-video {__version__}")
-    group = parser.add_argument_group("what to make")
-    add = group.add_argument
-    add(
-        "--task",
-        metavar="NAME",
-        help=f"one of: {', '.join(task_names())}; default {DEFAULT_TASK}, which needs no download",
-    )
-    add("--prompt", metavar="TEXT", help="what the video shows")
-    add("--negative_prompt", metavar="TEXT", help="what it must not show; default: the task's official text")
-    add("--image", metavar="FILE", help="image to start from (i2v, flf2v, ti2v)")
-    add("--first_frame", metavar="FILE", help="first frame (flf2v); the same as --image")
-    add("--last_frame", metavar="FILE", help="last frame (flf2v)")
-    add(
-        "--size",
-        metavar="W*H",
-        help="pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
-    )
-    add("--frame_num", metavar="N", help="frames, 4n+1")
-    add("--trim_first_frames", metavar="N", help="leave out the first N frames, which distilled models can spoil")
-    add("--fps", metavar="N", help="frames per second of the file")
-    add("--seed", "--base_seed", dest="seed", metavar="N", help="default -1: random, and printed")
-    add("--save_file", metavar="FILE", help=".mp4, or .png for one frame; default: a new name in this folder")
-    add("--replay", metavar="FILE", help="make the video of this file again; flags given beside it override")
-    add(
-        "--replay_files",
-        action="store_true",
-        help="use the checkpoint and the other files that the video names: for videos of your own",
-    )
-
-    add = parser.add_argument_group("sampling (defaults: the task's official ones)").add_argument
-    add("--sample_solver", metavar="NAME", help=f"one of: {', '.join(SOLVER_NAMES)}")
-    add("--sample_steps", metavar="N", help="number of steps")
-    add("--sample_shift", metavar="X", help="shift of the noise schedule")
-    add(
-        "--sample_guide_scale", metavar="X", help="guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off"
-    )
-    add("--preset", metavar="NAME", help=f"settings of a kind of model, one of: {', '.join(preset_names())}")
-    add("--boundary_step_index", metavar="N", help="first step of the low-noise expert; default: by the noise level")
-    add("--denoising_step_list", metavar="T,T,...", help="timesteps of a step-distilled model, as 1000,750,500,250")
-
-    add = parser.add_argument_group("weights").add_argument
-    add("--ckpt_dir", metavar="DIR", help="checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B")
-    for flag, what in (
-        ("dit", "the DiT"),
-        ("high", "the high-noise expert"),
-        ("low", "the low-noise expert"),
-        ("vae", "the VAE"),
-        ("t5", "the text encoder"),
-        ("clip", "the image encoder"),
-    ):
-        add(f"--{flag}", metavar="FILE", help=f"take {what} from this file")
-    add("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
-    for flag, part in GGUF_FLAGS.items():
-        add(f"--{flag}", metavar="FILE", help=f"the same as --{part}, for a GGUF file")
-    for flag, what in (
-        ("lora", "the DiT"),
-        ("lora_high", "the high-noise expert alone"),
-        ("lora_low", "the low-noise expert alone"),
-    ):
-        add(f"--{flag}", metavar="FILE[:X]", action="append", help=f"a LoRA for {what}, of strength X; may be repeated")
-    add(
-        "--gguf_mode",
-        metavar="NAME",
-        help="quantised weights: resident (dequantised once), stream (at each use, in little memory) or auto (default:"
-        " resident where the memory is free)",
-    )
-
-    add = parser.add_argument_group("cache: skip what changes little from step to step").add_argument
-    for flag, option in CACHE_OPTIONS.items():
-        given = {
-            "flag": {"action": "store_true", "default": None},
-            "bool": {"metavar": "BOOL", "type": _boolean},
-            "whole": {"metavar": "N"},
-            "number": {"metavar": "X"},
-            "name": {"metavar": "NAME"},
-            "file": {"metavar": "FILE"},
-        }[option.kind]
-        add(f"--{flag}", help=option.help, **given)
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
-    add(
-        "--dtype",
-        metavar="NAME",
-        help=f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or"
-        " fp32 on a CPU without units for bf16",
-    )
-    add("--convert_model_dtype", action="store_true", default=None, help="the same as --dtype bf16")
-    add(
-        "--t5_dtype",
-        metavar="NAME",
-        help=f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
-    )
-    add("--vae_dtype", metavar="NAME", help=f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32")
-    add("--attention", metavar="NAME", help="attention back end; default sdpa")
-    add(
-        "--offload",
-        metavar="NAME",
-        help="none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
-        " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
-    )
-    add(
-        "--offload_model",
-        metavar="BOOL",
-        type=_boolean,
-        help="true: --offload auto; false: --offload none; default true, with several processes false where that fits",
-    )
-    add("--resident_blocks", metavar="N", help="blocks that stay on the device with block and phase; default auto")
-    add("--vae_offload", metavar="BOOL", type=_boolean, help="release the VAE after use; default: as the other models")
-    add("--t5_cpu", action="store_true", default=None, help="run the text encoder on the CPU")
-    add("--vram_gb", metavar="X", help="GPU memory that the plan may use, in GB; default: what is free")
-    add("--ram_gb", metavar="X", help="memory of the machine that it may use, in GB; default: what is free")
-    add(
-        "--vae_tile_px", metavar="N", help="decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits"
-    )
-
-    add = parser.add_argument_group("several processes, started by torchrun").add_argument
-    add("--ulysses_size", metavar="N", help="share tokens and heads among N (default: all processes that are left)")
-    add("--ring_size", metavar="N", help="share tokens among N groups, keys and values going round; default 1")
-    add("--cfg_parallel", action="store_true", default=None, help="the two branches of guidance on half of them each")
-    add("--dit_fsdp", action="store_true", default=None, help="share the weights of the DiT out among all (FSDP)")
-    add("--t5_fsdp", action="store_true", default=None, help="share the weights of the text encoder out among all")
-    add("--dist_timeout", metavar="S", help="give up when a process has not answered for S seconds; default 600")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--dry_run", action="store_true", help="check the files, print the plan (work, memory, time) and stop")
-    add("--json", action="store_true", help="print the plan as JSON")
-    add("--quiet", action="store_true", help="no progress and no notes on stderr")
+    groups: dict[str, Any] = {}
+    for flag, one in (FLAGS | COMMANDS).items():
+        if one.group not in groups:
+            groups[one.group] = parser.add_argument_group(one.group)
+        names = [f"--{name}" for name in (flag, *one.spelled)]
+        groups[one.group].add_argument(*names, dest=flag, help=one.help, **_taken(one))
     return parser
 
 
@@ -213,7 +105,7 @@ def _refuse(message: str) -> int:
 
 def _main(argv: Sequence[str] | None, world: World) -> int:
     args = make_parser().parse_args(argv)
-    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    options = {name: value for name, value in vars(args).items() if name in FLAGS}
     notes: list[str] = []
     if args.replay:
         options = replay_options(
@@ -222,10 +114,12 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     elif args.replay_files:
         raise UsageError("--replay_files is for --replay FILE")
     request = build_request(options, world.size, args.replay)
-    spec = load_task(request.task)
+    spec = load_task(request.load.task)
     quiet = args.quiet or world.rank > 0
     if not quiet:
-        for warning in (*notes, *request.warnings):
+        for note in request.notes:
+            print(note, file=sys.stderr)
+        for warning in (*notes, *(request.warnings if args.dry_run else ())):  # else the engine tells them
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         if world.rank == 0:
@@ -234,8 +128,8 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
             dry_run(request, spec, args.json, world.local_size)
         return 0
     if not quiet:
-        print(f"{request.task}, seed {request.seed}", file=sys.stderr)
-    seeded = str(options.get("seed")).strip() == str(request.seed)
+        print(f"{request.load.task}, seed {request.sample.seed}", file=sys.stderr)
+    seeded = str(options.get("seed")).strip() == str(request.sample.seed)
     report = run(request, spec, quiet=quiet, world=world, seeded=seeded)
     if world.rank == 0:
         print_report(report)
@@ -253,80 +147,68 @@ def print_report(report: dict[str, Any]) -> None:
 def run(
     request: Request, spec: EasyDict, *, quiet: bool = False, world: World | None = None, seeded: bool = False
 ) -> dict[str, Any]:
-    """Make the video and write it to request.save_file. Returns the report that is printed as JSON.
+    """Make the video and write it to request.output.save_file. Returns the report that is printed as JSON.
 
     Once denoising is done, a failure keeps the latents in a file and names it in the SwanError. Of several processes
     each calls this; the first one writes. seeded: the seed is no random one, so all ranks must have the same.
     """
     started = time.perf_counter()
     world = world or World()
+    load, output = request.load, request.output
     with listening() as signals, signals.held():  # an import that is interrupted may go on half done
-        device = check_device(request.device)
+        device = check_device(load.device)
         from wan.distributed.parallel import Parallel
-        from wan.pipeline import WanPipeline
-    if request.cache:
-        check_device(request.cache["cache_device"], "cache_device")
+        from wan.engine import Engine
+    if request.sample.cache:
+        check_device(request.sample.cache["cache_device"], "cache_device")
     device_type = "cuda" if device.startswith("cuda") else "cpu"
     _start(world, device_type, request, spec, seeded)
-    parallel = Parallel(*request.grid, device_type=device_type, local_size=world.local_size)
+    parallel = Parallel(*load.grid, device_type=device_type, local_size=world.local_size)
     if world.size > 1:
         device = f"cuda:{world.local_rank}" if device == "cuda" else device
-        request = replace(request, seed=parallel.gather_objects(request.seed)[0])  # a random one: of the first rank
-    with listening() as signals, _Progress(quiet, world, signals) as progress:
-        pipe = WanPipeline.from_request(replace(request, device=device), spec, parallel)
-        request = replace(request, **pipe.decided())
+    # One video is made: nothing is gained by what stays.
+    load = replace(load, device=device, residency="stage" if load.residency == "auto" else load.residency)
+    preview = output.preview if world.rank == 0 else None
+    with listening() as signals, _Progress(quiet, world, signals, preview) as progress:
+        engine = Engine.of(load, spec, parallel)
+
+        def kept() -> str | None:
+            return None if engine.latents is None else _keep_latents(engine.latents, output.save_file)
+
         if world.size > 1:
-            _compare_files(world, pipe.files, request)
-        progress.expect(pipe.plan)
-        if not quiet:
-            for note in pipe.notes:
-                print(note, file=sys.stderr)
+            _compare_files(world, engine.files, request)
         if world.rank == 0:
-            world.at_failure = lambda: None if pipe.latents is None else _keep_latents(pipe.latents, request.save_file)
+            world.at_failure = kept
         try:
-            result = pipe(request, progress=progress)
-            peaks = parallel.gather_objects(_peak_memory(pipe.device))
+            video = engine.make(request, on_event=progress, preview_every=output.preview_every if output.preview else 0)
+            peaks = parallel.gather_objects(_peak_memory(engine.device))
             if world.rank > 0:
                 return {}
             saving = time.perf_counter()
             world.stage = "save"
-            media.write_video(request.save_file, result.frames, request.fps, request.settings())
+            video.write(output.save_file)
         except Exception as error:
-            latents = getattr(pipe, "latents", None)
-            if latents is None or world.rank > 0:
+            if engine.latents is None or world.rank > 0:
                 raise
             world.at_failure = None
-            raise SwanError(f"{_describe(error)}; {_keep_latents(latents, request.save_file)}") from error
-    cached = {}
-    if request.cache:
-        cached = {"cache": pipe.cache.telemetry.report()}
-        _report_cache(request, pipe.cache, quiet)
+            raise SwanError(f"{_describe(error)}; {kept()}") from error
+    if video.cache is not None:
+        _report_cache(video, quiet)
     ended = time.perf_counter()
-    packed = pipe.placement.packed
-    seconds = dict(result.seconds) | {"save": ended - saving, "total": ended - started}
-    frames, height, width, _ = result.frames.shape
+    report = dict(video.report)
+    report["seconds"] |= {"save": round(ended - saving, 3), "total": round(ended - started, 3)}
     return {
-        "task": request.task,
-        "seed": request.seed,
-        "size": f"{width}x{height}",
-        "frames": frames,
-        "fps": request.fps,
-        "steps": request.steps,
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "offload": pipe.placement.offload,
-        **({"gguf_mode": modes} if (modes := {name: mode for name, mode in packed.items() if mode}) else {}),
-        **cached,
-        **({"grid": request.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
+        **report,
+        **({"grid": load.grid._asdict(), "peak_by_rank": peaks} if world.size > 1 else {}),
         **{name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
-        "file": request.save_file,
-        "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
+        "file": output.save_file,
     }
 
 
 def _start(world: World, device_type: str, request: Request, spec: EasyDict, seeded: bool) -> None:
     """Meet the other processes, all of which must have been given the same."""
     try:
-        world.start(device_type, request.dist_timeout, request_facts(request, spec, device_type, seeded))
+        world.start(device_type, request.load.dist_timeout, request_facts(request, spec, device_type, seeded))
     except Disagreement as error:
         raise UsageError(f"{error}; give all processes the same options") from error
     except RuntimeError as error:
@@ -342,7 +224,7 @@ def _compare_files(world: World, files: CheckpointFiles, request: Request) -> No
     found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := files.tokenizer / name).is_file()]
     if files.clip:
         found["the image encoder"] = open_source(files.clip).paths
-    for flag, chosen in request.loras.items():
+    for flag, chosen in request.sample.loras.items():
         found |= {f"--{flag} number {number}": [Path(path)] for number, (path, _) in enumerate(chosen, 1)}
     try:
         world.agree({name: file_fact(paths) for name, paths in found.items()})
@@ -352,15 +234,17 @@ def _compare_files(world: World, files: CheckpointFiles, request: Request) -> No
         raise SwanError(f"{error.filename}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
-def _report_cache(request: Request, cache: Any, quiet: bool) -> None:
+def _report_cache(video: Video, quiet: bool) -> None:
     """The summary on stderr, and the trace where one is asked for."""
+    request = video.request
     if not quiet:
-        for line in cache.telemetry.summary():
+        for line in video.cache.summary():
             print(line, file=sys.stderr)
-    if trace := request.cache["cache_trace"]:
-        header = {"task": request.task, "seed": request.seed, "steps": request.steps, "cache": request.cache}
+    if trace := request.sample.cache["cache_trace"]:
+        sample = request.sample
+        header = {"task": request.load.task, "seed": sample.seed, "steps": sample.steps, "cache": sample.cache}
         try:
-            cache.telemetry.write(trace, header)
+            video.cache.write(trace, header)
         except OSError as error:
             raise SwanError(f"--cache_trace: cannot write {trace}: {error.strerror or error}") from error
 
@@ -403,53 +287,59 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
             unit = 1 if sys.platform == "darwin" else 1024
             peak["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
+        import torch
+
         peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
 
 
 class _Progress:
-    """One bar a stage on stderr, of the first rank. The pipeline calls it with (stage, done, total).
+    """One bar a stage on stderr, of the first rank, and what else the engine tells.
 
     A bar counts from where it begins, so that its rate and what is left are of the stage itself; until the first step
     has ended it shows what the plan expects.
     """
 
-    def __init__(self, quiet: bool, world: World, signals: Signals):
-        self.quiet, self.world, self.signals, self.stage, self.bar = quiet, world, signals, None, None
-        self.expected: dict[str, float] = {}  # seconds by stage
-
-    def expect(self, plan: Mapping[str, Any]) -> None:
-        """By its stages: "encode" is of texts and images, "load" of one expert."""
-        seconds = dict(plan.get("seconds", {}))
-        if seconds:
-            seconds["encode"] = seconds["encode_text"] + seconds.get("encode_image", 0)
-            seconds["load"] /= len(plan.get("steps_by_expert", "1"))
-        self.expected = seconds
+    def __init__(self, quiet: bool, world: World, signals: Signals, preview: str | None = None):
+        self.quiet, self.world, self.signals, self.preview = quiet, world, signals, preview
+        self.stage, self.bar = None, None
 
     def __enter__(self) -> _Progress:
         return self
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, event: Event) -> None:
         self.signals.check()  # one may have been swallowed
-        self.world.stage = stage
-        if self.quiet:
-            return
-        if stage != self.stage:
+        if event.kind == "preview":
+            from wan.preview import write_preview
+
+            write_preview(self.preview, event.frames)
+        elif event.kind in ("note", "warning"):
+            self._say(event.text if event.kind == "note" else f"warning: {event.text}")
+        else:
+            self.world.stage = event.stage
+            if not self.quiet:
+                self._show(event)
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr)
+
+    def _show(self, event: Event) -> None:
+        if event.stage != self.stage:
             self._close()
-            self.stage, self.bar = stage, self._begin(stage, done, total)
-        self.bar.n = done
-        if done > self.bar.initial:
+            self.stage, self.bar = event.stage, self._begin(event)
+        self.bar.n = event.done
+        if event.done > self.bar.initial:
             self.bar.postfix = None
         self.bar.refresh()
 
-    def _begin(self, stage: str, done: int, total: int) -> Any:
+    def _begin(self, event: Event) -> Any:
         from tqdm import tqdm
 
         from wan.plan import duration
 
-        left = self.expected.get(stage, 0) * (total - done) / total
-        told = f"about {duration(left)} left, by the plan" if left else None
-        return tqdm(total=total, initial=done, desc=stage, file=sys.stderr, leave=True, postfix=told)
+        told = f"about {duration(event.left)} left, by the plan" if event.left else None
+        return tqdm(total=event.total, initial=event.done, desc=event.stage, file=sys.stderr, leave=True, postfix=told)
 
     def __exit__(self, *_: object) -> None:
         self._close()

@@ -10,11 +10,12 @@ import torch
 from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.conditioning.condition import Condition
 from wan.distributed.parallel import Parallel
+from wan.models.dit.sequence import Schedule, Times
 from wan.solvers import Solver
 
-# predict(latent, timestep, ctx) -> velocity like latent. ``timestep`` is a CPU tensor, [1] or [1, tokens]. The caller
-# finds the network by ctx.expert and the text by ctx.branch.
-Predict = Callable[[torch.Tensor, torch.Tensor, StepContext], torch.Tensor]
+# predict(latent, times, ctx) -> velocity like latent. ``times`` is what WanModel takes for t. The caller finds the
+# network by ctx.expert and the text by ctx.branch.
+Predict = Callable[[torch.Tensor, Times, StepContext], torch.Tensor]
 OnStep = Callable[[StepContext, torch.Tensor], None]
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -31,6 +32,7 @@ def denoise(
     boundary_step_index: int | None = None,
     condition: Condition | None = None,
     on_step: OnStep | None = None,
+    on_clean: OnStep | None = None,
     cache: NoCache = NO_CACHE,
     parallel: Parallel | None = None,
     run: int = 0,
@@ -41,9 +43,10 @@ def denoise(
     boundary:    None for one network ("model"); else the expert is "high" while t >= boundary * 1000, then "low".
                  The solver's history goes on over the switch
     boundary_step_index: the first step of "low", in place of the boundary
-    condition:   y and CLIP tokens are predict's matter; here its latent is restored and its timesteps are used
+    condition:   its `inputs` are predict's matter; here its latent is restored and its timesteps are used
     on_step:     called after each step with the cond branch's context and the new latent; whatever it raises ends the
                  run, which is how one is cancelled
+    on_clean:    called before it with the clean latent that the step's prediction means, which a preview shows
     parallel:    may compute cond and uncond on different ranks
     cache:       stands around every prediction, and is told of the run; predict hands it on to the network
     """
@@ -55,10 +58,14 @@ def denoise(
     for step, (timestep, expert) in enumerate(zip(timesteps, experts, strict=True)):
         sigma = solver.sigmas[step].item()
         contexts.append(StepContext(step, solver.steps, timestep, sigma, expert, "cond", run))
+    told = {name: [t for t, one in zip(solver.timesteps, experts, strict=True) if one == name] for name in experts}
+    schedules = {name: iter(Schedule(map(condition.timesteps, steps))) for name, steps in told.items()}
     with cache.run(contexts):
-        for ctx, timestep in zip(contexts, solver.timesteps, strict=True):
-            times = condition.timesteps(timestep)
+        for ctx in contexts:
+            times = next(schedules[ctx.expert])
             velocity = guided_velocity(predict, latent, times, ctx, scale_of(ctx.expert, guide_scale), cache, parallel)
+            if on_clean is not None:
+                on_clean(ctx, condition.restore(latent - ctx.sigma * velocity))
             latent = condition.restore(solver.step(velocity, latent))
             if on_step is not None:
                 on_step(ctx, latent)
@@ -68,7 +75,7 @@ def denoise(
 def guided_velocity(
     predict: Predict,
     latent: torch.Tensor,
-    times: torch.Tensor,
+    times: Times,
     ctx: StepContext,
     scale: float,
     cache: NoCache,

@@ -11,9 +11,9 @@ from wan.command import put
 from wan.errors import SwanError, UsageError
 from wan.file_checks import faults
 from wan.models.attention import check_attention
+from wan.options import Request, check_device
 from wan.pipeline import DTYPES
 from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
-from wan.request import Request, check_device
 
 
 def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -> None:
@@ -23,9 +23,9 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     """
     machine, is_here = _machine(request, spec, local_size)
     if is_here:
-        check_attention(request.attention, DTYPES[request.dtype], request.device)
-    if is_here and request.cache:
-        check_device(request.cache["cache_device"], "cache_device")
+        check_attention(request.load.attention, DTYPES[request.load.dtype], request.load.device)
+    if is_here and request.sample.cache:
+        check_device(request.sample.cache["cache_device"], "cache_device")
     wrong = faults(request, spec)
     if wrong:
         raise SwanError("; ".join(wrong))
@@ -40,9 +40,9 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
 def _machine(request: Request, spec: EasyDict, local_size: int) -> tuple[Machine, bool]:
     """The machine of the run, and whether it is this one."""
     try:
-        device = torch.device(check_device(request.device))
+        device = torch.device(check_device(request.load.device))
     except UsageError:
         return look(request, local_size), False
-    if device.type == "cpu" and request.device == "auto" and request.vram_bytes is not None:
+    if device.type == "cpu" and request.load.device == "auto" and request.load.vram_bytes is not None:
         return look(request, local_size), False
     return measure(device, request, spec, local_size), True

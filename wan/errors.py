@@ -1,4 +1,4 @@
-"""The two kinds of failure a user can see. Each becomes one line on stderr and an exit code."""
+"""The kinds of failure a user can see. Each becomes one line on stderr and an exit code."""
 
 _MAX_LETTERS = 4_000
 
@@ -20,6 +20,10 @@ class UsageError(SwanError):
     """The request itself is wrong. Exit code 2; the message says what is allowed."""
 
     exit_code = 2
+
+
+class Cancelled(SwanError):
+    """Whoever asked for a video does not want it any more."""
 
 
 def one_line(error: BaseException) -> str:

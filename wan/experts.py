@@ -40,7 +40,7 @@ class Experts:
     def __init__(
         self, load: Callable[[str, torch.device, Check], WanModel], device: Callable[[], torch.device], keep_all: bool
     ):
-        self._load, self._device, self._keep_all = load, device, keep_all
+        self._load, self._device, self.keep_all = load, device, keep_all
         self._models: dict[str, WanModel] = {}
         self._coming: dict[str, Future[WanModel]] = {}
         self._seconds: dict[str, float] = {}
@@ -49,8 +49,8 @@ class Experts:
     def __getitem__(self, name: str) -> WanModel:
         if name not in self._models:
             started = time.perf_counter()
-            if not self._keep_all:
-                self._let_go()
+            if not self.keep_all:
+                self._let_go(*self._models)
             device = self._device()
             if name in self._coming:
                 self._models[name] = self._coming[name].result().to(device)
@@ -95,13 +95,18 @@ class Experts:
     def release(self) -> None:
         """Let go of all of them."""
         self.forget_prepared()
-        self._let_go()
+        self._let_go(*self._models)
 
-    def _let_go(self) -> None:
-        self._waited_before = self._waited()
-        for offload in self._offloads():
+    def let_go(self, name: str) -> None:
+        """Let go of one, if it is loaded."""
+        if name in self._models:
+            self._let_go(name)
+
+    def _let_go(self, *names: str) -> None:
+        for name in names:
+            offload = self._offload(self._models.pop(name))
+            self._waited_before += offload.waited_seconds
             offload.close()
-        self._models.clear()
 
     def take_seconds(self) -> dict[str, float]:
         """What was waited for since the last such call: to "load" the first expert, to "swap" it for the other, and, by
@@ -117,7 +122,11 @@ class Experts:
         return self._waited_before + sum(offload.waited_seconds for offload in self._offloads())
 
     def _offloads(self) -> list[Resident]:
-        return [getattr(model, "offload", Resident()) for model in self._models.values()]  # a caller's may have none
+        return [self._offload(model) for model in self._models.values()]
+
+    @staticmethod
+    def _offload(model: torch.nn.Module) -> Resident:
+        return getattr(model, "offload", Resident())  # a caller's may have none
 
 
 @contextlib.contextmanager
@@ -150,11 +159,11 @@ def load_expert(
     granularity: "block" or "phase" to stream the blocks to `device`, see `wan.offload`, from "ram" or "disk", but for
     those of the indices `resident_blocks`. compute_device: where LoRAs are merged. check: called before each weight.
     """
-    share = shard and (lambda model: shard(model, model.blocks))
+    share = shard and (lambda model: shard(model, list(model.units().values())))
     weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)
-    units = streamed_modules(model.blocks, granularity, resident_blocks) if granularity else []
+    units = streamed_modules(model.units(), granularity, resident_blocks) if granularity else {}
     stream_to = make_device(device) if units else None
-    prefixes = tuple(f"{path}." for path, _ in units)
+    prefixes = tuple(f"{path}." for path in units)
     at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
 
     def place(name: str) -> torch.device:

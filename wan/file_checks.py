@@ -14,9 +14,9 @@ from wan.models.dit import WanModel
 from wan.models.encoders import empty_clip_encoder, empty_text_encoder
 from wan.models.text import check_tokenizer
 from wan.models.vae import WanVAE
+from wan.options import Request
+from wan.options.names import LoraChoice
 from wan.plan.files import component_files
-from wan.request import Request
-from wan.request.options import LoraChoice
 from wan.weights.assign import check_weights
 from wan.weights.infer import check_dit, check_encoder, our_shapes
 from wan.weights.locate import CheckpointFiles
@@ -55,7 +55,7 @@ def faults(request: Request, spec: Any) -> list[str]:
     tokenizer, encoder = (component_files(request, spec, part) for part in ("tokenizer", "t5"))
     if tokenizer and encoder:
         check(partial(check_vocabulary, tokenizer[0], encoder))
-    check(partial(open_loras, request.loras, spec))
+    check(partial(open_loras, request.sample.loras, spec))
     return list(dict.fromkeys(found))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,6 @@ from wan.quant.scratch import empty_bytes
 
 SLOTS = 2  # one computes, one arrives
 _ALIGNMENT = 256
-_PARTS = ("self_attn", "cross_attn", "ffn")
 Event = Any
 Read = Callable[[str, Tensor], None]  # read(name, out): a weight, by its name in the model, into the host's memory
 
@@ -223,12 +222,12 @@ class Streamed(Resident):
     What they hold at rest is in RAM, or on the meta device: such a weight is read each time, by a thread.
     """
 
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]], device: Device, read: Read):
+    def __init__(self, modules: Mapping[str, nn.Module], device: Device, read: Read):
         self._read = read
         self._units: list[list[_Weight]] = []
         self._index: dict[nn.Module, int] = {}
         sizes = []
-        for path, module in modules:
+        for path, module in modules.items():
             unit, size = [], 0
             for name, parameter in module.named_parameters():
                 if is_streamed(f"{path}.{name}", parameter):
@@ -281,18 +280,20 @@ def is_streamed(name: str, parameter: Tensor) -> bool:
 
     What LoRAs put beside packed matrices stays.
     """
-    return name.startswith("blocks.") and parameter.ndim == 2 and ".branches." not in name
+    return parameter.ndim == 2 and ".branches." not in name
 
 
 def streamed_modules(
-    blocks: Sequence[nn.Module], granularity: str, resident: Collection[int]
-) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the units of a DiT, in the order of their use. granularity: "block", or "phase" for parts;
-    resident: indices of the blocks that stay on the device."""
-    blocks = [(f"blocks.{i}", block) for i, block in enumerate(blocks) if i not in resident]
+    units: Mapping[str, nn.Module], granularity: str, resident: Collection[int]
+) -> dict[str, nn.Module]:
+    """Those of the units of a DiT (`WanModel.units`) that are streamed, by their paths, in the order of their use.
+
+    granularity: "block", or "phase" for the parts of each; resident: indices of the units that stay on the device.
+    """
+    streamed = {path: unit for i, (path, unit) in enumerate(units.items()) if i not in resident}
     if granularity == "block":
-        return blocks
-    return [(f"{path}.{part}", getattr(block, part)) for path, block in blocks for part in _PARTS]
+        return streamed
+    return {f"{path}.{part}": getattr(unit, part) for path, unit in streamed.items() for part in unit.parts}
 
 
 def make_device(device: torch.device) -> Device:

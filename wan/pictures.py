@@ -30,13 +30,18 @@ PLAIN_PIXELS, PIXELS_PER_BYTE = 20_000_000, 1_000  # what a few bytes may claim;
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3] RGB, turned upright as its EXIF tag says. 16-bit greys are scaled.
+def read_image(path: str | Path | Image.Image) -> np.ndarray:
+    """An image file, or one in memory, as uint8 [H, W, 3] RGB, turned upright as its EXIF tag says. 16-bit greys are
+    scaled.
 
     Raises UsageError where there is no such file and SwanError where it cannot be read as an image.
     """
     from PIL import Image
 
+    if isinstance(path, Image.Image):
+        if path.width * path.height > MAX_PIXELS:
+            raise SwanError(f"{path.width}x{path.height} are more than {MAX_PIXELS:,} pixels: make it smaller")
+        return _pixels(path.copy())
     with _opened(path) as file:
         try:
             with _unheard():
@@ -50,25 +55,12 @@ def read_image(path: str | Path) -> np.ndarray:
             raise SwanError(f"cannot read image {printable(path)}: {one_line(error)}") from error
 
 
-def is_picture(path: str | Path) -> bool:
-    """Whether a file begins as one of the formats that hold a single picture: a GIF is taken for a video."""
-    from PIL import Image
-
-    Image.init()
-    with open_plain(path) as file:
-        head = file.read(32)
-    accepts = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN and name != "GIF")
-    return any(accept(head) for accept in accepts if accept)
-
-
-def most_pixels(size_bytes: int) -> int:
-    """The most pixels that a file of this size may claim."""
-    return min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size_bytes))
-
-
-def image_sha256(path: str | Path) -> str:
-    """SHA-256 of an image file, as it lies on the disk. Raises as `read_image` for what is no plain file."""
+def image_sha256(path: str | Path | Image.Image) -> str:
+    """SHA-256 of an image file, as it lies on the disk, or of the pixels of one in memory. Raises as `read_image` for
+    what is no plain file."""
     digest = hashlib.sha256()
+    if not isinstance(path, (str, Path)):
+        return hashlib.sha256(path.tobytes()).hexdigest()
     with _opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -115,25 +107,32 @@ def _unheard() -> Iterator[None]:
 
 
 def _decode(file: BinaryIO) -> np.ndarray:
-    import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     Image.init()
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         width, height = image.size
         size = os.fstat(file.fileno()).st_size
-        most = most_pixels(size)
+        most = min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size))
         if width * height > most:  # looked at before any pixel is decoded
             raise SwanError(
                 f"{width}x{height} are more than {most:,} pixels, the most for {size:,} bytes: make it smaller"
             )
-        if image.mode in EIGHT_BIT_MODES:
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(image.convert("RGB"))
-        white = _white(image)
-        inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # Pillow turns round only greys of 8 bits
+        return _pixels(image)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of an image, which is turned upright."""
+    import numpy as np
+    from PIL import ImageOps
+
+    if image.mode in EIGHT_BIT_MODES:
         ImageOps.exif_transpose(image, in_place=True)
-        grey = np.asarray(image).astype(np.uint32)
+        return np.asarray(image.convert("RGB"))
+    white = _white(image)
+    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # Pillow turns round only greys of 8 bits
+    ImageOps.exif_transpose(image, in_place=True)
+    grey = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(grey, white) * 255 + white // 2) // white
     grey = (255 - grey if inverted else grey).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)

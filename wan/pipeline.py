@@ -9,9 +9,9 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,33 +22,32 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.cache.options import make_manager
 from wan.cache.telemetry import merged
 from wan.conditioning.condition import Condition
-from wan.conditioning.image import image_condition
-from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import latent_shape
-from wan.denoise import denoise, experts_of
+from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.file_checks import check_files, open_loras
-from wan.media import read_image
 from wan.models.attention import check_attention
 from wan.models.dit import WanModel
+from wan.models.dit.sequence import Times
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
 from wan.models.vae import WanVAE
+from wan.options import LoadOptions, Request, check_device
+from wan.options.files import check_loras
+from wan.options.load import check_built
+from wan.options.names import LoraChoice
 from wan.plan import (
     Placement,
     free_ram,
     make_plan,
     measure,
     resident_indices,
-    start_lines,
 )
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
-from wan.request import Request, check_device, check_loras
-from wan.request.built import check_built
-from wan.request.options import LoraChoice
 from wan.solvers import make_solver
 from wan.stage_checks import StageChecks
+from wan.tasks.kinds import kind_of
 from wan.weights.assign import load_weights
 from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.lora import Lora, set_loras
@@ -56,6 +55,7 @@ from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Made = TypeVar("Made")
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 
 
@@ -81,42 +81,56 @@ class WanPipeline:
     cache of the last run, with its telemetry.
     """
 
-    def __init__(self, spec: Any, files: CheckpointFiles, request: Request, parallel: Parallel | None = None):
-        self.spec, self.files, self.parallel = spec, files, parallel or Parallel()
-        self.dit_fsdp, self.t5_fsdp = request.dit_fsdp, request.t5_fsdp
-        self.device = torch.device(request.device)
-        self.plan = self._make_plan(request)
-        self.request = replace(request, dtype=self.plan["dtypes"]["dit"], auto_dtype=False)
-        self.checks = StageChecks(files, self.request, self.parallel)
-        dtypes = (self.request.dtype, request.t5_dtype, request.vae_dtype)
-        self.dtype, self.t5_dtype, self.vae_dtype = (DTYPES[name] for name in dtypes)
-        self.attention = request.attention
-        self.placement = Placement(**self.plan["placement"])
-        self.notes: list[str] = start_lines(self.plan)
-        self.loras, self._asked_loras = self._open_loras(request.loras), dict(request.loras)  # by expert, by flag
+    def __init__(self, spec: Any, files: CheckpointFiles, load: LoadOptions, parallel: Parallel | None = None):
+        self.spec, self.files, self.load, self.parallel = spec, files, load, parallel or Parallel()
+        self.device = torch.device(load.device)
+        self.checks = StageChecks(files, self.parallel)
+        self.notes: list[str] = []
+        self.plan: dict[str, Any] = {}
+        self.placement: Placement | None = None
+        self.asked_loras: dict[str, LoraChoice] = {}  # by flag
+        self.loras: dict[str, list[tuple[Lora, float]]] = self._open_loras({})  # by expert
+        self.keeps = False  # models between their uses, while memory allows
+        self.check: Callable[[], None] = lambda: None  # between steps, chunks and weights: ends the run by raising
         self.latents: Tensor | None = None
         self.cache: NoCache = NO_CACHE
-        self.experts = Experts(self._load_expert, lambda: self.device, keep_all=self.placement.offload == "none")
+        self.experts = Experts(self._load_expert, lambda: self.device, keep_all=False)
         self._loaded: weakref.WeakValueDictionary[str, WanModel] = weakref.WeakValueDictionary()  # experts
-        self._models: dict[str, Any] = {}
+        self._models: dict[str, Any] = {}  # but for the experts
+        self._used: dict[str, None] = {}  # names of models that are here, the one used last at the end
         self._meshes: dict[str, DeviceMesh] = {}
 
     @classmethod
-    def from_request(cls, request: Request, spec: Any, parallel: Parallel | None = None) -> WanPipeline:
+    def from_load(cls, load: LoadOptions, spec: Any, parallel: Parallel | None = None) -> WanPipeline:
         """Finds the files and checks them against the task; loads nothing yet.
 
         Raises UsageError or SwanError, one line, before any work is done.
         """
-        request = replace(request, device=check_device(request.device))
-        check_attention(request.attention, DTYPES[request.dtype], request.device)
-        files = locate(request.ckpt_dir, spec, request.files)
+        load = replace(load, device=check_device(load.device))
+        check_attention(load.attention, DTYPES[load.dtype], load.device)
+        files = locate(load.ckpt_dir, spec, load.files)
         notes = check_files(files, spec)
-        pipe = cls(spec, files, request, parallel)
+        pipe = cls(spec, files, load, parallel)
         pipe.notes += notes
         return pipe
 
-    def __call__(self, request: Request, progress: Progress | None = None, cache: NoCache | None = None) -> Result:
-        """Makes one video. `progress(stage, done, total)` is called as each stage goes on.
+    @classmethod
+    def from_request(cls, request: Request, spec: Any, parallel: Parallel | None = None) -> WanPipeline:
+        """One that is placed for a request, with its LoRAs."""
+        pipe = cls.from_load(request.load, spec, parallel)
+        pipe.plan_for(request)
+        if request.sample.loras:
+            pipe.set_loras(**request.sample.loras)
+        return pipe
+
+    def __call__(
+        self,
+        request: Request,
+        progress: Progress | None = None,
+        cache: NoCache | None = None,
+        on_clean: OnStep | None = None,
+    ) -> Result:
+        """Makes one video. `progress(stage, done, total)` is called as each stage goes on; on_clean: see `denoise`.
 
         `cache` takes the place of the one that the request asks for. Raises UsageError where the request wants other
         models than the pipeline was built for, NotFinite where a stage makes what is no number. After an error or an
@@ -124,17 +138,50 @@ class WanPipeline:
 
         Autograd is off, as everywhere but in tools/tiny, unless the environment says WAN_INFERENCE_ONLY=0.
         """
-        check_built(request, self.request, self._asked_loras)
+        check_built(request.load, self.load)
+        if (wanted := request.sample.loras) and wanted != self.asked_loras:
+            self.set_loras(**wanted)
         handled = sys.exc_info()[1]  # by the caller, and none of ours
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
             try:
-                return self._run(request, progress, cache)
+                return self._run(request, progress, cache, on_clean)
             except BaseException as error:
                 self.experts.forget_prepared()  # or the program could not end before it is loaded
                 _clear_frames(error, handled)
                 gc.collect()
                 _empty_cache()
                 raise
+
+    def plan_for(self, request: Request) -> dict[str, Any]:
+        """The plan of a video, by the memory that there is now: what models of this pipeline hold can be let go of.
+        From now on it is followed; models that it places otherwise will be loaded anew.
+
+        Raises UsageError where the video does not fit into a budget; nothing has changed then.
+        """
+        plan = self.planned(request)
+        placement, before = Placement(**plan["placement"]), self.placement
+        self.load = replace(self.load, dtype=plan["dtypes"]["dit"], auto_dtype=False)
+        self.plan, self.placement, self.checks.load = plan, placement, self.load
+        if before is not None:
+            if (placement.text, placement.packed["t5"]) != (before.text, before.packed["t5"]):
+                self._let_go("t5")
+            same = ("offload", "resident_blocks", "blocks_from", "packed")
+            if any(getattr(placement, name) != getattr(before, name) for name in same):
+                self.experts.release()
+        self.experts.keep_all = self.keeps or placement.offload == "none"
+        return plan
+
+    def planned(self, request: Request) -> dict[str, Any]:
+        """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory."""
+        load = replace(request.load, **{name: getattr(self.load, name) for name in ("device", "dtype", "auto_dtype")})
+        if self.files.folder is not None and load.ckpt_option is not None:  # what came from the hub is here by now
+            load = replace(load, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
+        request = replace(request, load=load)
+        machine = measure(self.device, request, self.spec, self.parallel.local_size)
+        if load.ram_bytes is None and self.device.type == "cpu" and self._used:
+            machine = replace(machine, ram_bytes=machine.ram_bytes + self.held_bytes())
+        machines = self.parallel.gather_objects(machine)
+        return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 
     def set_loras(self, lora: Any = (), lora_high: Any = (), lora_low: Any = ()) -> None:
         """From now on have these LoRAs and no others, in loaded models and in those that will be loaded.
@@ -143,7 +190,7 @@ class WanPipeline:
         or SwanError, one line; where the files do not fit, nothing has changed. On several processes all call it alike.
         """
         asked = check_loras(self.spec, {"lora": lora, "lora_high": lora_high, "lora_low": lora_low})
-        self.loras, self._asked_loras = self._open_loras(asked), asked
+        self.loras, self.asked_loras = self._open_loras(asked), asked
         self.experts.forget_prepared()
         try:
             for name, model in self._loaded.items():
@@ -153,29 +200,34 @@ class WanPipeline:
             self.experts.release()  # some have them, others not: they will be loaded anew
             raise
 
-    def _run(self, request: Request, progress: Progress | None, cache: NoCache | None) -> Result:
+    def _run(self, request: Request, progress: Progress | None, cache: NoCache | None, on_clean) -> Result:
         self.latents, self.cache = None, cache or NO_CACHE
         seconds: dict[str, float] = {}
-        report = progress or (lambda stage, done, total: None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            self.check()
+            if progress is not None:
+                progress(stage, done, total)
+
         with _timed("encode", seconds, report, self.device):
             texts = self._encode_texts(request)
-            condition, clip_fea = self._encode_images(request)
+            condition = self._encode_images(request)
         self.experts.take_seconds()
         is_loaded = any(name in self.experts for name in self.files.dit)
-        with _timed("denoise", seconds, report, self.device, request.steps, begins=is_loaded):
-            latents = self._denoise(request, texts, condition, clip_fea, report)
+        with _timed("denoise", seconds, report, self.device, request.sample.steps, begins=is_loaded):
+            latents = self._denoise(request, texts, condition, report, on_clean)
             self.latents = latents[0].cpu()
         seconds |= self.experts.take_seconds()
         with _timed("decode", seconds, report, self.device):
-            frames = self._decode(latents, self._tile_px(request))[request.trim_first_frames :]
+            frames = self._decode(latents, self._tile_px(request))[request.sample.trim_first_frames :]
         return Result(frames, self.latents, seconds)
 
     # Stages
 
     def _encode_texts(self, request: Request) -> dict[str, Tensor]:
-        texts = {"cond": request.prompt}
-        if any(scale != 1 for scale in request.guide_scale):
-            texts["uncond"] = request.negative_prompt
+        texts = {"cond": request.sample.prompt}
+        if any(scale != 1 for scale in request.sample.guide_scale):
+            texts["uncond"] = request.sample.negative_prompt
 
         def encode() -> list[Tensor]:
             with self._model("t5") as encoder:
@@ -184,26 +236,27 @@ class WanPipeline:
             return rows
 
         # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
-        embeddings = encode() if self.t5_fsdp else self.parallel.once(encode, self.device)
+        embeddings = encode() if self.load.t5_fsdp else self.parallel.once(encode, self.device)
         self.checks.text(embeddings)
         return dict(zip(texts, embeddings, strict=True))
 
-    def _encode_images(self, request: Request) -> tuple[Condition, Tensor | None]:
-        if request.image is None:
-            return Condition(), None
-        pictures = [read_image(path) for path in (request.image, request.last_image) if path is not None]
-        size = {"num_frames": request.frame_num, "height": request.height, "width": request.width}
-        with self._model("vae") as vae:
+    def _condition(self, request: Request) -> Condition:
+        """With the VAE, which is loaded when something is to be encoded, and stays until all is."""
+        with ExitStack() as stage:
+            held: list[WanVAE] = []
 
             def encode(video: Tensor) -> Tensor:
-                return vae.encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
+                if not held:
+                    held.append(stage.enter_context(self._model("vae", "encode_image")))
+                return held[0].encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
 
-            if self.spec.kind == "ti2v":
-                condition = first_frame_condition(encode, *pictures, **size)
-            else:
-                condition = image_condition(encode, *pictures, **size, clip=self.files.clip is not None)
+            condition = kind_of(self.spec).condition(self.spec, request.sample, encode)
+            held.clear()
+        return condition
+
+    def _encode_images(self, request: Request) -> Condition:
+        condition = self._condition(request)
         self.checks.image(condition)
-        clip_fea = None
         if condition.clip_images:
 
             def look() -> list[Tensor]:
@@ -212,36 +265,48 @@ class WanPipeline:
 
             clip_fea = self.parallel.once(look, self.device)[0]
             self.checks.clip(clip_fea)
-        return condition, clip_fea
+            condition = replace(condition, clip_fea=clip_fea)
+        return condition
 
     def _denoise(
-        self, request: Request, texts: dict[str, Tensor], condition: Condition, clip_fea: Tensor | None, report
+        self,
+        request: Request,
+        texts: dict[str, Tensor],
+        condition: Condition,
+        report: Progress,
+        on_clean: OnStep | None = None,
     ) -> Tensor:
         shape = latent_shape(
-            self.spec.vae.z_dim, request.frame_num, request.height, request.width, self.spec.vae_stride[1]
+            self.spec.vae.z_dim,
+            request.sample.frame_num,
+            request.sample.height,
+            request.sample.width,
+            self.spec.vae_stride[1],
         )
         # Drawn on the CPU, so that one seed gives one video on every device.
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = torch.Generator().manual_seed(request.sample.seed)
+        shape = (shape[0], shape[1] + condition.extra_frames, *shape[2:])
         noise = torch.randn(1, *shape, generator=generator, dtype=torch.float32).to(self.device)
         solver = make_solver(
-            request.solver,
-            steps=request.steps,
-            shift=request.shift,
-            denoising_step_list=request.denoising_step_list,
+            request.sample.solver,
+            steps=request.sample.steps,
+            shift=request.sample.shift,
+            denoising_step_list=request.sample.denoising_step_list,
         )
 
-        if request.cache and self.cache is NO_CACHE:
-            self.cache = make_manager(request.cache, request.cache_coefficients, self.parallel)
+        if request.sample.cache and self.cache is NO_CACHE:
+            self.cache = make_manager(request.sample.cache, request.sample.coefficients, self.parallel)
         cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
         apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
         decided = len(self.cache.telemetry.decisions) if apart else 0
 
-        def predict(latent: Tensor, timestep: Tensor, ctx: StepContext) -> Tensor:
+        def predict(latent: Tensor, times: Times, ctx: StepContext) -> Tensor:
             model, here = self._expert(ctx, report), {**cached, "ctx": ctx} if cached else {}
-            return model(latent, timestep, [texts[ctx.branch]], y=condition.y, clip_fea=clip_fea, **here)
+            self.check()
+            return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
-        following = set(experts_of(timesteps, boundary, request.boundary_step_index))
+        following = set(experts_of(timesteps, boundary, request.sample.boundary_step_index))
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
             self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
@@ -255,22 +320,23 @@ class WanPipeline:
                     predict,
                     solver,
                     noise,
-                    guide_scale=request.guide_scale,
+                    guide_scale=request.sample.guide_scale,
                     boundary=self.spec.get("boundary"),
-                    boundary_step_index=request.boundary_step_index,
+                    boundary_step_index=request.sample.boundary_step_index,
                     condition=condition,
                     cache=self.cache,
                     parallel=self.parallel,
                     on_step=on_step,
+                    on_clean=on_clean,
                 )
         finally:
-            if self.placement.offload != "none":
+            if self.placement.offload != "none" and not self.keeps:
                 self.experts.release()
                 _empty_cache()
         if apart:
             decisions = self.cache.telemetry.decisions
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
-        return latents
+        return latents[:, :, condition.extra_frames :]
 
     def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
         """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""
@@ -294,13 +360,12 @@ class WanPipeline:
             elif sum(path.stat().st_size for path in files) <= free_ram():
                 read_ahead(files)
 
-    def decided(self) -> dict[str, Any]:
-        """Fields of the Request that were left to the plan, as it has decided; a video stores them."""
-        tile = self._tile_px(self.request)
-        return {"dtype": self.request.dtype, "auto_dtype": False, "vae_tile_px": tile}
+    def decided(self, request: Request) -> Request:
+        """The request with what was left to the plan as it has decided; a video stores it."""
+        return request.changed(dtype=self.load.dtype, auto_dtype=False, vae_tile_px=self._tile_px(request))
 
     def _tile_px(self, request: Request) -> int:
-        return self.placement.vae_tile_px if request.vae_tile_px is None else request.vae_tile_px
+        return self.placement.vae_tile_px if request.sample.vae_tile_px is None else request.sample.vae_tile_px
 
     def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
         with self._model("vae") as vae, self.checks.decoding(vae):
@@ -311,20 +376,58 @@ class WanPipeline:
 
     # Models
 
+    def with_vae(self, use: Callable[[WanVAE], Made]) -> Made:
+        """What `use` makes with the VAE."""
+        with self._model("vae") as vae, torch.inference_mode():
+            return use(vae)
+
+    def take_notes(self) -> list[str]:
+        """Lines about the files, told once."""
+        notes, self.notes = self.notes, []
+        return notes
+
     @contextmanager
-    def _model(self, name: str) -> Iterator[Any]:
-        """A model for the length of a stage; let go of afterwards when offloading."""
+    def _model(self, name: str, stage: str = "") -> Iterator[Any]:
+        """A model for the length of a stage; let go of afterwards when offloading, unless models are kept."""
+        self._make_room(stage or {"t5": "encode_text", "clip": "encode_image", "vae": "decode"}[name], name)
         if name not in self._models:
             self._models[name] = getattr(self, f"_load_{name}")()
             return_freed_memory()  # what passed by on the way
         try:
             yield self._models[name]
         finally:
-            if name in self.placement.released:
-                self._models.pop(name)
-                if name in ("t5", "clip"):
-                    gc.collect()  # transformers' models hold themselves in a cycle
-                _empty_cache()
+            if name in self.placement.released and not self.keeps:
+                self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        self._used.pop(name, None)
+        if name in self.files.dit:
+            self.experts.let_go(name)
+        elif self._models.pop(name, None) is not None and name in ("t5", "clip"):
+            gc.collect()  # transformers' models hold themselves in a cycle
+        _empty_cache()
+
+    def release(self) -> None:
+        """Let go of all models."""
+        self.experts.release()
+        for name in [*self._used, *self._models]:
+            self._let_go(name)
+
+    def held_bytes(self, but: str = "") -> int:
+        """Of the weights of models that are here, `but` one, on the device."""
+        here = [name for name in self._used if name != but and (name in self._models or name in self.experts)]
+        return sum(row["bytes"] for row in self.plan["weights"] if row["component"] in here and row["where"] != "disk")
+
+    def _make_room(self, stage: str, name: str) -> None:
+        """Before a model is used: others go, the least recently used first, until the peak of the stage fits."""
+        self._used[name] = self._used.pop(name, None)
+        if not self.keeps:
+            return
+        machine, where = self.plan["machine"], "ram" if self.device.type == "cpu" else "device"
+        budget = machine["ram_bytes"] if where == "ram" else machine["vram_bytes"]
+        need = self.plan["memory_bytes"][stage][where] * (1 + self.plan["margin"])
+        while len(self._used) > 1 and self.held_bytes(but=name) + need > budget:
+            self._let_go(next(iter(self._used)))
 
     def _load_t5(self):
         where = self.placement.text
@@ -334,39 +437,40 @@ class WanPipeline:
             self.files.tokenizer,
             text_len=self.spec.dit.text_len,
             device=device,
-            dtype=self.t5_dtype,
+            dtype=DTYPES[self.load.t5_dtype],
             stream=self.placement.packed["t5"] == "stream",
-            shard=self._shard(device) if self.t5_fsdp else None,
+            shard=self._shard(device) if self.load.t5_fsdp else None,
             stream_to=self.device if where == "stream" else None,
         )
 
     def _load_clip(self):
-        return load_clip_encoder(open_source(self.files.clip), device=self.device, dtype=self.dtype)
+        return load_clip_encoder(open_source(self.files.clip), device=self.device, dtype=DTYPES[self.load.dtype])
 
     def _load_vae(self) -> WanVAE:
-        return load_weights(
-            _empty_vae(self.spec), open_source(self.files.vae), "vae", device=self.device, dtype=self.vae_dtype
-        )
+        vae, dtype = _empty_vae(self.spec), DTYPES[self.load.vae_dtype]
+        vae.between_chunks = lambda: self.check()
+        return load_weights(vae, open_source(self.files.vae), "vae", device=self.device, dtype=dtype)
 
     def _load_expert(self, name: str, device: torch.device, check: Check) -> WanModel:
         if device == self.device:  # while another expert computes there, its memory is left alone
+            self._make_room("denoise", name)
             _empty_cache()
         with torch.device("meta"):
-            model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
+            model = WanModel(**self.spec.dit, attention=self.load.attention, parallel=self.parallel)
         offload = self.placement.offload
         load_expert(
             model,
             open_source(self.files.dit[name]),
             device=device,
             compute_device=self.device,
-            dtype=self.dtype,
+            dtype=DTYPES[self.load.dtype],
             packed=self.placement.packed[name] == "stream",
             loras=self.loras[name],
-            shard=self._shard(self.device) if self.dit_fsdp else None,
+            shard=self._shard(self.device) if self.load.dit_fsdp else None,
             granularity=offload if offload in ("block", "phase") else None,
-            resident_blocks=resident_indices(len(model.blocks), self.placement.resident_blocks),
+            resident_blocks=resident_indices(len(model.units()), self.placement.resident_blocks),
             blocks_from=self.placement.blocks_from,
-            check=check,
+            check=lambda: (check(), self.check()),
         )
         self._loaded[name] = model
         return model
@@ -381,13 +485,6 @@ class WanPipeline:
         if device.type not in self._meshes:
             self._meshes[device.type] = weight_mesh(device.type, self.parallel.local_size)
         return lambda model, blocks: shard_model(model, blocks, self._meshes[device.type])
-
-    def _make_plan(self, request: Request) -> dict[str, Any]:
-        """What lies where. All ranks plan for the one that has the least memory."""
-        if self.files.folder is not None and request.ckpt_option is not None:  # what came from the hub is here by now
-            request = replace(request, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
-        machines = self.parallel.gather_objects(measure(self.device, request, self.spec, self.parallel.local_size))
-        return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 
 
 def _empty_vae(spec: Any) -> WanVAE:

@@ -14,7 +14,7 @@ from wan.conditioning.condition import Condition
 from wan.denoise import scale_of
 from wan.distributed.parallel import Parallel
 from wan.finite import NotFinite, is_finite, largest
-from wan.request import Request
+from wan.options import LoadOptions, Request
 from wan.weights.locate import CheckpointFiles
 
 # Latents have a deviation of about 1 and reach some 10; guidance of 1000 makes 300 of that. What is beyond this is no
@@ -24,24 +24,25 @@ _WIDER = {"fp16": "bf16 or fp32", "bf16": "fp32"}
 
 
 class StageChecks:
-    """Each raises NotFinite, on all ranks alike. built: the Request that the models are loaded by."""
+    """Each raises NotFinite, on all ranks alike. load: what the models are loaded by, set once that is decided."""
 
-    def __init__(self, files: CheckpointFiles, built: Request, parallel: Parallel):
-        self._files, self._built, self._parallel = files, built, parallel
+    def __init__(self, files: CheckpointFiles, parallel: Parallel):
+        self._files, self._parallel = files, parallel
+        self.load: LoadOptions
 
     def text(self, embeddings: Sequence[Tensor]) -> None:
         if not all(map(is_finite, embeddings)):
             what = "the embedding of the prompt is not finite"
-            raise _error("encode_text", what, self._files.t5, ("t5_dtype", self._built.t5_dtype), "t5")
+            raise _error("encode_text", what, self._files.t5, ("t5_dtype", self.load.t5_dtype), "t5")
 
     def image(self, condition: Condition) -> None:
-        if not all(is_finite(latent) for latent in (condition.y, condition.frame) if latent is not None):
+        if not all(map(is_finite, condition.tensors())):
             raise self._of_vae("encode_image", "the latent of the image is not finite")
 
     def clip(self, features: Tensor) -> None:
         if not is_finite(features):
             what = "what the image encoder makes of the image is not finite"
-            raise _error("encode_image", what, self._files.clip, ("dtype", self._built.dtype), "clip")
+            raise _error("encode_image", what, self._files.clip, ("dtype", self.load.dtype), "clip")
 
     def step(self, request: Request, ctx: StepContext, latent: Tensor, model: nn.Module | None) -> None:
         """The one wait for the device in a step: the progress that is shown next has been made."""
@@ -52,13 +53,13 @@ class StageChecks:
         what = "the latent of another rank is not finite"
         if is_bad:
             what = f"the latent reaches {size:.2g} (10 is usual)" if math.isfinite(size) else "the latent is not finite"
-        weight, scale = _bad_weight(model), scale_of(ctx.expert, request.guide_scale)
+        weight, scale = _bad_weight(model), scale_of(ctx.expert, request.sample.guide_scale)
         tries = [f"a --sample_guide_scale below {scale:g}"] if scale > 1 and not weight else []
-        tries += ["no cache"] if request.cache and not weight else []
-        tries += ["--attention sdpa"] if self._built.attention != "sdpa" and not weight else []
-        tries += ["no --lora"] if request.loras else []
+        tries += ["no cache"] if request.sample.cache and not weight else []
+        tries += ["--attention sdpa"] if self.load.attention != "sdpa" and not weight else []
+        tries += ["no --lora"] if request.sample.loras else []
         flag = "dit" if ctx.expert == "model" else ctx.expert
-        stage, dtype = f"denoise, step {ctx.step + 1} of {ctx.steps}", ("dtype", self._built.dtype)
+        stage, dtype = f"denoise, step {ctx.step + 1} of {ctx.steps}", ("dtype", self.load.dtype)
         raise _error(stage, what, self._files.dit[ctx.expert], dtype, flag, weight, tries)
 
     @contextmanager
@@ -70,7 +71,7 @@ class StageChecks:
             raise self._of_vae("decode", f"{error} is not finite", _bad_weight(vae)) from None
 
     def _of_vae(self, stage: str, what: str, weight: str = "") -> NotFinite:
-        return _error(stage, what, self._files.vae, ("vae_dtype", self._built.vae_dtype), "vae", weight)
+        return _error(stage, what, self._files.vae, ("vae_dtype", self.load.vae_dtype), "vae", weight)
 
 
 def _error(

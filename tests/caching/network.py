@@ -52,8 +52,8 @@ def sample(models, cache=NO_CACHE, *, steps=STEPS, seed=0, words=None, solver=No
     """Latents after a run of `denoise` under `cache`."""
     words = words or texts()
 
-    def predict(latent, timestep, ctx):
-        return models[ctx.expert](latent, timestep, [words[ctx.branch]], cache=cache, ctx=ctx)
+    def predict(latent, times, ctx):
+        return models[ctx.expert](latent, times, [words[ctx.branch]], cache=cache, ctx=ctx)
 
     solver = solver or make_solver("unipc", steps=steps, shift=5.0)
     start = solver.latents[0] if isinstance(solver, Scripted) else random(*SHAPE, seed=seed)

@@ -306,9 +306,9 @@ def test_10_a_change_of_type_computes_and_resets(models, name):
         if not half.keep_fp32(key):
             parameter.data = parameter.data.bfloat16()
 
-    def predict(latent, timestep, ctx):
+    def predict(latent, times, ctx):
         model = models["model"] if ctx.step < at else half
-        return model(latent, timestep, [texts()[ctx.branch]], cache=manager, ctx=ctx)
+        return model(latent, times, [texts()[ctx.branch]], cache=manager, ctx=ctx)
 
     manager = make(name, **{THRESHOLDS[name.split()[0]]: 1e9}, **long_runs(name))
     denoise(predict, Scripted(way()), way()[0], guide_scale=3.0, cache=manager)
@@ -388,8 +388,8 @@ def test_11_offload_round_trip_on_a_gpu(name):
     words = {branch: text.cuda() for branch, text in texts().items()}
 
     def run(manager, on_step=None):
-        def predict(latent, timestep, ctx):
-            return model(latent, timestep, [words[ctx.branch]], cache=manager, ctx=ctx)
+        def predict(latent, times, ctx):
+            return model(latent, times, [words[ctx.branch]], cache=manager, ctx=ctx)
 
         start, solver = random(*SHAPE, seed=0).cuda(), make_solver("unipc", steps=STEPS, shift=5.0)
         return denoise(predict, solver, start, guide_scale=3.0, cache=manager, on_step=on_step)

@@ -20,7 +20,7 @@ from wan.cache.sums import read, slices, total
 
 from tests.caching.network import FBCACHE, ON_BLOCKS, Scripted, Watch, official_mask, sample, skips, way
 from tests.caching.toy import CONFIGS, STEPS, Stack, contexts, decisions, hidden, make, predict, random, run_stack
-from wan.conditioning.condition import Condition
+from wan.conditioning.latent import FrameCondition
 from wan.solvers import make_solver
 
 REPO = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def test_a_clean_first_frame_does_not_enter_the_plan(models):
     frame = random(1, 4, 1, 4, 8, seed=8)
     managers = [make("teacache linear") for _ in range(2)]
     sample(models, managers[0])
-    sample(models, managers[1], condition=Condition(frame=frame, num_latent_frames=3))
+    sample(models, managers[1], condition=FrameCondition(frame, num_latent_frames=3))
     one, two = ([one.metric for one in manager.telemetry.decisions] for manager in managers)
     assert one == two and decisions(managers[0]) == decisions(managers[1])
 
@@ -194,7 +194,7 @@ def test_a_clean_first_frame_does_not_enter_the_plan(models):
 def test_two_timesteps_at_once(models, name):
     manager = make(name, **({"easy_thresh": 5} if name == "easycache" else {}))
     frame = random(1, 4, 1, 4, 8, seed=8)
-    latents = sample(models, manager, condition=Condition(frame=frame, num_latent_frames=3))
+    latents = sample(models, manager, condition=FrameCondition(frame, num_latent_frames=3))
     assert torch.equal(latents[:, :, :1], frame) and skips(manager) and torch.isfinite(latents).all()
 
 
@@ -362,4 +362,4 @@ def test_two_call_sites():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 if node.func.attr in ("blocks", "prediction") and ast.unparse(node.func.value).endswith("cache"):
                     found[path.relative_to(REPO).as_posix(), node.func.attr] += 1
-    assert found == {("wan/models/dit.py", "blocks"): 1, ("wan/denoise.py", "prediction"): 1}
+    assert found == {("wan/models/dit/model.py", "blocks"): 1, ("wan/denoise.py", "prediction"): 1}

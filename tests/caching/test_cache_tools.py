@@ -20,7 +20,7 @@ from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.judge import judge
 from benchmarks.peers import DIT
 from tools.tiny.world import render
-from wan.request import build_request
+from wan.options import build_request
 from wan.tasks import load_task, task_names
 
 REPO = Path(__file__).resolve().parents[2]
@@ -132,17 +132,17 @@ def test_calibration_is_accepted_by_requests(tmp_path, capsys, task):
     assert all(one[0] == 1 for one in ratios.values()) and steps == 8 - len(ratios)
     write_coefficients(out, {"mine": models["mine"]}, "")
     common = {"task": task, "cache_coefficients": str(out), "save_file": str(tmp_path / "a.mp4")}
-    assert build_request({**common, "magcache": True}).cache_coefficients["ratios"] == ratios
+    assert build_request({**common, "magcache": True}).sample.coefficients["ratios"] == ratios
     for policy, signal in (("polynomial", "embedding"), ("polynomial_projection", "projection")):
         request = build_request({**common, "teacache": True, "teacache_policy": policy})
-        assert request.cache_coefficients == models["mine"]["teacache"][signal]
+        assert request.sample.coefficients == models["mine"]["teacache"][signal]
 
 
 @pytest.mark.parametrize("task", CALIBRATED)
 def test_embedded_models_come_with_coefficients(tmp_path, task):
     for flags in ({"magcache": True}, *({"teacache": True, "teacache_policy": policy} for policy in
                                         ("polynomial", "polynomial_projection"))):  # fmt: skip
-        assert build_request({"task": task, "save_file": str(tmp_path / "a.mp4"), **flags}).cache_coefficients
+        assert build_request({"task": task, "save_file": str(tmp_path / "a.mp4"), **flags}).sample.coefficients
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from wan.cache.policies.magcache import nearest
 from tests.caching.network import official_mask
 from tests.caching.toy import decisions
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
+from wan.options import build_request
 from wan.pipeline import WanPipeline
-from wan.request import build_request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,30 +23,39 @@ class StandIn:
 
     fail = None  # raised after denoising
     early = None  # raised before
-    notes, plan, placement = (), {}, types.SimpleNamespace(offload="none", packed={})
+    notes, placement = (), types.SimpleNamespace(offload="none", packed={})
+    plan = {"notes": (), "seconds": {}}
 
     @classmethod
-    def from_request(cls, request, spec, parallel):
+    def from_load(cls, load, spec, parallel):
         pipe = cls()
-        pipe.latents = None
-        pipe.device = types.SimpleNamespace(type=request.device)
+        pipe.load, pipe.parallel, pipe.latents, pipe.asked_loras = load, parallel, None, {}
+        pipe.device = types.SimpleNamespace(type=load.device)
         return pipe
 
-    def decided(self):
-        return {}
+    def plan_for(self, request):
+        return self.plan
 
-    def __call__(self, request, progress):
+    def decided(self, request):
+        return request
+
+    def take_notes(self):
+        return []
+
+    def __call__(self, request, progress, on_clean):
         import torch
 
         if self.early:
             raise self.early
-        for done in range(request.steps + 1):
-            progress("denoise", done, request.steps)
-        self.latents = torch.zeros(16, (request.frame_num - 1) // 4 + 1, request.height // 8, request.width // 8)
+        for done in range(request.sample.steps + 1):
+            progress("denoise", done, request.sample.steps)
+        self.latents = torch.zeros(
+            16, (request.sample.frame_num - 1) // 4 + 1, request.sample.height // 8, request.sample.width // 8
+        )
         if self.fail:
             raise self.fail
-        shape = (request.frame_num, request.height, request.width, 3)
-        frames = np.random.default_rng(request.seed).integers(0, 255, shape, dtype=np.uint8)
+        shape = (request.sample.frame_num, request.sample.height, request.sample.width, 3)
+        frames = np.random.default_rng(request.sample.seed).integers(0, 255, shape, dtype=np.uint8)
         return types.SimpleNamespace(frames=frames, latents=self.latents, seconds={"denoise": 0.5})
 
 
@@ -54,7 +63,7 @@ class StandIn:
 def pipeline(monkeypatch, tmp_path):
     """The stand-in in place of wan.pipeline, in an empty folder."""
     stand_in = type("WanPipeline", (StandIn,), {})
-    monkeypatch.setitem(sys.modules, "wan.pipeline", types.SimpleNamespace(WanPipeline=stand_in))
+    monkeypatch.setattr("wan.engine.WanPipeline", stand_in)
     monkeypatch.chdir(tmp_path)
     return stand_in
 
@@ -196,8 +205,8 @@ def test_failed_save_keeps_the_latents_elsewhere(pipeline, capsys, tmp_path, mon
     monkeypatch.setattr("tempfile.tempdir", str(other))
     vanish = pipeline.__call__
 
-    def folder_goes_away(self, request, progress):
-        result = vanish(self, request, progress)
+    def folder_goes_away(self, request, progress, on_clean):
+        result = vanish(self, request, progress, on_clean)
         folder.rmdir()
         return result
 

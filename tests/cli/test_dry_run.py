@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from wan.cli import main
 from wan.models.dit import WanModel
-from wan.request import build_request
+from wan.options import build_request
 from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.locate import locate
@@ -200,7 +200,7 @@ def test_the_plan_is_that_of_the_run(folder, capsys):
     assert main(["--dry_run", "--json", *words]) == 0
     dry = json.loads(capsys.readouterr().out)
     request = build_request(flags)
-    plan = WanPipeline.from_request(request, load_task(request.task)).plan
+    plan = WanPipeline.from_request(request, load_task(request.load.task)).plan
     measured = {"machine", "seconds", "transfers"}
     assert {name: dry[name] for name in dry.keys() - measured} == {name: plan[name] for name in plan.keys() - measured}
     assert dry["machine"]["is_measured"] and dry["seconds"].keys() == plan["seconds"].keys()

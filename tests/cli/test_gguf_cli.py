@@ -79,7 +79,7 @@ def test_auto_decides_from_memory_and_says_so(tiny, tmp_path, capsys, monkeypatc
 
 def test_two_experts(tmp_path, capsys, monkeypatch):
     spec = shrunk("t2v-A14B")
-    for module in ("wan.cli", "wan.request"):
+    for module in ("wan.cli", "wan.options"):
         monkeypatch.setattr(f"{module}.load_task", lambda name: spec)
     folder = write_checkpoint(tmp_path / "ckpt", spec)
     for index, expert in enumerate(("high", "low")):

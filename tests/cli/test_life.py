@@ -148,7 +148,7 @@ def test_an_interrupt_that_a_library_swallows_is_looked_at(tmp_path, monkeypatch
             time.sleep(PATIENCE_S)
         return []
 
-    monkeypatch.setattr("wan.pipeline.start_lines", swallowed)
+    monkeypatch.setattr("wan.engine.start_lines", swallowed)
     assert main([*QUICK, "--save_file", str(tmp_path / "a.png")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted" and not list(tmp_path.iterdir())
 

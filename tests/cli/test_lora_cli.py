@@ -11,8 +11,9 @@ from wan.cli import main
 from wan.errors import SwanError, UsageError
 from wan.media import read_image
 from wan.models.dit import WanModel
+from wan.options import build_request
+from wan.options.replay import replay_options
 from wan.pipeline import WanPipeline
-from wan.request import build_request, replay_options
 from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
@@ -125,7 +126,7 @@ def test_a_path_may_hold_colons(folder):
     write(folder / "a", 192)
 
     def chosen(*values):
-        [found] = build_request({"lora": list(values)}).loras.values()
+        [found] = build_request({"lora": list(values)}).sample.loras.values()
         return [(path.rpartition("/")[2], strength) for path, strength in found]
 
     assert chosen("a:0.5", "a:0.5:0.25", "a:2", "a", ("a", 3), ["a:0.5", 1]) == [
@@ -151,7 +152,7 @@ def experts(tmp_path_factory):
 def setup(experts, folder, monkeypatch):
     """setup(options) -> (request, spec) of a little model of two experts, with LoRAs `one` and `two` for it."""
     spec, checkpoint = experts
-    monkeypatch.setattr("wan.request.load_task", lambda name: spec)
+    monkeypatch.setattr("wan.options.load_task", lambda name: spec)
     write(folder / "one", 48)
     write(folder / "two", 48, seed=1)
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from wan.cli import main
 from wan.errors import UsageError
+from wan.options import build_request
 from wan.pipeline import WanPipeline
-from wan.request import build_request
 from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.folder import Form, export_folder
@@ -84,7 +84,7 @@ def test_what_is_released(tmp_path):
     def kept(**options):
         options |= {"device": "cpu", "sample_steps": 1, "frame_num": 1, "save_file": str(tmp_path / "a.png")}
         request = build_request(options)
-        pipe = WanPipeline.from_request(request, load_task(request.task))
+        pipe = WanPipeline.from_request(request, load_task(request.load.task))
         pipe(request)
         return set(pipe._models) | {name for name in ("model",) if name in pipe.experts}
 

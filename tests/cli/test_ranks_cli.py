@@ -16,8 +16,8 @@ import pytest
 
 from wan.cli import main
 from wan.errors import UsageError
-from wan.request import build_request
-from wan.request.alike import file_fact, request_facts
+from wan.options import build_request
+from wan.options.alike import file_fact, request_facts
 from wan.tasks import load_task
 
 REPO = Path(__file__).resolve().parents[2]
@@ -78,8 +78,8 @@ def test_what_cannot_be_shared_is_one_line(world, options, message):
 )
 def test_an_axis_that_is_not_given_takes_what_is_left(options, grid):
     request = build_request(options, 8)
-    assert request.grid == grid and request.offload == "none"
-    assert build_request({}).offload == "auto"
+    assert request.load.grid == grid and request.load.offload == "none"
+    assert build_request({}).load.offload == "auto"
 
 
 def test_more_ulysses_ranks_than_heads_are_warned_of():

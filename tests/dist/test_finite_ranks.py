@@ -7,7 +7,7 @@ from tests.dist.processes import run
 from wan.finite import NotFinite
 from wan.models.dit import WanModel
 from wan.pipeline import WanPipeline
-from wan.request import build_request
+from wan.options import build_request
 from wan.tasks import load_task
 
 pytestmark = pytest.mark.dist
@@ -31,8 +31,8 @@ def on_two_ranks(folder):
     """The message of each rank, where the network of the second one alone makes a NaN."""
     quick = {"frame_num": 5, "sample_steps": 3, "size": "32*32", "seed": 1, "device": "cpu"}
     request = build_request(quick | {"save_file": f"{folder}/a.mp4"}, 2)
-    parallel = Parallel(*request.grid, local_size=2)
-    pipe = WanPipeline.from_request(request, load_task(request.task), parallel)
+    parallel = Parallel(*request.load.grid, local_size=2)
+    pipe = WanPipeline.from_request(request, load_task(request.load.task), parallel)
     with pytest.MonkeyPatch.context() as patch:
         if parallel.world.rank == 1:
             spoil(patch)

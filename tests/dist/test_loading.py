@@ -14,17 +14,22 @@ pytestmark = pytest.mark.dist
 SMALL = {"model_type": "i2v", "in_dim": 20, "dim": 96, "ffn_dim": 160, "num_heads": 3, "text_dim": 64, "text_len": 7}
 
 
-def write_small(format, folder, monkeypatch):
-    monkeypatch.setattr(loading, "CONFIG", SMALL)
+VACE = SMALL | {"model_type": "vace", "in_dim": 16, "vace_layers": [0, 1], "vace_in_dim": 6}
+
+
+def write_small(format, folder, monkeypatch, config=SMALL):
+    monkeypatch.setattr(loading, "CONFIG", config)
     return loading.write(format, 0, folder)
 
 
 def predict(model):
     generator = torch.Generator().manual_seed(5)
-    shapes = (1, 20, 3, 6, 10), (1, 7, 64), (1, 257, 1280)
-    x, text, image = (torch.randn(shape, generator=generator) for shape in shapes)
+    shapes = (1, 20, 3, 6, 10), (1, 7, 64), (1, 257, 1280), (1, 6, 3, 6, 10)
+    x, text, image, source = (torch.randn(shape, generator=generator) for shape in shapes)
+    inputs = {"vace_context": source, "vace_context_scale": 0.7} if model.adapters else {"clip_fea": image}
+    x = x[:, : model.patch_embedding.in_channels]
     with torch.inference_mode():
-        return [model(x, torch.tensor([t]), text, clip_fea=image) for t in (900, 10)]
+        return [model(x, torch.tensor([t]), text, **inputs) for t in (900, 10)]
 
 
 def predict_shared(path, config):
@@ -34,9 +39,9 @@ def predict_shared(path, config):
     return {"packed": packed, "kept": kept, "predictions": predict(model)}
 
 
-@pytest.mark.parametrize("format", loading.FORMATS)
-def test_shared_weights_compute_the_same(format, tmp_path, monkeypatch):
-    path, config = write_small(format, tmp_path, monkeypatch)
+@pytest.mark.parametrize("small, format", [*((SMALL, name) for name in loading.FORMATS), (VACE, "gguf")])
+def test_shared_weights_compute_the_same(small, format, tmp_path, monkeypatch):
+    path, config = write_small(format, tmp_path, monkeypatch, small)
     whole = loading.load(path, config, sharded=False)
     wanted, total = predict(whole), sum(one.numel() for one in whole.parameters())
     found = run(3, predict_shared, tmp_path, path, config)

@@ -38,8 +38,8 @@ def make(**changes):
     return WanModel("t2v", **(SHAPE | changes)).eval()
 
 
-def _predict(model, x, t, texts, name):
-    return model(x, t, texts[name])
+def _predict(model, x, t, texts, name, **inputs):
+    return model(x, t, texts[name], **inputs)
 
 
 def predictions(parallel, dtype=torch.float32):
@@ -55,7 +55,10 @@ def predictions(parallel, dtype=torch.float32):
             for t in (torch.tensor([500]), times):
                 compute = partial(_predict, model, x, t, {"cond": texts[0], "uncond": texts[1]})
                 results += parallel.branches(compute, ["cond", "uncond"]) + parallel.branches(compute, ["cond"])
-    return results
+    vace = make(parallel=parallel, vace_layers=[0, 1], vace_in_dim=6).to(dtype)
+    inputs = {"vace_context": torch.randn(1, 6, *size), "vace_context_scale": 0.7}
+    compute = partial(_predict, vace, x[:1], torch.tensor([500]), {"cond": texts[0, :1], "uncond": texts[1, :1]})
+    return results + parallel.branches(partial(compute, **inputs), ["cond", "uncond"])
 
 
 def grids(shapes):

@@ -8,7 +8,7 @@ from tests.dist.processes import run
 from tests.unit.test_pipeline import CASES, picture
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.pipeline import WanPipeline
-from wan.request import build_request
+from wan.options import build_request
 
 pytestmark = pytest.mark.dist
 
@@ -21,7 +21,7 @@ WAYS = [FSDP, {"cfg_parallel": True, "ring_size": 2, "offload_model": True}]
 def make(options, spec, ranks, parallel=None):
     request = build_request(options, ranks)
     if ranks > 1:
-        parallel = Parallel(*request.grid, local_size=ranks)
+        parallel = Parallel(*request.load.grid, local_size=ranks)
     return WanPipeline.from_request(request, spec, parallel)(request).latents
 
 

@@ -8,7 +8,7 @@ import torch
 from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
 from wan.pipeline import WanPipeline
-from wan.request import build_request
+from wan.options import build_request
 from wan.tasks import load_task
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
@@ -42,10 +42,10 @@ CASES = {
 def make(options, parallel, ranks, folder):
     files = {flag: f"{folder}/{name}" for flag, name in options.items() if flag.startswith("gguf") and "." in name}
     request = build_request(options | files | {"save_file": f"{folder}/unused.mp4", "device": "cpu"}, ranks)
-    parallel = parallel and Parallel(*request.grid, local_size=2)  # of 4 ranks: two machines, each with a copy of the weights
-    pipe = WanPipeline.from_request(request, load_task(request.task), parallel)
+    parallel = parallel and Parallel(*request.load.grid, local_size=2)  # of 4 ranks: two machines, each with a copy of the weights
+    pipe = WanPipeline.from_request(request, load_task(request.load.task), parallel)
     result = pipe(request)
-    cached = pipe.cache.telemetry.report() if request.cache else {}
+    cached = pipe.cache.telemetry.report() if request.sample.cache else {}
     skips = [branch["skipped"] for expert in cached.values() for branch in expert.values()]
     return {"latents": result.latents, "frames": torch.from_numpy(result.frames), "skips": skips}
 

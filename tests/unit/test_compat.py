@@ -20,8 +20,8 @@ from wan.compat.config import hyperparameters, read_fun_config
 from wan.compat.sampler import sampler, solver_of
 from wan.compat.transformer import WanTransformer, WanTransformerGGUF
 from wan.errors import SwanError, UsageError
+from wan.options import build_request
 from wan.pipeline import WanPipeline
-from wan.request import build_request
 from wan.tasks import load_task
 from wan.weights.export import export_gguf
 from wan.weights.names import official_names

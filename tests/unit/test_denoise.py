@@ -8,7 +8,7 @@ import pytest
 import torch
 from wan.cache import StepContext
 
-from wan.conditioning.condition import Condition
+from wan.conditioning.latent import FrameCondition
 from wan.denoise import denoise, expert_at, scale_of
 from wan.solvers import make_solver
 
@@ -22,8 +22,8 @@ class Recorder:
         self.calls: list[tuple[StepContext, torch.Tensor]] = []
         self.value = value or {"cond": 1.0, "uncond": 0.25}
 
-    def __call__(self, latent, timestep, ctx):
-        self.calls.append((ctx, timestep))
+    def __call__(self, latent, times, ctx):
+        self.calls.append((ctx, times.t))
         return torch.full_like(latent, self.value[ctx.branch]).bfloat16()
 
     def branches(self):
@@ -73,7 +73,7 @@ def test_history_carries_over_the_switch(name):
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     one, two = (
         denoise(
-            lambda latent, timestep, ctx: latent * ctx.sigma,
+            lambda latent, times, ctx: latent * ctx.sigma,
             make_solver(name, steps=6, shift=5.0),
             start,
             guide_scale=1.0,
@@ -117,7 +117,7 @@ def test_clean_frame_stays():
         make_solver("euler", steps=3, shift=1.0),
         torch.zeros(SHAPE),
         guide_scale=1.0,
-        condition=Condition(frame=frame, num_latent_frames=3),
+        condition=FrameCondition(frame, num_latent_frames=3),
         on_step=lambda ctx, latent: seen.append(latent),
     )
     assert all(torch.equal(latent[:, :1], frame) for latent in seen)

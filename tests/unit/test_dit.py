@@ -4,11 +4,14 @@ import sys
 
 import pytest
 import torch
+from wan.cache import NoCache
 from wan.distributed import Parallel
 
 from wan.errors import SwanError, UsageError
 from wan.models import attention
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit.sequence import Group, Schedule, Sequence, Times
+from wan.models.ops import OPS
 from wan.weights.assign import load_weights
 
 SHAPE = {
@@ -88,6 +91,67 @@ def test_flf2v_equals_diffusers():
     close(ours(x[None], t, context, clip_fea=clip), wanted, 1e-4)
 
 
+VACE = {"num_layers": 3, "vace_layers": [0, 2], "vace_in_dim": 10}
+
+
+def vace_inputs(*sizes, scale=0.7):
+    contexts = [torch.randn(10, *size) for size in sizes]
+    return {"vace_context": contexts, "vace_context_scale": scale}
+
+
+def test_vace_equals_diffusers():
+    ours, theirs = same_weights("vace", **VACE)
+    x, context, t = latents((3, 4, 6)), texts(12), torch.tensor([321])
+    inputs = vace_inputs((3, 4, 6))
+    scales = torch.full((2,), inputs["vace_context_scale"])
+    control = inputs["vace_context"][0][None]
+    wanted = theirs(torch.stack(x), t, torch.stack(context), None, control, scales).sample
+    close(ours(x, t, context, **inputs)[0][None], wanted, 1e-4)
+
+
+def test_vace_takes_batches_and_lists():
+    model, x, context, t = make("vace", **VACE), latents((3, 4, 6), (3, 4, 6)), texts(5, 12), torch.tensor([900, 20])
+    inputs = vace_inputs((3, 4, 6), (3, 4, 6))
+    batch = model(torch.stack(x), t, context, **inputs | {"vace_context": torch.stack(inputs["vace_context"])})
+    for one, other in zip(batch, model(x, t, context, **inputs), strict=True):
+        close(one, other)
+    without = model(x, t, context, **inputs | {"vace_context_scale": 0.0})
+    base = make(num_layers=3)
+    base.load_state_dict({name: one for name, one in model.state_dict().items() if not name.startswith("vace_")})
+    for one, other in zip(without, base(x, t, context), strict=True):
+        assert torch.equal(one, other)
+
+
+class InParts(NoCache):
+    """Runs blocks as caches may: in part, again, and not all of them."""
+
+    def __init__(self, *spans):
+        self.spans = spans
+
+    def blocks(self, ctx, h, run, count, embed=None):
+        outs = [h]
+        for first, last in self.spans:
+            outs.append(run(outs[first], first, last) if first else run(h, first, last))
+        return outs[-1]
+
+
+@pytest.mark.parametrize("spans", [[(0, 1), (1, 3)], [(0, 3), (0, 3)], [(0, 1), (0, 3)]])
+def test_hints_of_vace_follow_the_blocks_that_run(spans):
+    model, [x], context, t = make("vace", **VACE), latents((3, 4, 6)), texts(5), torch.tensor([900])
+    seen, inputs = [], {"vace_context": vace_inputs((3, 4, 6))["vace_context"][0][None], "vace_context_scale": 0.7}
+    wanted = model(x[None], t, context, **inputs)
+    for n, block in enumerate(model.vace_blocks):
+        block.register_forward_hook(lambda *_, n=n: seen.append(n))
+    assert torch.equal(model(x[None], t, context, cache=InParts(*spans), **inputs), wanted)
+    del seen[:]
+    model(x[None], t, context, cache=InParts((0, 1)), **inputs)
+    assert seen == [0]  # and nothing is made that no block needs
+    del seen[:]
+    model(x[None], t, context, cache=InParts((0, 2)), **inputs)
+    assert seen == [0]
+    assert list(model.units()) == ["blocks.0", "vace_blocks.0", "blocks.1", "blocks.2", "vace_blocks.1"]
+
+
 def test_a_timestep_a_token_equals_diffusers():
     ours, theirs = same_weights("ti2v")
     x, context = torch.stack(latents((3, 4, 6))), torch.stack(texts(12))
@@ -154,9 +218,42 @@ def test_a_token_of_time_zero_is_modulated_by_time_zero():
 def test_each_distinct_timestep_is_embedded_once(t, rows, segments):
     model, seen = make(), []
     model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    time_RC, temb_R6C, found = model.embed_time(t, Parallel().tokens(4))
+    sequence = Sequence(
+        [Group((1, 2, 2))], Parallel(), model.attention, OPS["cpu"], model.head_dim, torch.device("cpu")
+    )
+    time_RC, temb_R6C, found = model.embed_time(Times.of(t), sequence, len(t))
     assert seen == [rows] and time_RC.shape[0] == temb_R6C.shape[0] == rows
     assert found == segments
+
+
+def test_a_schedule_is_embedded_by_the_first_of_its_steps_and_changes_no_bit():
+    model, [x], context, seen = make("ti2v"), latents((2, 4, 4)), texts(7), []
+    steps = [torch.tensor([999]), torch.tensor([[0] * 4 + [500.0] * 4]), torch.tensor([2.5])]
+    alone = [model(x[None], t, context) for t in steps]
+    model.time_embedding["0"].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    for times, wanted in zip(Schedule(steps), alone, strict=True):
+        for _ in ("cond", "uncond"):
+            assert torch.equal(model(x[None], times, context), wanted)
+        assert seen == [1, 2, 1]
+
+
+def sequence_of(*groups):
+    model = make()
+    return Sequence(groups, Parallel(), model.attention, OPS["cpu"], model.head_dim, torch.device("cpu"))
+
+
+def test_groups_of_tokens_have_places_and_times_of_their_own_and_may_be_unseen():
+    whole, video = sequence_of(Group((3, 2, 2))), Group((2, 2, 2), origin=(1, 0, 0))
+    parts = sequence_of(video, Group((1, 2, 2), time=0.0, is_seen=False))
+    assert torch.equal(parts.rope_LD, torch.cat([whole.rope_LD[4:], whole.rope_LD[:4]]))
+    before = sequence_of(Group((1, 1, 1), origin=(-5, 0, 0)))
+    assert torch.allclose(before.rope_LD, sequence_of(Group((1, 1, 1), origin=(5, 0, 0))).rope_LD.conj())
+    assert parts.segments(torch.tensor([700.0]), 2) == ((0.0, 700.0), [(1, 8), (0, 4)] * 2)
+    assert parts.segments(torch.tensor([[9.0] * 8]), 1) == ((0.0, 9.0), [(1, 8), (0, 4)])
+    with pytest.raises(ValueError, match="7 timesteps for 8 tokens"):
+        parts.segments(torch.zeros(1, 7), 1)
+    x_BLC = torch.randn(2, 12, 3)
+    assert torch.equal(parts.gather(x_BLC), x_BLC[:, :8])
 
 
 def test_padding_of_the_text_is_zeros():
@@ -180,12 +277,21 @@ def test_what_forms_the_modulation_stays_in_fp32():
         ({"t": torch.zeros(1, 5)}, "5 timesteps for 8 tokens"),
         ({"x": torch.zeros(1, 6, 2, 4, 5)}, "cannot be cut into patches"),
         ({"clip_fea": torch.zeros(1, CLIP_TOKENS, CLIP_DIM)}, "no image branch"),
+        ({"vace_context": torch.zeros(1, 10, 2, 4, 4)}, "vace_context is given, but this model has no use for it"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
     fitting = {"x": torch.zeros(1, 6, 2, 4, 4), "t": torch.tensor([500]), "context": texts(3)}
     with pytest.raises(ValueError, match=message):
         make()(**(fitting | change))
+
+
+def test_inputs_of_vace_that_do_not_fit_are_refused():
+    model, [x], context, t = make("vace", **VACE), latents((3, 4, 6)), texts(5), torch.tensor([900])
+    with pytest.raises(ValueError, match="vace_context is missing"):
+        model(x[None], t, context, vace_context_scale=1.0)
+    with pytest.raises(ValueError, match=r"vace_context is \[1, 10, 3, 4, 4\]; these latents need \[1, 10, 3, 4, 6\]"):
+        model(x[None], t, context, vace_context=torch.zeros(1, 10, 3, 4, 4), vace_context_scale=1.0)
 
 
 def test_unknown_back_end_lists_the_known():

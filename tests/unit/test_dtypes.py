@@ -7,9 +7,10 @@ from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan import pipeline
 from wan.cli import main
 from wan.media import read_settings
+from wan.options import build_request
+from wan.options.replay import replay_options
 from wan.pipeline import WanPipeline
 from wan.plan import Machine, machine, make_plan
-from wan.request import build_request, replay_options
 from wan.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +31,7 @@ def test_auto_is_fp32_on_a_cpu_without_units_for_bf16(without_bf16, tmp_path, mo
     """Told once, and stored in the video; the text encoder stays small."""
     spec = shrunk("t2v-1.3B")
     checkpoint = write_checkpoint(tmp_path / "checkpoint", spec)
-    monkeypatch.setattr("wan.request.load_task", lambda name: spec)
+    monkeypatch.setattr("wan.options.load_task", lambda name: spec)
     monkeypatch.setattr("wan.cli.load_task", lambda name: spec)
     types, real = {}, pipeline.load_text_encoder
     monkeypatch.setattr(
@@ -60,7 +61,7 @@ def test_the_text_encoder_has_a_type_of_its_own(tmp_path, t5_dtype, wanted):
     """That of the task's file by default, whatever --dtype is."""
     options = {"dtype": "bf16", "t5_dtype": t5_dtype, "offload": "none", "frame_num": 1, "sample_steps": 1}
     request = build_request(options | {"size": "32*32", "device": "cpu", "save_file": str(tmp_path / "a.png")})
-    pipe = WanPipeline.from_request(request, load_task(request.task))
+    pipe = WanPipeline.from_request(request, load_task(request.load.task))
     pipe(request)
     assert pipe._models["t5"].model.shared.weight.dtype == wanted and pipe.experts["model"].dtype == torch.bfloat16
 
@@ -128,5 +129,5 @@ def test_a_video_of_before_had_one_type_for_both(tmp_path):
     stored = build_request({"dtype": "bf16", "save_file": str(tmp_path / "a.mp4")}).settings()
     assert (stored["dtype"], stored["t5_dtype"]) == ("bf16", "fp32")
     del stored["t5_dtype"]
-    assert build_request(replay_options(stored, {})).t5_dtype == "bf16"
-    assert build_request(replay_options(stored, {"t5_dtype": "auto"})).t5_dtype == "fp32"
+    assert build_request(replay_options(stored, {})).load.t5_dtype == "bf16"
+    assert build_request(replay_options(stored, {"t5_dtype": "auto"})).load.t5_dtype == "fp32"

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from wan.cache.options import check_options
 
 from wan.models.vae import WanVAE
+from wan.options import build_request
 from wan.plan import Machine, duration, format_plan, forward_flops, make_plan, start_lines
 from wan.plan.work import clip_flops, decode_flops, encode_flops, text_flops, tiled_flops
-from wan.request import build_request
 from wan.tasks import load_task
 
 CPU = Machine("cpu", 1 << 40, None, 1e11, is_measured=True)
@@ -77,7 +77,7 @@ def test_work_of_the_encoders_is_what_they_compute():
 def plan_of(tmp_path, monkeypatch, machine=CPU, world=1, **options):
     monkeypatch.chdir(tmp_path)
     request = build_request({"prompt": "a cat", "ckpt_dir": str(tmp_path), **options}, world)
-    return make_plan(request, load_task(request.task), machine)
+    return make_plan(request, load_task(request.load.task), machine)
 
 
 def test_seconds_are_of_each_stage_and_follow_the_work(tmp_path, monkeypatch):

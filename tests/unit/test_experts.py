@@ -21,9 +21,9 @@ from wan.errors import SwanError
 from wan.experts import Experts, load_expert, read_ahead
 from wan.models.dit import WanModel
 from wan.offload import Cpu
+from wan.options import build_request
 from wan.pipeline import WanPipeline
 from wan.quant.scratch import return_freed_memory
-from wan.request import build_request
 from wan.tasks import load_task
 from wan.weights.source import open_source
 

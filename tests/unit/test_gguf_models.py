@@ -42,7 +42,7 @@ def on_meta(spec):
         return WanModel(**spec.dit)
 
 
-@pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B", "flf2v-14B", "ti2v-5B"])
+@pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B", "flf2v-14B", "ti2v-5B", "vace-1.3B"])
 @pytest.mark.parametrize("type_name", ["Q4_K_M", "Q3_K_M", "Q5_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_resident_and_dequantised_weights_give_the_same_bits(tmp_path, task, type_name, dtype):
@@ -61,6 +61,9 @@ def test_packed_resident_and_dequantised_weights_give_the_same_bits(tmp_path, ta
     if "clip" in spec.files:
         images = 2 if spec.kind == "flf2v" else 1
         inputs["clip_fea"] = torch.randn(images, CLIP_TOKENS, 1280, generator=generator)
+    if spec.kind == "vace":
+        inputs["vace_context"] = torch.randn(1, spec.dit.vace_in_dim, 2, 4, 4, generator=generator)
+        inputs["vace_context_scale"] = 0.8
     sources = {"packed": open_source(path), "resident": open_source(path), "dequantised": dequantised(path)}
     models = {
         name: load_weights(on_meta(spec), source, "dit", dtype=dtype, stream=name == "packed")

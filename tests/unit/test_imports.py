@@ -14,14 +14,16 @@ BESIDE = ("cache", "distributed")  # folders whose modules are those of wan.cach
 # A module imports from its own layer or from those before it.
 LAYERS = [
     ("wan", "wan.errors", "wan.files", "wan.finite", "wan.cache", "wan.distributed"),
-    ("wan.tasks", "wan.pictures", "wan.media", "wan.command"),
+    ("wan.tasks", "wan.pictures", "wan.media", "wan.video", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
-    ("wan.request", "wan.plan"),
+    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace"),
+    ("wan.options", "wan.plan"),
     ("wan.denoise", "wan.experts", "wan.file_checks", "wan.stage_checks"),
-    ("wan.pipeline", "wan.dry_run"),
+    ("wan.pipeline", "wan.dry_run", "wan.preview"),
+    ("wan.engine",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.__main__"),
     ("generate",),
 ]
@@ -133,7 +135,7 @@ def imported_roots(nodes):
         "wan.convert",
         "wan.compat",
         "wan.compat.run_gguf_t2v",
-        "wan.request",
+        "wan.options",
         "wan.tasks",
         "wan.plan",
         "wan.weights.locate",

@@ -42,7 +42,17 @@ def test_identify_others():
         infer_dit_config(ShapeSource(odd))
 
 
-RELEASED_TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B"]
+RELEASED_TASKS = [
+    "t2v-1.3B",
+    "t2v-14B",
+    "t2v-A14B",
+    "i2v-14B",
+    "i2v-A14B",
+    "flf2v-14B",
+    "ti2v-5B",
+    "vace-1.3B",
+    "vace-14B",
+]
 
 
 @pytest.mark.parametrize("name", RELEASED_TASKS)
@@ -56,6 +66,9 @@ def test_released_shapes_pass_their_task_and_give_its_config(name):
 @pytest.mark.parametrize(
     "held, task, words",
     [
+        ("vace-14B", "t2v-14B", ["holds the Wan2.1 vace-14B", "needs model_type t2v"]),
+        ("t2v-14B", "vace-14B", ["holds the Wan2.1 t2v-14B", "needs model_type vace"]),
+        ("vace-1.3B", "vace-14B", ["holds the Wan2.1 vace-1.3B", "vace_layers [0, 5, 10"]),
         ("i2v-14B", "t2v-14B", ["holds the Wan2.1 i2v-14B", "needs in_dim 16", "no image embedding"]),
         ("i2v-A14B", "i2v-14B", ["Wan2.2 i2v-A14B expert", "needs an image embedding"]),
         ("i2v-14B", "flf2v-14B", ["needs model_type flf2v"]),

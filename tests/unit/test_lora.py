@@ -630,7 +630,7 @@ def predict_shared(path, file):
     for stream in (False, True):
         with torch.device("meta"):
             model = WanModel(**SIZES)
-        source, shard = open_source(path), lambda model: shard_model(model, model.blocks, mesh)
+        source, shard = open_source(path), lambda model: shard_model(model, list(model.units().values()), mesh)
         load_weights(model, source, "dit", dtype=torch.float32, stream=stream, shard=shard)
         opened = open_lora(file, weight_shapes(model))
         for strength in STRENGTHS:

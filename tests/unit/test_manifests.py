@@ -11,7 +11,7 @@ from wan.models.vae import WanVAE
 from wan.tasks import load_task
 from wan.weights.assign import load_weights
 
-TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B"]
+TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B", "vace-1.3B", "vace-14B"]
 
 
 class MetaSource(ShapeSource):

@@ -13,8 +13,8 @@ from wan.errors import SwanError
 from wan.experts import Experts
 from wan.models.dit import WanModel
 from wan.models.encoders import TextEncoder
+from wan.options import build_request
 from wan.pipeline import WanPipeline
-from wan.request import build_request
 
 # name of the case -> (task, images it starts from)
 CASES = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from wan.errors import UsageError
+from wan.options import build_request
 from wan.plan import (
     Machine,
     Placement,
@@ -27,7 +28,6 @@ from wan.plan import (
     start_lines,
 )
 from wan.plan.transfers import exposed_seconds
-from wan.request import build_request
 from wan.tasks import load_task, task_names
 
 # TFLOP of one forward: tokens, linear, self-attention, cross-attention, total
@@ -92,7 +92,7 @@ def gpu(vram, ram=64, **rates):
 def request_of(tmp_path, monkeypatch, **options):
     monkeypatch.chdir(tmp_path)
     request = build_request({"prompt": "a cat", "ckpt_dir": str(tmp_path), **options})
-    return request, load_task(request.task)
+    return request, load_task(request.load.task)
 
 
 def plan_of(tmp_path, monkeypatch, machine=CPU, **options):
@@ -243,7 +243,7 @@ def test_packed_weights_count_as_stored(tmp_path, monkeypatch, scheme, bits):
     assert component.packed.unpacked == 2 * spec.dit.dim * spec.dit.ffn_dim
     assert len(component.packed.blocks) == spec.dit.num_layers and len(set(component.packed.blocks)) == 1
     stream, resident = (
-        make_plan(replace(request, gguf_mode=mode), spec, CPU)["memory_bytes"]["denoise"]["ram"]
+        make_plan(request.changed(gguf_mode=mode), spec, CPU)["memory_bytes"]["denoise"]["ram"]
         for mode in ("stream", "resident")
     )
     assert stream < resident
@@ -339,16 +339,16 @@ def test_what_lies_where(tmp_path, monkeypatch):
     assert choose(request, spec, gpu(80, 64)).next_expert == "ram"
     assert choose(request, spec, gpu(80, 16)).next_expert == "disk"
     assert choose(request, spec, gpu(80, 64)).text == "device" and choose(request, spec, gpu(8, 64)).text == "stream"
-    assert choose(replace(request, t5_cpu=True), spec, gpu(80, 64)).text == "cpu"
-    none = choose(replace(request, offload="none"), spec, gpu(200))
+    assert choose(request.changed(t5_cpu=True), spec, gpu(80, 64)).text == "cpu"
+    none = choose(request.changed(offload="none"), spec, gpu(200))
     assert (none.next_expert, none.released, none.resident_blocks) == ("device", (), 40)
-    assert choose(replace(request, offload="none", vae_offload=True), spec, gpu(200)).released == ("vae",)
-    assert "vae" not in choose(replace(request, vae_offload=False), spec, gpu(80)).released
-    on_cpu = choose(replace(request, offload="phase"), spec, CPU)
+    assert choose(request.changed(offload="none", vae_offload=True), spec, gpu(200)).released == ("vae",)
+    assert "vae" not in choose(request.changed(vae_offload=False), spec, gpu(80)).released
+    on_cpu = choose(request.changed(offload="phase"), spec, CPU)
     assert (on_cpu.offload, on_cpu.blocks_from, on_cpu.resident_blocks) == ("phase", "disk", 39)
-    all_blocks = choose(replace(request, offload="block", resident_blocks=40), spec, gpu(80))
+    all_blocks = choose(request.changed(offload="block", resident_blocks=40), spec, gpu(80))
     assert (all_blocks.offload, all_blocks.blocks_from) == ("model", "")
-    some = choose(replace(request, offload="block", resident_blocks=3), spec, gpu(80))
+    some = choose(request.changed(offload="block", resident_blocks=3), spec, gpu(80))
     assert (some.offload, some.blocks_from, some.resident_blocks) == ("block", "ram", 3)
 
 
@@ -371,8 +371,8 @@ def test_quantised_weights_stay_packed_where_memory_is_short(tmp_path, monkeypat
     assert (
         choose(request, spec, gpu(24)).packed["model"] == "stream" and choose(request, spec, gpu(24)).offload == "model"
     )
-    assert choose(replace(request, offload="block"), spec, gpu(80)).packed["model"] == "stream"
-    assert choose(replace(request, gguf_mode="stream"), spec, gpu(80)).packed["model"] == "stream"
+    assert choose(request.changed(offload="block"), spec, gpu(80)).packed["model"] == "stream"
+    assert choose(request.changed(gguf_mode="stream"), spec, gpu(80)).packed["model"] == "stream"
     notes = make_plan(request, spec, gpu(24))["notes"]
     assert len(notes) == 1 and notes[0].startswith(f"{path}: bf16 weights would take 28.") and "is stream" in notes[0]
 
@@ -381,12 +381,12 @@ def refused(tmp_path, monkeypatch, vram=None, ram=None, **options):
     """What is said of a budget, in GB, that is too small."""
     budget = {"vram_gb": vram, "ram_gb": ram}
     request, spec = request_of(tmp_path, monkeypatch, **budget, **options)
-    machine = gpu(vram, ram or 64) if vram else replace(CPU, ram_bytes=request.ram_bytes)
+    machine = gpu(vram, ram or 64) if vram else replace(CPU, ram_bytes=request.load.ram_bytes)
     with pytest.raises(UsageError) as caught:
         choose(request, spec, machine)
     line = str(caught.value)
     assert "\n" not in line
-    plan = make_plan(replace(request, vram_bytes=None, ram_bytes=None), spec, machine)
+    plan = make_plan(request.changed(vram_bytes=None, ram_bytes=None), spec, machine)
     assert any(note.startswith("warning: ") and "that are free; " in note for note in plan["notes"])
     return line, machine
 
@@ -542,7 +542,7 @@ def test_vram_is_of_a_gpu(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="^--vram_gb is for a GPU, this run is on the CPU: use --ram_gb$"):
         look(request)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    asked = look(replace(request, device="auto"))  # a dry run elsewhere
+    asked = look(request.changed(device="auto"))  # a dry run elsewhere
     assert (asked.device, asked.vram_bytes, asked.is_measured) == ("cuda", 8 * GB, False)
 
 
@@ -556,14 +556,14 @@ def test_the_machine_by_nvidia_smi(tmp_path, monkeypatch):
     request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", ram_gb=7)
     seen = look(request)
     assert (seen.device, seen.vram_bytes, seen.ram_bytes) == ("cuda", 10240 << 20, 7 * GB)
-    assert look(replace(request, device="cuda:1")).vram_bytes == 10240 << 20
-    assert look(replace(request, device="cuda:2")).vram_bytes is None
+    assert look(request.changed(device="cuda:1")).vram_bytes == 10240 << 20
+    assert look(request.changed(device="cuda:2")).vram_bytes is None
     assert Path("asked").read_text().split() == ["--id=3", "--id=5"]
     for visible in ("-1,5", ",5", "NoDevFiles"):  # what follows is not seen either
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert look(replace(request, device="cuda:1")).vram_bytes is None
+        assert look(request.changed(device="cuda:1")).vram_bytes is None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert look(replace(request, device="cuda:1")).vram_bytes == 10240 << 20
+    assert look(request.changed(device="cuda:1")).vram_bytes == 10240 << 20
     assert Path("asked").read_text().split()[2:] == ["--id=1"]
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert look(request).device == "cpu"
@@ -602,10 +602,10 @@ def test_the_gpu_that_cuda_means_by_a_number(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", ram_gb=7)
-    free = [look(replace(request, device=name)).vram_bytes for name in ("auto", "cuda", "cuda:0", "cuda:1", "cuda:2")]
+    free = [look(request.changed(device=name)).vram_bytes for name in ("auto", "cuda", "cuda:0", "cuda:1", "cuda:2")]
     assert free == [5 * GB, 5 * GB, 5 * GB, 80 * GB, None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-cdcdcdcd-cdcd-cdcd-cdcd-cdcdcdcdcdcd")
-    assert look(request).vram_bytes == 5 * GB and look(replace(request, device="cuda:1")).vram_bytes is None
+    assert look(request).vram_bytes == 5 * GB and look(request.changed(device="cuda:1")).vram_bytes is None
 
 
 # Transfers
@@ -626,7 +626,7 @@ def test_transfers_are_those_of_the_table(tmp_path, monkeypatch):
     assert not slow["is_hidden"] and slow["exposed_seconds_per_forward"] == pytest.approx(
         40 * (0.703 - 0.349), rel=0.02
     )
-    half = make_plan(replace(request, resident_blocks=20), spec, gpu(80))["transfers"]
+    half = make_plan(request.changed(resident_blocks=20), spec, gpu(80))["transfers"]
     assert half["bytes_per_forward"] / 20 == pytest.approx(703e6, rel=0.01)
 
 
@@ -671,8 +671,8 @@ def test_plans_are_plain_data_and_read_well(tmp_path, monkeypatch, machine):
 
 def test_plans_import_no_torch(tmp_path):
     code = (
-        "import sys; from wan.plan import *; from wan.request import build_request; from wan.tasks import load_task\n"
-        "request = build_request({'seed': 1}); plan = make_plan(request, load_task(request.task), look(request))\n"
+        "import sys; from wan.plan import *; from wan.options import build_request; from wan.tasks import load_task\n"
+        "request = build_request({'seed': 1}); plan = make_plan(request, load_task(request.load.task), look(request))\n"
         "format_plan(plan); print('torch' in sys.modules)"
     )
     repo = str(Path(__file__).resolve().parents[2])

@@ -5,8 +5,9 @@ import torch
 
 from wan.denoise import denoise
 from wan.errors import UsageError
+from wan.options import build_request
+from wan.options.replay import replay_options
 from wan.plan import look, make_plan
-from wan.request import build_request, replay_options
 from wan.solvers import make_solver
 from wan.tasks import load_preset, load_task, preset_names
 
@@ -17,22 +18,28 @@ def test_a_preset_is_what_its_file_says(task, name):
     spec = load_task(task)
     options = load_preset(name, spec)
     request = build_request({"task": task, "preset": name, "prompt": "a cat", "ckpt_dir": "org/name"})
-    assert list(request.denoising_step_list) == options["denoising_step_list"] and request.guide_scale == (1, 1)
-    assert request.steps == len(request.denoising_step_list) and request.solver == "euler" and request.shift == 5
-    assert (request.boundary_step_index is not None) == ("experts" in spec)
+    assert list(request.sample.denoising_step_list) == options[
+        "denoising_step_list"
+    ] and request.sample.guide_scale == (1, 1)
+    assert (
+        request.sample.steps == len(request.sample.denoising_step_list)
+        and request.sample.solver == "euler"
+        and request.sample.shift == 5
+    )
+    assert (request.sample.boundary_step_index is not None) == ("experts" in spec)
 
 
 def test_flags_count_for_more():
     request = build_request({"preset": "distill-4step", "sample_shift": 7, "sample_guide_scale": 2})
-    assert request.shift == 7 and request.guide_scale == (2, 2) and request.steps == 4
+    assert request.sample.shift == 7 and request.sample.guide_scale == (2, 2) and request.sample.steps == 4
 
 
 def test_a_preset_counts_for_more_than_a_stored_run():
     stored = build_request({"sample_shift": 3, "seed": 5}).settings()
     request = build_request(replay_options(stored, {"preset": "distill-4step"}))
-    assert request.shift == 5 and request.seed == 5 and request.steps == 4
+    assert request.sample.shift == 5 and request.sample.seed == 5 and request.sample.steps == 4
     again = build_request(replay_options(request.settings(), {}))
-    assert again.shift == 5 and again.steps == 4
+    assert again.sample.shift == 5 and again.sample.steps == 4
 
 
 @pytest.mark.parametrize(
@@ -55,14 +62,16 @@ def test_what_does_not_fit_is_one_line(options, message):
 def test_the_low_noise_expert_begins_at_the_boundary_step(index):
     experts = []
 
-    def predict(latent, timestep, ctx):
+    def predict(latent, times, ctx):
         experts.append(ctx.expert)
         return torch.zeros_like(latent)
 
     request = build_request({"task": "i2v-tiny", "preset": "distill-4step", "boundary_step_index": index})
-    solver = make_solver("euler", steps=4, shift=5.0, denoising_step_list=request.denoising_step_list)
+    solver = make_solver("euler", steps=4, shift=5.0, denoising_step_list=request.sample.denoising_step_list)
     latent = torch.zeros(1, 1, 1, 2, 2)
-    denoise(predict, solver, latent, guide_scale=1, boundary=0.9, boundary_step_index=request.boundary_step_index)
+    denoise(
+        predict, solver, latent, guide_scale=1, boundary=0.9, boundary_step_index=request.sample.boundary_step_index
+    )
     assert experts == ["high"] * index + ["low"] * (4 - index)
     assert make_plan(request, load_task("i2v-tiny"), look(request))["steps_by_expert"] == {
         "high": index,

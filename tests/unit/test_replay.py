@@ -12,9 +12,9 @@ from tests.mutations import BATCHES, survive
 from wan.cli import main
 from wan.errors import SwanError, UsageError
 from wan.media import read_settings, write_video
+from wan.options import FLAGS, STORED, build_request
+from wan.options.replay import replay_options
 from wan.pictures import image_sha256
-from wan.request import build_request, replay_options
-from wan.request.options import KINDS, STORED
 from wan.tasks import embedded_checkpoint, load_task
 
 TASK = {"task": "t2v-tiny", "prompt": "a red circle", "seed": 1}
@@ -120,7 +120,7 @@ ODD = [True, 5, -1, 1.5, float("inf"), float("nan"), "x", "1" * 5000, "a\0b", "\
 ODD += [[], [1], [[]], [["x", 1]], [["x", "y"]], [[1, 2, 3]], ["x"] * 1000]
 
 
-@pytest.mark.parametrize("name", [*KINDS, "image_sha256", "swan", "other"])
+@pytest.mark.parametrize("name", [*FLAGS, "image_sha256", "swan", "other"])
 def test_values_of_any_kind(name):
     """Each is refused in one line that names its option, or is one that it may have, or is not looked at."""
     for value in ODD:
@@ -135,8 +135,8 @@ def test_values_of_any_kind(name):
 
 def test_python_callers_give_the_same_kinds(folder):
     (folder / "weights").mkdir()
-    request = build_request({"ckpt_dir": folder / "weights", "fps": np.int64(8), "sample_guide_scale": (3,)})
-    assert request.ckpt_dir == str(folder / "weights") and request.fps == 8
+    request = build_request({"task": "t2v-tiny", "ckpt_dir": folder / "weights", "fps": np.int64(8), "sample_guide_scale": (3,)})
+    assert request.load.ckpt_dir == str(folder / "weights") and request.sample.fps == 8
     with pytest.raises(UsageError, match="--t5_cpu must be true or false, not 'yes'"):
         build_request({"t5_cpu": "yes"})
 
@@ -230,8 +230,10 @@ def test_damaged_videos(folder, videos, batch):
             return
         known.append(settings)
         request = build_request(replay_options(settings, {}), replayed="v")
-        assert request.save_file.startswith(f"{folder}/{request.task}_") and not request.cache.get("cache_trace")
-        assert all(path.startswith(str(TINY)) for path in (request.ckpt_dir, *request.files.values()))
+        assert request.output.save_file.startswith(f"{folder}/{request.load.task}_") and not request.sample.cache.get(
+            "cache_trace"
+        )
+        assert all(path.startswith(str(TINY)) for path in (request.load.ckpt_dir, *request.load.files.values()))
 
     survive(videos, batch, attempt)
     assert [item.name for item in folder.iterdir()] == ["v"]

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from wan.errors import SwanError, UsageError
-from wan.request import build_request, check_device, replay_options
-from wan.request.options import OPTIONS, SOLVER_NAMES
+from wan.options import FLAGS, build_request, check_device
+from wan.options.names import SOLVER_NAMES
+from wan.options.replay import replay_options
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +25,39 @@ def official(task, **options):
 
 def test_defaults_of_the_embedded_task(tmp_path):
     request = build_request({})
-    assert (request.task, request.prompt) == ("t2v-tiny", "a red circle moving right on a black background")
-    assert (request.width, request.height, request.frame_num) == (64, 64, 17)
-    assert request.ckpt_dir.endswith("tiny") and request.device == "auto" and request.offload == "auto"
-    assert request.save_file.startswith(str(tmp_path)) and request.save_file.endswith(".mp4")
+    assert (request.load.task, request.sample.prompt) == ("t2v-tiny", "a red circle moving right on a black background")
+    assert (request.sample.width, request.sample.height, request.sample.frame_num) == (64, 64, 17)
+    assert request.load.ckpt_dir.endswith("tiny") and request.load.device == "auto" and request.load.offload == "auto"
+    assert request.output.save_file.startswith(str(tmp_path)) and request.output.save_file.endswith(".mp4")
 
 
 def test_official_defaults_and_overrides():
     request = official("t2v-A14B", size="832x480", sample_guide_scale="2,3", seed="5", sample_steps=4)
-    assert (request.size, request.guide_scale, request.seed, request.steps) == ("832*480", (2.0, 3.0), 5, 4)
-    assert request.shift == 12.0 and request.solver == "unipc" and request.negative_prompt
-    assert official("t2v-A14B", sample_guide_scale="2").guide_scale == (2.0, 2.0)
-    assert official("t2v-A14B", negative_prompt="").negative_prompt == ""
+    assert (
+        request.sample.size,
+        request.sample.guide_scale,
+        request.sample.seed,
+        request.sample.steps,
+    ) == ("832*480", (2.0, 3.0), 5, 4)
+    assert request.sample.shift == 12.0 and request.sample.solver == "unipc" and request.sample.negative_prompt
+    assert official("t2v-A14B", sample_guide_scale="2").sample.guide_scale == (2.0, 2.0)
+    assert official("t2v-A14B", negative_prompt="").sample.negative_prompt == ""
 
 
 def test_shift_of_i2v_follows_the_size():
-    assert official("i2v-14B", image="red.png", size="832*480").shift == 3.0
-    assert official("i2v-14B", image="red.png", size="1280*720").shift == 5.0
-    assert official("i2v-A14B", image="red.png", size="832*480").shift == 5.0
+    assert official("i2v-14B", image="red.png", size="832*480").sample.shift == 3.0
+    assert official("i2v-14B", image="red.png", size="1280*720").sample.shift == 5.0
+    assert official("i2v-A14B", image="red.png", size="832*480").sample.shift == 5.0
 
 
 def test_size_follows_the_image():
     request = official("i2v-14B", image="red.png", size="832*480")
-    assert (request.width, request.height, request.size) == (768, 512, "832*480")
+    assert (request.sample.width, request.sample.height, request.sample.size) == (768, 512, "832*480")
     request = official("ti2v-5B", image="red.png")
-    assert (request.width % 32, request.height % 32) == (0, 0) and request.width > request.height
+    assert (request.sample.width % 32, request.sample.height % 32) == (
+        0,
+        0,
+    ) and request.sample.width > request.sample.height
 
 
 def test_unofficial_size_is_a_warning():
@@ -57,25 +66,25 @@ def test_unofficial_size_is_a_warning():
 
 
 def test_random_seed_is_drawn_and_kept():
-    seeds = {build_request({"seed": -1}).seed for _ in range(4)}
+    seeds = {build_request({"seed": -1}).sample.seed for _ in range(4)}
     assert len(seeds) == 4 and min(seeds) >= 0
 
 
 def test_default_name_is_clean():
-    name = build_request({"prompt": "a*b\tc\nd/e 你好 " + "x" * 300}).save_file.rsplit("/")[-1]
+    name = build_request({"prompt": "a*b\tc\nd/e 你好 " + "x" * 300}).output.save_file.rsplit("/")[-1]
     assert not set("*\t\n ") & set(name) and "你好" in name and len(name.encode()) < 200
-    assert build_request({"frame_num": 1}).save_file.endswith(".png")
+    assert build_request({"frame_num": 1}).output.save_file.endswith(".png")
 
 
 def test_hub_id_and_missing_folder():
-    assert official("t2v-14B", ckpt_dir="Wan-AI/Wan2.1-T2V-14B").ckpt_dir == "Wan-AI/Wan2.1-T2V-14B"
+    assert official("t2v-14B", ckpt_dir="Wan-AI/Wan2.1-T2V-14B").load.ckpt_dir == "Wan-AI/Wan2.1-T2V-14B"
     with pytest.raises(UsageError, match="no folder weights/T2V"):  # weights/ is here, so this is a path
         official("t2v-14B", ckpt_dir="weights/T2V")
 
 
 def test_step_list_sets_the_steps():
     request = build_request({"denoising_step_list": "1000,750,500,250"})
-    assert request.steps == 4 and request.denoising_step_list == (1000.0, 750.0, 500.0, 250.0)
+    assert request.sample.steps == 4 and request.sample.denoising_step_list == (1000.0, 750.0, 500.0, 250.0)
 
 
 BAD = [
@@ -123,7 +132,7 @@ BAD = [
     ({"vae_tile_px": 100}, "multiple of 8"),
     ({"ckpt_dir": "/no/such/folder"}, "no folder /no/such/folder"),
     ({"ckpt_dir": "red.png"}, "single file"),
-    ({"high": "red.png"}, "no meaning for t2v-tiny"),
+    ({"high": "red.png", "task": "t2v-tiny"}, "no meaning for t2v-tiny"),
     ({"vae": "gone.pth"}, "no file gone.pth"),
     ({"teacache_speed": 1}, "unknown option: teacache_speed"),
 ]
@@ -179,7 +188,7 @@ def test_the_check_of_the_output_leaves_nothing(tmp_path):
 
 
 def test_runs_of_the_same_moment_take_two_names():
-    assert len({build_request({"seed": 1}).save_file for _ in range(20)}) == 20
+    assert len({build_request({"seed": 1}).output.save_file for _ in range(20)}) == 20
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
@@ -235,11 +244,11 @@ def test_settings_make_the_same_request_again():
 def test_replay_keeps_what_is_given_and_minds_a_changed_image(tmp_path):
     settings = official("i2v-14B", image="red.png", seed=3).settings()
     given = {"ckpt_dir": "weights"}
-    assert build_request(replay_options(settings, {"seed": "4", "size": None, **given})).seed == 4
+    assert build_request(replay_options(settings, {"seed": "4", "size": None, **given})).sample.seed == 4
     Image.new("RGB", (60, 40), "green").save("red.png")
     with pytest.raises(SwanError, match="changed since"):
         replay_options(settings, given)
-    assert build_request(replay_options(settings, {"image": "red.png", **given})).seed == 3
+    assert build_request(replay_options(settings, {"image": "red.png", **given})).sample.seed == 3
     (tmp_path / "red.png").unlink()
     with pytest.raises(UsageError, match="gone"):
         replay_options(settings, given)
@@ -249,7 +258,7 @@ def test_options_are_those_of_the_command_line():
     from wan.cli import make_parser
 
     flags = {action.dest for action in make_parser()._actions}
-    assert set(OPTIONS) == flags - {"help", "version", "replay", "replay_files", "dry_run", "json", "quiet"}
+    assert set(FLAGS) == flags - {"help", "version", "replay", "replay_files", "dry_run", "json", "quiet"}
 
 
 def test_solver_names_are_the_solvers():

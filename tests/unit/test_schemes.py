@@ -466,7 +466,7 @@ def predict_shared(path):
     from wan.distributed.fsdp import shard_model, weight_mesh
 
     mesh = weight_mesh("cpu", 2)
-    model = load(open_source(path), True, shard=lambda model: shard_model(model, model.blocks, mesh))
+    model = load(open_source(path), True, shard=lambda model: shard_model(model, list(model.units().values()), mesh))
     kept = sum(one.to_local().nbytes for one in model.parameters())
     return {"made": predict(model), "kept": kept}
 

@@ -23,6 +23,8 @@ def shrunk(task: str) -> EasyDict:
     # 512 stays where the text is followed by image tokens.
     text_len = 512 if "clip" in spec.files else 32
     spec.dit.update(text_len=text_len, dim=48, ffn_dim=64, freq_dim=32, text_dim=32, num_heads=2, num_layers=2)
+    if "vace_layers" in spec.dit:
+        spec.dit.update(num_layers=3, vace_layers=[0, 2])
     spec.vae.update(dim=8, num_res_blocks=1)
     if "dec_dim" in spec.vae:
         spec.vae.dec_dim = 8

@@ -25,9 +25,9 @@ from wan.experts import Check, Experts
 from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
 from wan.models.vae import WanVAE
+from wan.options import LoadOptions, Request, check_device
+from wan.options.names import MAX_SEED
 from wan.pipeline import DTYPE_NAMES, Progress, WanPipeline
-from wan.request import Request, check_device
-from wan.request.options import MAX_SEED
 from wan.weights.locate import CheckpointFiles
 
 # Options of build_request -> arguments of a call, for messages.
@@ -89,8 +89,8 @@ class GGUFPipeline(WanPipeline):
     vae_tile_px: see `--vae_tile_px` of generate.py
     """
 
-    def __init__(self, spec: EasyDict, files: CheckpointFiles, request: Request, parallel: Parallel | None = None):
-        super().__init__(spec, files, request, parallel)
+    def __init__(self, spec: EasyDict, files: CheckpointFiles, load: LoadOptions, parallel: Parallel | None = None):
+        super().__init__(spec, files, load, parallel)
         self.experts = _Expert(self._load_expert, lambda: self.device, keep_all=True)
         self.scheduler: Any = None
         self.vae_tile_px = 0
@@ -132,7 +132,8 @@ class GGUFPipeline(WanPipeline):
             device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
         if device is not None:
             self.device = torch.device(device)
-        self.dtype, self.t5_dtype = dtype or self.dtype, dtype or self.t5_dtype
+        if dtype is not None:
+            self.load = replace(self.load, dtype=DTYPE_NAMES[dtype], t5_dtype=DTYPE_NAMES[dtype])
         for part in [*self._models.values(), *self.experts.loaded()]:
             part.to(device=device, dtype=None if isinstance(part, WanVAE) else dtype)
         return self
@@ -192,8 +193,8 @@ class GGUFPipeline(WanPipeline):
         report = progress or (lambda stage, done, total: None)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             texts = self._encode_texts(request)
-            condition, clip_fea = self._encode_images(request)
-            latents = self._denoise(request, texts, condition, clip_fea, report)
+            condition = self._encode_images(request)
+            latents = self._denoise(request, texts, condition, report)
         self.latents = latents[0].cpu()
         videos = latents if output_type == "latent" else torch.from_numpy(self.decode_latents(latents))
         return PipelineOutput(videos) if return_dict else videos

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from easydict import EasyDict
 
 from wan.compat.config import FunConfig
 from wan.errors import SwanError, UsageError
-from wan.request import Request, build_request
+from wan.options import Request, build_request
 from wan.tasks import load_task, task_names
 from wan.weights.infer import check_dit, identify, infer_dit_config
 from wan.weights.source import open_source
@@ -72,7 +71,7 @@ def text_request(
         request = build_request({"task": spec.name, **files, **given})
         expert = re.search(r"(high|low)[-_ ]?noise", Path(gguf_path).name, re.IGNORECASE)
         notes = (f"{gguf_path}: {_ONE_EXPERT}",) if expert else ()
-        return replace(request, warnings=(*notes, *config.warnings, *request.warnings)), spec
+        return request.changed(warnings=(*notes, *config.warnings, *request.warnings)), spec
     except UsageError as error:
         message = str(error)
         for ours, theirs in names.items():

@@ -104,7 +104,7 @@ def _main(argv: Sequence[str] | None) -> int:
     for line in (warning, *request.warnings):
         if line:
             print(f"warning: {line}", file=sys.stderr)
-    print(f"{request.task}, seed {request.seed}", file=sys.stderr)
+    print(f"{request.load.task}, seed {request.sample.seed}", file=sys.stderr)
     print_report(run(request, spec))
     return 0
 

@@ -1,41 +1,40 @@
-"""What the pipeline holds of an input image while it samples."""
+"""What a run is conditioned on besides its text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
-import torch
+from torch import Tensor, as_tensor
+
+from wan.cache import StepContext
+
+Encode = Callable[[Tensor], Tensor]  # video [1, 3, T, H, W] in [-1, 1] -> latent [1, z, T', h, w]
 
 
-@dataclass(frozen=True)
 class Condition:
-    """Conditioning of one run. The default, nothing, is text-to-video.
+    """The one of text-to-video: nothing. Each kind of task has its own; who samples asks it, and never which it is.
 
-    y:           [B, 4 + z, T', h, w] mask and latent channels that follow the noisy ones into the network, or None
-    clip_images: [3, 1, H, W] in [-1, 1] each, for the CLIP encoder of Wan2.1; at their own size
-    frame:       [..., z, 1, h, w] clean latent that stands as latent frame 0 throughout (ti2v), or None
+    clip_images: pictures [3, 1, H, W] in [-1, 1] for the CLIP encoder, each at its own size; what it makes of them is
+        put in by `dataclasses.replace(condition, clip_fea=...)`
+    extra_frames: latent frames that are sampled in front of those of the video, and cut off before they are decoded
     """
 
-    y: torch.Tensor | None = None
-    clip_images: tuple[torch.Tensor, ...] = ()
-    frame: torch.Tensor | None = None
-    num_latent_frames: int = 1
-    patch_size: int = 2
+    clip_images: tuple[Tensor, ...] = ()
+    extra_frames: int = 0
 
-    def restore(self, latent: torch.Tensor) -> torch.Tensor:
-        """``latent`` [..., z, T', h, w] with the clean frame put back; to be applied before and after every step."""
-        if self.frame is None:
-            return latent
-        frame = self.frame.to(latent).reshape(latent[..., :1, :, :].shape)
-        return torch.cat([frame, latent[..., 1:, :, :]], dim=-3)
+    def inputs(self, ctx: StepContext) -> dict[str, Any]:
+        """What a prediction gets besides latent, time and text, by the names of `WanModel.forward`."""
+        return {}
 
-    def timesteps(self, t: torch.Tensor | float) -> torch.Tensor:
-        """What the network is told at step ``t``: [1], or [1, tokens] fp32 with 0 on the tokens of the clean frame."""
-        t = torch.as_tensor(t).reshape(1)
-        if self.frame is None:
-            return t
-        height, width = self.frame.shape[-2:]
-        frame_tokens = (height // self.patch_size) * (width // self.patch_size)
-        tokens = t.float().repeat(1, frame_tokens * self.num_latent_frames)
-        tokens[:, :frame_tokens] = 0
-        return tokens
+    def restore(self, latent: Tensor) -> Tensor:
+        """`latent` [..., z, T', h, w] with what is given put back; to be applied before and after every step."""
+        return latent
+
+    def timesteps(self, t: Tensor | float) -> Tensor:
+        """What the network is told at step `t`: [1], or [1, tokens]."""
+        return as_tensor(t).reshape(1)
+
+    def tensors(self) -> list[Tensor]:
+        """What the VAE made."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]

@@ -5,16 +5,29 @@ The network gets y = 4 mask channels + the latent of a video that is grey except
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from wan.conditioning.condition import Condition
+from wan.cache import StepContext
+from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.sizes import cover_size, latent_frames
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # video [1, 3, T, H, W] in [-1, 1] -> latent [1, z, T', h, w]
+
+@dataclass(frozen=True)
+class ImageCondition(Condition):
+    """y: [B, 4 + z, T', h, w] mask and latent channels that follow the noisy ones into the network
+    clip_fea: [n, 257, 1280] what CLIP makes of the pictures (Wan2.1)"""
+
+    y: torch.Tensor
+    clip_images: tuple[torch.Tensor, ...] = ()
+    clip_fea: torch.Tensor | None = None
+
+    def inputs(self, ctx: StepContext) -> dict[str, Any]:
+        return {"y": self.y, "clip_fea": self.clip_fea}
 
 
 def image_condition(
@@ -26,7 +39,7 @@ def image_condition(
     height: int,
     width: int,
     clip: bool = False,
-) -> Condition:
+) -> ImageCondition:
     """Condition of an i2v run, or of flf2v when ``last`` is given.
 
     first, last: uint8 [H, W, 3], any size; both are stretched to height x width (see ``sizes.i2v_size``)
@@ -39,7 +52,7 @@ def image_condition(
     latent = encode(conditioning_video(frames, num_frames)[None])
     mask = frame_mask(num_frames, *latent.shape[-2:], last=last is not None)
     y = torch.cat([mask.to(latent)[None], latent], dim=1)
-    return Condition(y=y, clip_images=tuple(picture[:, None] for picture in pictures) if clip else ())
+    return ImageCondition(y, tuple(picture[:, None] for picture in pictures) if clip else ())
 
 
 def to_pixels(image: np.ndarray) -> torch.Tensor:

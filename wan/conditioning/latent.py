@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image
 
-from wan.conditioning.condition import Condition
-from wan.conditioning.image import Encode, to_pixels
+from wan.conditioning.condition import Condition, Encode
+from wan.conditioning.image import to_pixels
 from wan.conditioning.sizes import cover_size, latent_frames
+
+
+@dataclass(frozen=True)
+class FrameCondition(Condition):
+    """frame: [..., z, 1, h, w] clean latent that stands as latent frame 0 throughout"""
+
+    frame: torch.Tensor
+    num_latent_frames: int = 1
+    patch_size: int = 2
+
+    def restore(self, latent: torch.Tensor) -> torch.Tensor:
+        frame = self.frame.to(latent).reshape(latent[..., :1, :, :].shape)
+        return torch.cat([frame, latent[..., 1:, :, :]], dim=-3)
+
+    def timesteps(self, t: torch.Tensor | float) -> torch.Tensor:
+        """[1, tokens], fp32, with 0 on the tokens of the clean frame."""
+        height, width = self.frame.shape[-2:]
+        frame_tokens = (height // self.patch_size) * (width // self.patch_size)
+        tokens = super().timesteps(t).float().repeat(1, frame_tokens * self.num_latent_frames)
+        tokens[:, :frame_tokens] = 0
+        return tokens
 
 
 def first_frame_condition(
     encode: Encode, image: np.ndarray, *, num_frames: int, height: int, width: int, patch_size: int = 2
-) -> Condition:
+) -> FrameCondition:
     """Condition of a ti2v run from a uint8 [H, W, 3] image; the size comes from ``sizes.ti2v_size``."""
     frame = encode(cover(image, height, width)[None])
-    return Condition(frame=frame, num_latent_frames=latent_frames(num_frames), patch_size=patch_size)
+    return FrameCondition(frame, latent_frames(num_frames), patch_size)
 
 
 def cover(image: np.ndarray, height: int, width: int) -> torch.Tensor:

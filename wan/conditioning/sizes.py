@@ -6,6 +6,9 @@ Sizes are (height, width) in pixels. The arithmetic is the reference's, floor fo
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from wan.errors import UsageError
 
@@ -56,25 +59,43 @@ def ti2v_size(max_area: int, img_h: int, img_w: int, *, multiple: int = 32) -> t
     return first if mismatch(first) < mismatch(second) else second
 
 
-def vace_source_size(
-    num_frames: int, height: int, width: int, *, max_area: int, max_tokens: int, multiple: int = 16
+def vace_size(
+    area: int, max_tokens: int, num_frames: int, img_h: int, img_w: int, *, multiple: int = 16
 ) -> tuple[int, int, int]:
-    """(frames, height, width) of a video made from a source: 4n + 1 frames, whole patches of ``multiple`` pixels, an area
-    of at most ``max_area`` and no larger than the source's, and at most ``max_tokens`` tokens (vace)."""
-    most = min(max_tokens, max_area / multiple**2, (height // multiple) * (width // multiple))
-    frames = min((num_frames - 1) // TEMPORAL_STRIDE + 1, int(max_tokens / most)) if most else 0
-    most = min(most, max_tokens // frames) if frames else 0
-    rows = round(math.sqrt(most * (height / width)))
-    columns = int(most / rows) if rows else 0
-    if not columns:
-        raise UsageError(f"{width}x{height} is too small or too long: no {multiple}x{multiple} patches fit in its shape")
-    return (frames - 1) * TEMPORAL_STRIDE + 1, rows * multiple, columns * multiple
+    """(height, width, frames) of a VACE run on a source video: its aspect ratio, at most `area` and its own size, and
+    at most `max_tokens` tokens of multiple x multiple pixels and four frames, which shorten the video.
+
+    Source: behaviour of the official `VaceVideoProcessor`.
+    """
+    cells = min(max_tokens, area / multiple**2, (img_h // multiple) * (img_w // multiple))
+    if cells < 1:
+        raise UsageError(f"a source of {img_w}x{img_h} is too small: each side needs {multiple} pixels")
+    latents = min((num_frames - 1) // TEMPORAL_STRIDE + 1, int(max_tokens / cells))
+    cells = min(cells, max_tokens // latents)
+    rows = max(1, round(math.sqrt(cells * img_h / img_w)))
+    columns = int(cells / rows)
+    _checked(rows, columns, area, img_h, img_w)
+    return rows * multiple, columns * multiple, (latents - 1) * TEMPORAL_STRIDE + 1
 
 
-def fit_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:
-    """The (height, width) of a picture scaled, in its aspect ratio, so that it just fits into height x width."""
-    scale = min(height / img_h, width / img_w)
-    return max(1, int(img_h * scale)), max(1, int(img_w * scale))
+def frame_ids(times: Sequence[float], count: int) -> list[int]:
+    """Which frames a video of `count` frames takes, evenly from the first one to the middle of the last one.
+
+    times: when each frame begins, in any unit.
+    """
+    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+    until = times[-1] + step / 2 - times[0]
+    wanted = [times[0] + until * at / max(1, count - 1) for at in range(count)]
+    return [max(0, bisect_right(times, one) - 1) for one in wanted]
+
+
+class Margins(NamedTuple):
+    """Pixels of the source that are added around it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
 
 
 def cover_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:

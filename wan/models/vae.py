@@ -10,7 +10,7 @@ some of the latent's rows and the pixels of these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -125,6 +125,7 @@ class WanVAE(nn.Module):
         latent_std: list[float] | None = None,
     ):
         super().__init__()
+        self.between_chunks: Callable[[], None] = lambda: None  # what it raises ends the work
         self.version, self.z_dim = version, z_dim
         self.pixel_shuffle = 2 if version == "2.2" else 1
         self.stride_s = self.pixel_shuffle * 2 ** (len(dim_mult) - 1)
@@ -169,7 +170,9 @@ class WanVAE(nn.Module):
         x = _to_channels_last(rows.part(video, 3, self.stride_s), self.pixel_shuffle, self.dtype)
         starts = range(1, x.shape[1] - 3, 4)
         chunks = [self.encoder(x[:, :1], state)]
-        chunks += [self.encoder(x[:, i : i + 4].contiguous(), state) for i in starts]
+        for start in starts:
+            self.between_chunks()
+            chunks.append(self.encoder(x[:, start : start + 4].contiguous(), state))
         mean = self.conv1(torch.cat(chunks, 1), state)[..., : self.z_dim]
         return rows.gather(mean.permute(0, 4, 1, 2, 3).float().contiguous(), 3)
 
@@ -191,6 +194,7 @@ class WanVAE(nn.Module):
         x = self.conv2(_to_channels_last(rows.part(z, 3), 1, self.dtype), state)
         start = 0
         for frame in x.split(1, dim=1):
+            self.between_chunks()
             chunk = _to_channels_first(self.decoder(frame, state), self.pixel_shuffle)
             chunk = rows.gather(chunk, 3, self.stride_s)  # by chunks: less memory than strips of the whole video
             yield start, chunk

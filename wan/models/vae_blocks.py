@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.distributed.halo import WHOLE, RowShards
-from wan.models.fused import slice_rows
+from wan.models.ops.sliced import slice_rows
 
 _ROWS = 2  # the axis of the rows
 
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
-        """`x` is `[B, T, H, W, C]`; the result goes to `out` where given. In fp32, slice by slice (see `fused`)."""
+        """`x` is `[B, T, H, W, C]`; the result goes to `out` where given. In fp32, slice by slice (see `ops`)."""
         gamma = self.gamma.flatten()
         if torch.is_grad_enabled():  # of the tiny model's training
             norm = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)

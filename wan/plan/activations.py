@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from easydict import EasyDict
 
+from wan.tasks.kinds import kind_of
+
 CLIP_DIM, CLIP_TOKENS = 1280, 257
-_SLICE_BYTES = 64 << 20  # on a GPU: the fp32 copy of a slice in wan.models.fused
+_SLICE_BYTES = 64 << 20  # on a GPU: the fp32 copy of a slice in wan.models.ops
 _TAPS = 2  # frames that a causal convolution keeps from its last chunk
 
 
@@ -24,8 +26,9 @@ def dit_bytes(spec: EasyDict, tokens: int, all_tokens: int, itemsize: int, on_cp
     # - the first layer of the ffn: the result of self-attention, its input; its second layer: the output
     # - the gated sum after the ffn: y, the sum
     attention, text = 2 + 5, 3 + 5
-    hidden = max(attention * width, text * width, 5 * width + ffn, 4 * width + copies * ffn, 5 * width + ffn)
-    context = dit.text_len + (CLIP_TOKENS * (2 if spec.kind == "flf2v" else 1) if "clip" in spec.files else 0)
+    beside = 3 * width if "vace_layers" in dit else 0  # the branch's hidden states, a hint, and what it is added to
+    hidden = beside + max(attention * width, text * width, 5 * width + ffn, 4 * width + copies * ffn, 5 * width + ffn)
+    context = dit.text_len + (CLIP_TOKENS * kind_of(spec).clip_images if "clip" in spec.files else 0)
     texts = context * dit.dim * 6 + dit.text_len * dit.text_dim * 2
     rope = all_tokens * dit.dim // dit.num_heads // 2 * 8
     return (hidden + texts) * itemsize + rope + (0 if on_cpu else _SLICE_BYTES)

@@ -13,13 +13,13 @@ from easydict import EasyDict
 
 from wan.cache.policies import POLICIES
 from wan.errors import UsageError
+from wan.options import Request
 from wan.plan.machine import Machine, look_with_torch
 from wan.plan.memory import Workload
 from wan.plan.placement import MARGIN, Decision, Placement, excess, fitting, least
 from wan.plan.smaller import smaller_frames, smaller_sizes
 from wan.plan.text import gigabytes
 from wan.plan.weights import GGUF_BITS, Component, expert_names
-from wan.request import Request
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +45,13 @@ def settle_dtype(request: Request, spec: EasyDict, machine: Machine) -> tuple[Re
     On a CPU without units for bf16, where fp32 is several times faster, auto is fp32 if that fits, or lacks no more
     than bf16 does.
     """
-    settled = replace(request, auto_dtype=False)
-    if machine.device != "cpu" or machine.has_bf16 or request.dtype != "bf16":
+    settled = request.changed(auto_dtype=False)
+    if machine.device != "cpu" or machine.has_bf16 or request.load.dtype != "bf16":
         return settled, ()
     slow = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
-    if not request.auto_dtype:
+    if not request.load.auto_dtype:
         return settled, (f"warning: {slow}: --dtype bf16 is what was asked for, --dtype auto or fp32 is faster",)
-    wide = replace(settled, dtype="fp32")
+    wide = settled.changed(dtype="fp32")
     if _lacking(wide, spec, machine) <= _lacking(settled, spec, machine):
         return wide, (f"{slow}: --dtype auto is fp32",)
     none = f"{slow}, and fp32 does not fit into {gigabytes(machine.ram_bytes)}"
@@ -72,7 +72,7 @@ def decide(load: Workload, machine: Machine) -> Decision:
     decision = least(load, machine)
     over = excess(decision.memory, machine)
     line = f"{'; '.join(_lacks(load.request, machine, decision))}; {_advice(load, machine)}"
-    budgets = {"device": load.request.vram_bytes, "ram": load.request.ram_bytes}
+    budgets = {"device": load.request.load.vram_bytes, "ram": load.request.load.ram_bytes}
     if any(budgets[where] is not None for by in over.values() for where in by):
         raise UsageError(line)
     return replace(decision, notes=(*decision.notes, f"warning: {line}"))
@@ -84,9 +84,9 @@ def _lacks(request: Request, machine: Machine, decision: Decision) -> list[str]:
     for stage, by in excess(decision.memory, machine).items():
         for where, size in by.items():
             if where == "device":
-                flag, budget, limit = "--vram_gb", request.vram_bytes, machine.vram_bytes
+                flag, budget, limit = "--vram_gb", request.load.vram_bytes, machine.vram_bytes
             else:
-                flag, budget, limit = "--ram_gb", request.ram_bytes, machine.ram_bytes
+                flag, budget, limit = "--ram_gb", request.load.ram_bytes, machine.ram_bytes
             than = f"{gigabytes(limit)} that are free" if budget is None else f"{flag} {budget / 1e9:g}"
             needs = gigabytes(decision.memory[stage][where] * (1 + MARGIN))
             told.append((size, f"{stage} needs {needs} of {_WHERE[where]}, {gigabytes(size)} more than {than}"))
@@ -178,30 +178,33 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
         return Change(what, group, lambda one: one.changed(**fields))
 
     request, spec = load.request, load.spec
-    if request.dtype == "fp32" and spec.get("dtype", "bf16") == "bf16":
+    if request.load.dtype == "fp32" and spec.get("dtype", "bf16") == "bf16":
         yield change("--dtype bf16", "dtype", dtype="bf16")
-    if request.resident_blocks:
+    if request.load.resident_blocks:
         yield change("--resident_blocks auto", "offload", resident_blocks=None)
     ways = ("none", "model", "block", "phase")
-    if request.offload in ways and not request.may_offload:
-        allowed = ways if machine.device != "mps" and not request.dit_fsdp else ways[:2]
-        for name in allowed[ways.index(request.offload) + 1 :]:
+    if request.load.offload in ways and not request.load.may_offload:
+        allowed = ways if machine.device != "mps" and not request.load.dit_fsdp else ways[:2]
+        for name in allowed[ways.index(request.load.offload) + 1 :]:
             yield change(f"--offload {name}", "offload", offload=name, resident_blocks=None)
-    if request.vae_offload is False:
+    if request.load.vae_offload is False:
         yield change("--vae_offload true", "vae_offload", vae_offload=True)
-    if request.gguf_mode == "resident" and any(one.packed for one in load.components.values()):
+    if request.load.gguf_mode == "resident" and any(one.packed for one in load.components.values()):
         yield change("--gguf_mode stream", "gguf_mode", gguf_mode="stream")
-    if machine.device != "cpu" and not request.t5_cpu:
+    if machine.device != "cpu" and not request.load.t5_cpu:
         yield change("--t5_cpu", "t5_cpu", t5_cpu=True)
-    if request.cache and request.cache["cache_device"] != "cpu" and machine.device != "cpu":
-        yield change("--cache_device cpu", "cache", cache={**request.cache, "cache_device": "cpu"})
-    if request.vae_tile_px is not None:  # else it is in tiles already, where that helps
+    if request.sample.cache and request.sample.cache["cache_device"] != "cpu" and machine.device != "cpu":
+        yield change("--cache_device cpu", "cache", cache={**request.sample.cache, "cache_device": "cpu"})
+    if request.sample.vae_tile_px is not None:  # else it is in tiles already, where that helps
         for tile in (256, 128):
-            if tile < (request.vae_tile_px or max(request.width, request.height)) and tile >= 8 * spec.vae_stride[1]:
+            if (
+                tile < (request.sample.vae_tile_px or max(request.sample.width, request.sample.height))
+                and tile >= 8 * spec.vae_stride[1]
+            ):
                 yield change(f"--vae_tile_px {tile}", "tile", vae_tile_px=tile)
-    if request.vae_dtype == "fp32":
+    if request.load.vae_dtype == "fp32":
         yield change("--vae_dtype bf16", "vae_dtype", vae_dtype="bf16")
-    if request.cache:
+    if request.sample.cache:
         yield change(f"no {_cache_flags(request)}", "cache", cache={})
     for kind in GGUF_BITS:
         yield from _gguf_changes(load, kind)
@@ -212,7 +215,7 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
 
 
 def _cache_flags(request: Request) -> str:
-    return " and ".join(f"--{name}" for name in POLICIES if request.cache.get(name))
+    return " and ".join(f"--{name}" for name in POLICIES if request.sample.cache.get(name))
 
 
 def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:
@@ -220,7 +223,7 @@ def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:
     experts = expert_names(load.spec)
     for group, names in (("t5", ("t5",)), ("dit", tuple(experts))):
         parts = [load.components[name] for name in names]
-        shared = load.request.t5_fsdp if group == "t5" else load.request.dit_fsdp
+        shared = load.request.load.t5_fsdp if group == "t5" else load.request.load.dit_fsdp
         if shared or any(one.packed for one in parts):
             continue
         flags, commands = [], []
@@ -245,9 +248,9 @@ def _source_of(request: Request, component: Component) -> tuple[str, list[str]]:
     files = component.files
     if files:
         return str(files[0] if len(files) == 1 else files[0].parent), []
-    if os.path.exists(request.ckpt_dir):
-        return request.ckpt_dir, []
-    name, _, revision = request.ckpt_dir.partition("@")
+    if os.path.exists(request.load.ckpt_dir):
+        return request.load.ckpt_dir, []
+    name, _, revision = request.load.ckpt_dir.partition("@")
     folder = name.rpartition("/")[2]
     at = f" --revision {shlex.quote(revision)}" if revision else ""
     return folder, [f"hf download {shlex.quote(name)}{at} --local-dir {shlex.quote(folder)}"]

@@ -4,12 +4,12 @@ No torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from easydict import EasyDict
 
 from wan.cache.options import check_coefficients, check_options
+from wan.options import Request
 from wan.plan.files import size_of
 from wan.plan.machine import CPU_FLOPS, Machine
 from wan.plan.memory import Workload
@@ -27,7 +27,6 @@ from wan.plan.work import (
     text_flops,
     tiled_flops,
 )
-from wan.request import Request
 from wan.tasks import load_preset, load_task, preset_names, task_names
 
 # What a stage reaches of the rate of one large product of matrices in its type. CPU: measured, two cores of Zen 4, fp32
@@ -46,8 +45,10 @@ _WORTH = 0.9  # of the time: what takes more is not told
 def forwards_of(request: Request, spec: EasyDict) -> int:
     """Forwards of the DiT in the whole run: two a step with guidance."""
     high_steps = high_noise_steps(request, spec)
-    low_scale, high_scale = request.guide_scale
-    return high_steps * (1 if high_scale == 1 else 2) + (request.steps - high_steps) * (1 if low_scale == 1 else 2)
+    low_scale, high_scale = request.sample.guide_scale
+    return high_steps * (1 if high_scale == 1 else 2) + (request.sample.steps - high_steps) * (
+        1 if low_scale == 1 else 2
+    )
 
 
 def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dict[str, float]:
@@ -55,7 +56,7 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     loaded in the stages that use them. A cache's skips are not foreseen."""
     request, spec = load.request, load.spec
     reached = _REACHED["cpu" if machine.device == "cpu" else "gpu"]
-    vae_rate = (machine.vae_flops or machine.flops) * reached[f"vae {request.vae_dtype}"] * request.grid.size
+    vae_rate = (machine.vae_flops or machine.flops) * reached[f"vae {request.load.vae_dtype}"] * request.load.grid.size
     stride, tile = spec.vae_stride[1], placement.vae_tile_px
     read = {name: _bytes_of(load, name) / machine.disk_rate for name in load.components}
 
@@ -69,17 +70,17 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     if "encode_image" in load.stages:
 
         def encode(rows: int, columns: int) -> float:
-            return encode_flops(spec.vae, rows, columns, 1 if spec.kind == "ti2v" else request.frame_num)
+            return encode_flops(spec.vae, rows, columns, 1 if spec.kind == "ti2v" else request.sample.frame_num)
 
-        work = tiled_flops(encode, request.height, request.width, tile, stride) / vae_rate
+        work = tiled_flops(encode, request.sample.height, request.sample.width, tile, stride) / vae_rate
         if "clip" in load.components:
-            work += read["clip"] + clip_flops(2 if request.last_image else 1) / (machine.flops * reached["text"])
+            work += read["clip"] + clip_flops(2 if request.sample.last_frame else 1) / (machine.flops * reached["text"])
         seconds["encode_image"] = work + read["vae"]
     seconds["load"] = sum(read[name] for name in expert_names(spec))
     waited = transfers(load, machine, placement)["exposed_seconds_per_forward"]
-    forward = sum(forward_flops(spec, load.all_tokens).values()) / request.grid.sequence
+    forward = sum(forward_flops(spec, load.all_tokens).values()) / request.load.grid.sequence
     forward = forward / (machine.flops * reached["dit"]) + waited
-    seconds["denoise"] = forwards_of(request, spec) / request.grid.cfg * forward
+    seconds["denoise"] = forwards_of(request, spec) / request.load.grid.cfg * forward
 
     def decode(rows: int, columns: int) -> float:
         return decode_flops(spec.vae, rows, columns, load.latent[1])
@@ -133,21 +134,21 @@ def _changes(load: Workload) -> Iterator[tuple[str, str, Workload | None]]:
         yield "size", f"--size {size.flag}", load.changed(size=size.flag, width=size.width, height=size.height)
     for frames in smaller_frames(request):
         yield "frames", f"--frame_num {frames}", load.changed(frame_num=frames)
-    is_free = not request.denoising_step_list and request.boundary_step_index is None
-    if is_free and request.steps >= 20 and not request.cache:  # whose settings are for a number of steps
-        steps = request.steps // 2
+    is_free = not request.sample.denoising_step_list and request.sample.boundary_step_index is None
+    if is_free and request.sample.steps >= 20 and not request.sample.cache:  # whose settings are for a number of steps
+        steps = request.sample.steps // 2
         yield "steps", f"--sample_steps {steps}", load.changed(steps=steps)
     # Both take guidance away, which --cfg_parallel shares out, and a cache has nothing to skip in so few steps.
-    if is_free and request.grid.cfg == 1 and not request.cache:
+    if is_free and request.load.grid.cfg == 1 and not request.sample.cache:
         for name in reversed(preset_names()):  # of four steps before two: there are more models for it
             options = load_preset(name, spec)
             steps = tuple(map(float, options["denoising_step_list"]))
-            if len(steps) < request.steps:
+            if len(steps) < request.sample.steps:
                 fields = {"steps": len(steps), "denoising_step_list": steps, "guide_scale": (1.0, 1.0)}
                 fields["boundary_step_index"] = options.get("boundary_step_index")
                 yield "preset", f"--preset {name} with weights or a LoRA distilled for it", load.changed(**fields)
                 break
-    if not request.cache and (flag := _cache_flag(request, spec)):
+    if not request.sample.cache and (flag := _cache_flag(request, spec)):
         yield "cache", f"a cache, such as --{flag}", None
     for what, other in _other_models(load):
         yield "task", what, other
@@ -157,7 +158,7 @@ def _cache_flag(request: Request, spec: EasyDict) -> str | None:
     """A cache that this run allows: one whose coefficients are known, else one that needs none."""
     for flag in ("teacache", "fbcache"):
         try:
-            options, _ = check_options({flag: True}, request.steps)
+            options, _ = check_options({flag: True}, request.sample.steps)
             check_coefficients(options, spec.get("coefficients"), tuple(spec.get("experts", ["model"])))
         except ValueError:
             continue
@@ -168,22 +169,22 @@ def _cache_flag(request: Request, spec: EasyDict) -> str | None:
 def _other_models(load: Workload) -> Iterator[tuple[str, Workload]]:
     """Smaller models that take the same inputs. Files and LoRAs that were given are of this one."""
     request, spec = load.request, load.spec
-    if request.loras or request.files or spec.kind == "flf2v":
+    if request.sample.loras or request.load.files or spec.kind == "flf2v":
         return
     for name in task_names():
         other = load_task(name)
-        size = f"{request.width}*{request.height}"
+        size = f"{request.sample.width}*{request.sample.height}"
         fits = other.kind in (spec.kind, "ti2v") and not other.get("checkpoint")
         if not fits or parameters(other)["dit"] >= parameters(spec)["dit"]:
             continue
         if size not in other.sampling.sizes:
-            size = min(other.sampling.sizes, key=lambda one: _far(one, request.width, request.height))
+            size = min(other.sampling.sizes, key=lambda one: _far(one, request.sample.width, request.sample.height))
         width, height = map(int, size.split("*"))
         fields = {"task": name, "size": size, "width": width, "height": height, "steps": other.sampling.steps}
         fields |= {"cache": {}, "ckpt_dir": other.hub[0], "ckpt_option": other.hub[0], "denoising_step_list": None}
         guide = other.sampling.guide_scale
         fields["guide_scale"] = tuple(guide) if isinstance(guide, (list, tuple)) else (guide, guide)
-        yield f"--task {name} --size {size}", Workload(replace(request, **fields), other)
+        yield f"--task {name} --size {size}", Workload(request.changed(**fields), other)
 
 
 def _far(size: str, width: int, height: int) -> tuple[bool, int]:

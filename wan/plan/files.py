@@ -12,8 +12,8 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
 from wan.files import read_json, visible_files
+from wan.options import Request
 from wan.plan.headers import is_gguf, read_held
-from wan.request import Request
 from wan.weights.locate import in_cache, locate
 from wan.weights.safetensors_header import read_index
 
@@ -27,10 +27,10 @@ def find_files(request: Request, spec: EasyDict) -> list[dict[str, Any]]:
     rows = []
     for part, official in _official_paths(spec).items():
         paths = component_files(request, spec, part)
-        hub = in_hub and part not in request.files and not paths
-        sizes = {path: size_of(path) for path in paths} or {Path(request.ckpt_dir) / official: None}
+        hub = in_hub and part not in request.load.files and not paths
+        sizes = {path: size_of(path) for path in paths} or {Path(request.load.ckpt_dir) / official: None}
         rows += [{"component": part, "path": str(path), "bytes": size, "hub": hub} for path, size in sizes.items()]
-    loras = dict.fromkeys(path for chosen in request.loras.values() for path, _ in chosen)  # each once, in order
+    loras = dict.fromkeys(path for chosen in request.sample.loras.values() for path, _ in chosen)  # each once, in order
     for path in loras:
         size = size_of(Path(path)) if Path(path).exists() else None
         rows.append({"component": "lora", "path": path, "bytes": size, "hub": False})
@@ -47,16 +47,16 @@ def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
 
     Of a hub id those that are in its cache, whole.
     """
-    ckpt_dir = request.ckpt_dir
-    is_in_hub = _is_in_hub(request) and part not in request.files
+    ckpt_dir = request.load.ckpt_dir
+    is_in_hub = _is_in_hub(request) and part not in request.load.files
     if is_in_hub:
-        ckpt_dir = in_cache(request.ckpt_option)
+        ckpt_dir = in_cache(request.load.ckpt_option)
         if ckpt_dir is None:
             return []
     # `locate` stops at the first component that is missing, and a plan lists them all: so each is located alone, with
     # any existing file standing in for the others.
     stand_ins = {other: __file__ for other in _official_paths(spec) if other != part}
-    own = {part: request.files[part]} if part in request.files else {}
+    own = {part: request.load.files[part]} if part in request.load.files else {}
     try:
         found = locate(ckpt_dir, spec, {**stand_ins, **own})
     except SwanError:
@@ -92,27 +92,19 @@ def check_one_quantised(request: Request, spec: EasyDict) -> None:
 
     Which of the two is meant cannot be told. A GGUF file in the folder is only one more file to choose from.
     """
-    if not request.ckpt_option or not Path(request.ckpt_option).is_dir():
+    if not request.load.ckpt_option or not Path(request.load.ckpt_option).is_dir():
         return
     for part in dict(spec.get("experts") or {"dit": ""}):
-        path = request.files.get(part)
+        path = request.load.files.get(part)
         if not path or not is_gguf(path):
             continue
-        others = {name: file for name, file in request.files.items() if name != part}
-        own = component_files(_Without(request, others), spec, part)
+        own = component_files(request.changed(**{part: None}), spec, part)
         if own and not any(map(is_gguf, own)) and _is_quantised(own):
             flag = "--gguf" if part == "dit" else f"--gguf_{part}"
             raise UsageError(
-                f"{flag} {path} and --ckpt_dir {request.ckpt_option} both hold quantised weights of the same network"
-                f" ({own[0].name}): give a --ckpt_dir that is not quantised, or leave {flag} out"
+                f"{flag} {path} and --ckpt_dir {request.load.ckpt_option} both hold quantised weights of the same"
+                f" network ({own[0].name}): give a --ckpt_dir that is not quantised, or leave {flag} out"
             )
-
-
-class _Without:
-    """A request as `component_files` reads it, with other files."""
-
-    def __init__(self, request: Request, files: dict[str, str]):
-        self.ckpt_dir, self.ckpt_option, self.files = request.ckpt_dir, request.ckpt_option, files
 
 
 def _is_quantised(paths: list[Path]) -> bool:
@@ -126,7 +118,7 @@ def _is_quantised(paths: list[Path]) -> bool:
 
 
 def _is_in_hub(request: Request) -> bool:
-    return request.ckpt_option is not None and not Path(request.ckpt_dir).exists()
+    return request.load.ckpt_option is not None and not Path(request.load.ckpt_dir).exists()
 
 
 def _official_paths(spec: EasyDict) -> dict[str, str]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from wan.errors import UsageError
+from wan.options import Request
 from wan.plan.nvidia import free_vram
-from wan.request import Request
 
 if TYPE_CHECKING:
     import torch
@@ -57,18 +57,18 @@ class Machine:
 
 def look(request: Request, local_size: int = 1) -> Machine:
     """The machine as far as it can be known without torch. local_size: processes of this run on it."""
-    ram = request.ram_bytes or _ram_of_one(local_size)
-    kind = request.device.partition(":")[0]
-    vram = free_vram(request.device) if kind in ("auto", "cuda") else None
+    ram = request.load.ram_bytes or _ram_of_one(local_size)
+    kind = request.load.device.partition(":")[0]
+    vram = free_vram(request.load.device) if kind in ("auto", "cuda") else None
     if kind == "auto":
         is_mac = sys.platform == "darwin" and os.uname().machine == "arm64"
-        kind = "cuda" if vram or request.vram_bytes else "mps" if is_mac else "cpu"
+        kind = "cuda" if vram or request.load.vram_bytes else "mps" if is_mac else "cpu"
     if kind == "cpu":
         _refuse_vram(request)
         return Machine("cpu", ram, None, CPU_FLOPS, has_bf16=_has_bf16())
     if kind == "mps":
-        return Machine("mps", ram, request.vram_bytes or ram, MPS_FLOPS)
-    return Machine("cuda", ram, request.vram_bytes or vram, GPU_FLOPS)
+        return Machine("mps", ram, request.load.vram_bytes or ram, MPS_FLOPS)
+    return Machine("cuda", ram, request.load.vram_bytes or vram, GPU_FLOPS)
 
 
 def look_with_torch(
@@ -80,18 +80,20 @@ def look_with_torch(
     """
     import torch
 
-    ram = request.ram_bytes or _ram_of_one(local_size)
+    ram = request.load.ram_bytes or _ram_of_one(local_size)
     if device.type == "cpu":
         _refuse_vram(request)
         machine = Machine("cpu", ram, None, CPU_FLOPS, is_measured=True, has_bf16=_has_bf16())
-        return replace(machine, flops=_cpu_flops(settle(machine).dtype), vae_flops=_cpu_flops(request.vae_dtype))
+        return replace(
+            machine, flops=_cpu_flops(settle(machine).load.dtype), vae_flops=_cpu_flops(request.load.vae_dtype)
+        )
     if device.type != "cuda":
-        return Machine(device.type, ram, request.vram_bytes or ram, MPS_FLOPS)
+        return Machine(device.type, ram, request.load.vram_bytes or ram, MPS_FLOPS)
     # The driver's part is in use already, and counts; so does what torch keeps of freed tensors. Tensors that are
     # alive, of another pipeline say, are in use and stay so.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    vram = request.vram_bytes or torch.cuda.mem_get_info(device)[0] + unused + CONTEXT_BYTES
-    flops, vae_flops = _gpu_flops(device, request.dtype), _gpu_flops(device, request.vae_dtype)
+    vram = request.load.vram_bytes or torch.cuda.mem_get_info(device)[0] + unused + CONTEXT_BYTES
+    flops, vae_flops = _gpu_flops(device, request.load.dtype), _gpu_flops(device, request.load.vae_dtype)
     rate = _transfer_rate(device)
     torch.cuda.empty_cache()
     return Machine("cuda", ram, vram, flops, rate, is_measured=True, vae_flops=vae_flops)
@@ -131,7 +133,7 @@ def _ram_of_one(local_size: int) -> int:
 
 
 def _refuse_vram(request: Request) -> None:
-    if request.vram_bytes is not None:
+    if request.load.vram_bytes is not None:
         raise UsageError("--vram_gb is for a GPU, this run is on the CPU: use --ram_gb")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.distributed.grid import attention_bytes, split
+from wan.options import Request
 from wan.plan.decide import decide, settle_dtype
 from wan.plan.duration import forwards_of, shorter, stage_seconds
 from wan.plan.files import check_one_quantised, find_files
@@ -17,7 +18,6 @@ from wan.plan.placement import MARGIN, Placement
 from wan.plan.transfers import transfers
 from wan.plan.weights import ITEMSIZE, expert_names
 from wan.plan.work import forward_flops, high_noise_steps, parameters
-from wan.request import Request
 
 
 def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, Any]:
@@ -39,18 +39,18 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
     plan = {
         "task": spec.name,
         "title": spec.title,
-        "size": f"{request.width}x{request.height}",
-        "frames": request.frame_num,
-        "fps": request.fps,
-        "seed": request.seed,
-        "solver": request.solver,
-        "shift": request.shift,
-        "guide_scale": list(request.guide_scale),
+        "size": f"{request.sample.width}x{request.sample.height}",
+        "frames": request.sample.frame_num,
+        "fps": request.sample.fps,
+        "seed": request.sample.seed,
+        "solver": request.sample.solver,
+        "shift": request.sample.shift,
+        "guide_scale": list(request.sample.guide_scale),
         "files": find_files(request, spec),
-        "dtypes": {"dit": request.dtype, "t5": request.t5_dtype, "vae": request.vae_dtype},
+        "dtypes": {"dit": request.load.dtype, "t5": request.load.t5_dtype, "vae": request.load.vae_dtype},
         "latent_shape": list(load.latent),
         "tokens": load.all_tokens,
-        "steps": request.steps,
+        "steps": request.sample.steps,
         "forwards": forwards,
         "tflop_per_forward": {name: flops / 1e12 for name, flops in work.items()} | {"total": total / 1e12},
         "tflop_total": forwards * total / 1e12,
@@ -65,11 +65,11 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "shorter": shorter(load, machine, seconds),
         "margin": MARGIN,
         "notes": [*dtype_notes, *decision.notes],
-        "save_file": request.save_file,
+        "save_file": request.output.save_file if request.output else None,
     }
     if "experts" in spec:
-        plan["steps_by_expert"] = {"high": high_steps, "low": request.steps - high_steps}
-    if request.grid.size > 1:
+        plan["steps_by_expert"] = {"high": high_steps, "low": request.sample.steps - high_steps}
+    if request.load.grid.size > 1:
         plan["ranks"] = share_of_ranks(request, spec, load.all_tokens)
     return plan
 
@@ -95,9 +95,9 @@ def weight_rows(load: Workload, machine: Machine, placement: Placement) -> list[
 
 def share_of_ranks(request: Request, spec: EasyDict, tokens: int) -> dict[str, Any]:
     """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis."""
-    grid, dit = request.grid, spec.dit
-    sent = attention_bytes(grid, tokens, dit.dim, ITEMSIZE[request.dtype])
-    shared = (("dit", request.dit_fsdp), ("t5", request.t5_fsdp))
+    grid, dit = request.load.grid, spec.dit
+    sent = attention_bytes(grid, tokens, dit.dim, ITEMSIZE[request.load.dtype])
+    shared = (("dit", request.load.dit_fsdp), ("t5", request.load.t5_fsdp))
     return {
         "grid": grid._asdict(),
         "tokens": split(tokens, grid.sequence),

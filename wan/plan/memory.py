@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from easydict import EasyDict
 from wan.cache.options import policy_of
 from wan.conditioning.sizes import latent_shape
 from wan.distributed.grid import split
+from wan.options import Request
 from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES
 from wan.plan.weights import (
@@ -30,7 +31,7 @@ from wan.plan.weights import (
     vae_component,
 )
 from wan.plan.work import high_noise_steps
-from wan.request import Request
+from wan.tasks.kinds import kind_of
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
 GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
@@ -51,21 +52,22 @@ class Workload:
     def changed(self, gguf: Mapping[str, str] | None = None, **fields: Any) -> Workload:
         """The same with other fields of the request, but for those that name files, and with some components as GGUF
         files that are not there yet: name -> type. No file is looked into again."""
-        other = Workload(replace(self.request, **fields), self.spec)
+        other = Workload(self.request.changed(**fields), self.spec)
         if "dtype" in fields:
             return other
         known = dict(self.components)
         if "vae_dtype" in fields:
             known["vae"] = vae_component(other.request, self.spec)
         for name, kind in (gguf or {}).items():
-            known[name] = as_gguf(known[name], self.spec, kind, other.request.dtype)
+            known[name] = as_gguf(known[name], self.spec, kind, other.request.load.dtype)
         other.__dict__.update(components=known, loras=self.loras)  # in place of what `cached_property` would find
         return other
 
     @cached_property
     def latent(self) -> tuple[int, int, int, int]:
-        size = self.request.frame_num, self.request.height, self.request.width
-        return latent_shape(self.spec.vae.z_dim, *size, self.spec.vae_stride[1])
+        size = self.request.sample.frame_num, self.request.sample.height, self.request.sample.width
+        channels, frames, *sides = latent_shape(self.spec.vae.z_dim, *size, self.spec.vae_stride[1])
+        return channels, frames + kind_of(self.spec).extra_frames(self.request.sample), *sides
 
     @cached_property
     def all_tokens(self) -> int:
@@ -74,24 +76,24 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Of the rank that has most."""
-        return split(self.all_tokens, self.request.grid.sequence)[0]
+        return split(self.all_tokens, self.request.load.grid.sequence)[0]
 
     @property
     def branches(self) -> int:
         """That one process computes: cond and uncond."""
-        is_guided = any(scale != 1 for scale in self.request.guide_scale)
-        return 2 if is_guided and self.request.grid.cfg == 1 else 1
+        is_guided = any(scale != 1 for scale in self.request.sample.guide_scale)
+        return 2 if is_guided and self.request.load.grid.cfg == 1 else 1
 
     @cached_property
     def stages(self) -> list[str]:
-        has_image = self.request.image is not None
+        has_image = kind_of(self.spec).encodes(self.request.sample)
         return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
 
     @cached_property
     def experts(self) -> list[str]:
         """The networks that have steps: of two, one may have none, and is never loaded."""
         names, high = expert_names(self.spec), high_noise_steps(self.request, self.spec)
-        if len(names) == 1 or 0 < high < self.request.steps:
+        if len(names) == 1 or 0 < high < self.request.sample.steps:
             return names
         return names[:1] if high else names[1:]
 
@@ -104,7 +106,7 @@ class Workload:
 
     def cache_bytes(self) -> tuple[int, bool]:
         """(bytes, whether they are on the device) of what a cache keeps while the network runs."""
-        options, itemsize = self.request.cache, ITEMSIZE[self.request.dtype]
+        options, itemsize = self.request.sample.cache, ITEMSIZE[self.request.load.dtype]
         if not options:
             return 0, True
         policy = policy_of(options)
@@ -123,19 +125,22 @@ class Workload:
     @property
     def prompts(self) -> list[str]:
         request = self.request
-        return [request.prompt] + [request.negative_prompt] * (self.branches == 2 or request.grid.cfg == 2)
+        return [request.sample.prompt] + [request.sample.negative_prompt] * (
+            self.branches == 2 or request.load.grid.cfg == 2
+        )
 
     @cached_property
     def activations(self) -> dict[str, tuple[int, int]]:
         """Stage -> bytes on a CPU and on a GPU."""
         request, spec = self.request, self.spec
-        itemsize = ITEMSIZE[request.dtype]
+        itemsize = ITEMSIZE[request.load.dtype]
         texts = self.prompts
         # Not tokenized here; no token is shorter than a letter, and the end has one of its own.
         words = min(spec.dit.text_len, max(map(len, texts)) + 2)
-        text = text_bytes(spec, len(texts), words, ITEMSIZE[request.t5_dtype])
+        text = text_bytes(spec, len(texts), words, ITEMSIZE[request.load.t5_dtype])
         # Sample, noise, two predictions and the solver's history in fp32; the input with its condition.
-        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * spec.dit.in_dim // spec.vae.z_dim)
+        channels = spec.dit.in_dim + spec.dit.get("vace_in_dim", 0)
+        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * channels // spec.vae.z_dim)
         hidden = [dit_bytes(spec, self.tokens, self.all_tokens, itemsize, on_cpu) for on_cpu in (True, False)]
         decoding = self._vae_bytes(decode_values, spec.vae_stride[1]) + self._video_bytes(4)
         found = {
@@ -145,34 +150,37 @@ class Workload:
         }
         if "encode_image" in self.stages:
             # The video that is encoded, as it is given and cut up for the encoder.
-            video = self._video_bytes(4 + ITEMSIZE[request.vae_dtype])
+            video = self._video_bytes(4 + ITEMSIZE[request.load.vae_dtype])
+            if spec.kind == "vace":  # frames and mask, which stay; a copy of the frames and of what is new; the cut
+                video += self._video_bytes(4 + 2)
             encoding = self._vae_bytes(encode_values, 1) + video
-            looking = clip_bytes(2 if request.last_image else 1) if "clip" in self.components else 0
+            looking = clip_bytes(2 if request.sample.last_frame else 1) if "clip" in self.components else 0
             found["encode_image"] = (max(encoding, looking), max(encoding, looking))
         return found
 
     def _video_bytes(self, value_bytes: int) -> int:
         request = self.request
         tiles = 2 if self._tile(1) else 1  # blended in a video of their own
-        return 3 * request.frame_num * request.width * request.height * value_bytes * tiles
+        return 3 * request.sample.frame_num * request.sample.width * request.sample.height * value_bytes * tiles
 
     def _tile(self, stride: int) -> int:
         """Side of a tile in units of `stride` px; 0 if the picture is not cut up."""
-        tile = self.request.vae_tile_px or 0
-        return tile // stride if tile and max(self.request.width, self.request.height) > tile else 0
+        tile = self.request.sample.vae_tile_px or 0
+        return tile // stride if tile and max(self.request.sample.width, self.request.sample.height) > tile else 0
 
     def _vae_bytes(self, values, stride: int) -> int:
         """Of one chunk. Processes share the rows, where there are enough of them."""
         tile = self._tile(stride)
         rows, columns = (
-            min(tile or side, side) for side in (self.request.height // stride, self.request.width // stride)
+            min(tile or side, side)
+            for side in (self.request.sample.height // stride, self.request.sample.width // stride)
         )
-        cells, ranks = rows * stride // self.spec.vae_stride[1], self.request.grid.size
+        cells, ranks = rows * stride // self.spec.vae_stride[1], self.request.load.grid.size
         if 1 < ranks <= cells:
             halo = 2 * self.spec.vae_stride[1] // stride if stride > 1 else 2
             rows = split(cells, ranks)[0] * self.spec.vae_stride[1] // stride + halo
-        is_single = self.request.frame_num == 1
-        return values(self.spec.vae, rows, columns, is_single) * ITEMSIZE[self.request.vae_dtype]
+        is_single = self.request.sample.frame_num == 1
+        return values(self.spec.vae, rows, columns, is_single) * ITEMSIZE[self.request.load.vae_dtype]
 
 
 def memory_by_stage(load: Workload, device: str, placement) -> dict[str, dict[str, int]]:
@@ -233,15 +241,17 @@ class _Held:
 
     def _shared(self, name: str, size: int) -> int:
         request = self.load.request
-        is_shared = request.t5_fsdp if name == "t5" else request.dit_fsdp and name in expert_names(self.load.spec)
-        return share(size, request.grid.size) if is_shared else size
+        is_shared = (
+            request.load.t5_fsdp if name == "t5" else request.load.dit_fsdp and name in expert_names(self.load.spec)
+        )
+        return share(size, request.load.grid.size) if is_shared else size
 
     def _text(self, work: int) -> tuple[dict[str, int], int]:
         load, placement = self.load, self.placement
         sizes = load.components["t5"].sizes(placement.packed.get("t5", ""))
         tokenizer = TOKENIZER_BYTES * load.spec.text.vocab
         whole = self._shared("t5", sizes.total)
-        if load.request.t5_fsdp:
+        if load.request.load.t5_fsdp:
             whole += 2 * max(sizes.units("block"), default=0)
         if self.on_cpu or placement.text == "cpu":
             where = "device" if self.on_cpu else "ram"
@@ -250,7 +260,7 @@ class _Held:
             return own, work if self.on_cpu else 0
         if placement.text == "stream":
             # One layer at a time, of which the embedding is the largest.
-            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.t5_dtype]
+            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.load.t5_dtype]
             return {"device": embedding, "ram": whole + tokenizer}, work
         return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
 
@@ -275,7 +285,7 @@ class _Held:
         beside = sizes.unpacked + (load.lora_bytes(name) if mode == "stream" else 0)
         if placement.offload not in ("block", "phase"):
             whole = self._shared(name, sizes.total)
-            if load.request.dit_fsdp:  # two blocks are whole, one at work and one on the way
+            if load.request.load.dit_fsdp:  # two blocks are whole, one at work and one on the way
                 whole += 2 * max(sizes.units("block"))
             return {"device": whole + beside, "ram": 0}
         units, layers = sizes.units(placement.offload), len(sizes.blocks)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from easydict import EasyDict
 
 from wan.errors import UsageError
+from wan.options import Request
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES, Machine
 from wan.plan.memory import Workload, memory_by_stage
 from wan.plan.text import gigabytes
 from wan.plan.weights import Component, expert_names, share
-from wan.request import Request
 
 RESIDENT_MARGIN = 1.25  # free memory over that of the dequantised weights: activations, and one packed tensor
 MARGIN = (
@@ -67,7 +67,7 @@ def fitting(load: Workload, machine: Machine) -> Decision | None:
         for placement, notes in _candidates(tiled, machine):
             memory = memory_by_stage(tiled, machine.device, placement)
             if not excess(memory, machine):
-                notes = (*notes, _tile_note(tile)) if tile and load.request.vae_tile_px is None else notes
+                notes = (*notes, _tile_note(tile)) if tile and load.request.sample.vae_tile_px is None else notes
                 return Decision(replace(placement, vae_tile_px=tile), memory, notes)
     return None
 
@@ -80,15 +80,15 @@ def least(load: Workload, machine: Machine) -> Decision:
     hopeless = excess(tried[-1][1], machine).keys()
     fits = [one for one in tried if excess(one[1], machine).keys() <= hopeless]
     placement, memory, notes = fits[-1 if "denoise" in hopeless else 0]
-    return Decision(replace(placement, vae_tile_px=load.request.vae_tile_px), memory, notes)
+    return Decision(replace(placement, vae_tile_px=load.request.sample.vae_tile_px), memory, notes)
 
 
 def _tiles(load: Workload) -> list[int]:
     """Sides of the VAE's tiles to try, 0 for whole frames."""
     request, stride = load.request, load.spec.vae_stride[1]
-    if request.vae_tile_px is not None:
-        return [request.vae_tile_px]
-    return [0] + [px for px in TILES_PX if px < max(request.width, request.height) and px >= 8 * stride]
+    if request.sample.vae_tile_px is not None:
+        return [request.sample.vae_tile_px]
+    return [0] + [px for px in TILES_PX if px < max(request.sample.width, request.sample.height) and px >= 8 * stride]
 
 
 def _tile_note(tile: int) -> str:
@@ -109,15 +109,15 @@ def resident_indices(count: int, resident: int) -> set[int]:
 def _candidates(load: Workload, machine: Machine) -> Iterator[tuple[Placement, tuple[str, ...]]]:
     """Placements to try, the fastest first, the smallest last; with notes on what they made of "auto"."""
     request, layers = load.request, load.spec.dit.num_layers
-    names = _FASTEST_FIRST if request.offload == "auto" else (request.offload,)
-    if request.offload == "none" and request.may_offload:
+    names = _FASTEST_FIRST if request.load.offload == "auto" else (request.load.offload,)
+    if request.load.offload == "none" and request.load.may_offload:
         names = ("none", *_FASTEST_FIRST)
-    if machine.device == "mps" and request.offload in ("block", "phase"):
-        what = f"--offload {request.offload} streams to the CPU and to CUDA, not to mps"
+    if machine.device == "mps" and request.load.offload in ("block", "phase"):
+        what = f"--offload {request.load.offload} streams to the CPU and to CUDA, not to mps"
         raise UsageError(f"{what}: use --offload model or none")
-    if len(names) > 1 and (request.dit_fsdp or machine.device == "mps"):
+    if len(names) > 1 and (request.load.dit_fsdp or machine.device == "mps"):
         names = tuple(name for name in names if name in ("none", "model"))
-    if request.resident_blocks is not None and request.resident_blocks >= layers:
+    if request.load.resident_blocks is not None and request.load.resident_blocks >= layers:
         names = ("model",)
     for name in names:
         if name in ("none", "model"):
@@ -126,8 +126,8 @@ def _candidates(load: Workload, machine: Machine) -> Iterator[tuple[Placement, t
         for source in ("disk",) if machine.device == "cpu" else ("ram", "disk"):
             base, notes = _base(load, machine, name, all_packed=False)
             base = replace(base, blocks_from=source)
-            if request.resident_blocks is not None:
-                yield replace(base, resident_blocks=request.resident_blocks), notes
+            if request.load.resident_blocks is not None:
+                yield replace(base, resident_blocks=request.load.resident_blocks), notes
                 continue
             yield replace(base, resident_blocks=_most_resident(load, machine, base)), notes
 
@@ -136,7 +136,7 @@ def _whole(load: Workload, machine: Machine, name: str) -> Iterator[tuple[Placem
     """The DiT stays whole. Quantised weights are dequantised if that fits."""
     for all_packed in (False, True):
         base, notes = _base(load, machine, name, all_packed)
-        if all_packed and (load.request.gguf_mode != "auto" or not any(base.packed.values())):
+        if all_packed and (load.request.load.gguf_mode != "auto" or not any(base.packed.values())):
             return
         if machine.device == "cuda" and base.next_expert == "disk":
             ahead = replace(base, next_expert="ram")
@@ -153,13 +153,13 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
     layers = load.spec.dit.num_layers
     base = Placement(name, layers if is_whole else 0, "", next_expert, released=_released(request, load.spec, name))
     places = ["device", *(["stream"] if machine.device == "cuda" else []), "cpu"]
-    if request.t5_cpu:
+    if request.load.t5_cpu:
         places = ["cpu"]
-    elif machine.device == "cpu" or request.t5_fsdp:  # which shares the layers out, where they compute
+    elif machine.device == "cpu" or request.load.t5_fsdp:  # which shares the layers out, where they compute
         places = ["device"]
     ways = []
     for place in places:
-        for text_packed in (all_packed, True) if request.gguf_mode == "auto" else (all_packed,):
+        for text_packed in (all_packed, True) if request.load.gguf_mode == "auto" else (all_packed,):
             packed, notes = _packed_modes(load, machine, name, place, (text_packed, all_packed))
             ways.append((replace(base, text=place, packed=packed), notes))
     for way in ways:
@@ -170,7 +170,7 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
 
 def _released(request: Request, spec: EasyDict, name: str) -> tuple[str, ...]:
     kept = name == "none"
-    keeps_vae = kept if request.vae_offload is None else not request.vae_offload
+    keeps_vae = kept if request.load.vae_offload is None else not request.load.vae_offload
     models = () if kept else ("t5", "clip", *expert_names(spec))
     return (*models, *(() if keeps_vae else ("vae",)))
 
@@ -197,14 +197,14 @@ def _packed_modes(
     for part in ("t5", *expert_names(load.spec)):
         component = load.components[part]
         where = "ram" if part == "t5" and text != "device" and machine.device != "cpu" else "device"
-        modes[part] = request.gguf_mode if component.packed else ""
+        modes[part] = request.load.gguf_mode if component.packed else ""
         dense = component.dense.total
-        if request.t5_fsdp if part == "t5" else request.dit_fsdp:
-            dense = share(dense, request.grid.size)
+        if request.load.t5_fsdp if part == "t5" else request.load.dit_fsdp:
+            dense = share(dense, request.load.grid.size)
         if modes[part] == "auto":
             is_streamed = part != "t5" and name in ("block", "phase")
             fits = RESIDENT_MARGIN * dense <= free[where]
-            dtype = request.t5_dtype if part == "t5" else request.dtype
+            dtype = request.load.t5_dtype if part == "t5" else request.load.dtype
             stays = is_streamed or all_packed[part != "t5"] or not fits
             modes[part] = "stream" if stays else "resident"
             notes.append(_mode_note(component, dtype, dense, free[where], modes[part], is_streamed))

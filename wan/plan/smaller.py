@@ -9,7 +9,7 @@ from easydict import EasyDict
 
 from wan.conditioning.sizes import i2v_size
 from wan.errors import UsageError
-from wan.request import Request
+from wan.options import Request
 from wan.tasks import grid_px
 
 _SMALL = "416*240"  # a quarter of the smallest official area, below which little can be seen
@@ -26,7 +26,7 @@ class Size:
 
 def smaller_sizes(request: Request, spec: EasyDict) -> Iterator[Size]:
     """Official sizes of the task below the one asked for, the largest first, then one of a quarter of the smallest."""
-    is_tall = request.height > request.width
+    is_tall = request.sample.height > request.sample.width
     official = [_sides(one) for one in spec.sampling.sizes]
     areas = {width * height: (width, height) for width, height in official if (height > width) == is_tall}
     small = _sides(_SMALL)[::-1] if is_tall else _sides(_SMALL)
@@ -34,14 +34,18 @@ def smaller_sizes(request: Request, spec: EasyDict) -> Iterator[Size]:
         if any(side % grid_px(spec) for side in (width, height)):
             width, height = (side // grid_px(spec) * grid_px(spec) for side in (width, height))
         found = _with_image(request, spec, width, height)
-        if found is not None and found.width * found.height < request.width * request.height:
+        if found is not None and found.width * found.height < request.sample.width * request.sample.height:
             yield found
 
 
 def smaller_frames(request: Request) -> list[int]:
     """About half of the frames and a quarter, 4n+1 each."""
-    counts = [(request.frame_num - 1) // part // 4 * 4 + 1 for part in (2, 4)]
-    return [count for count in dict.fromkeys(counts) if max(4, request.trim_first_frames) < count < request.frame_num]
+    counts = [(request.sample.frame_num - 1) // part // 4 * 4 + 1 for part in (2, 4)]
+    return [
+        count
+        for count in dict.fromkeys(counts)
+        if max(4, request.sample.trim_first_frames) < count < request.sample.frame_num
+    ]
 
 
 def _sides(size: str) -> tuple[int, int]:
@@ -50,12 +54,14 @@ def _sides(size: str) -> tuple[int, int]:
 
 
 def _with_image(request: Request, spec: EasyDict, width: int, height: int) -> Size | None:
-    flag = f"{width}*{height}"
-    if request.image is None:
+    flag, sample = f"{width}*{height}", request.sample
+    if sample.size == f"{sample.width}*{sample.height}":  # what it is made from does not say otherwise
         return Size(flag, width, height)
     stride = spec.vae_stride[1]
     try:  # near enough for ti2v, which rounds by a rule of its own
-        sides = i2v_size(width * height, request.height, request.width, stride=stride, patch=grid_px(spec) // stride)
+        sides = i2v_size(
+            width * height, request.sample.height, request.sample.width, stride=stride, patch=grid_px(spec) // stride
+        )
     except UsageError:
         return None
     return Size(flag, sides[1], sides[0])

@@ -35,7 +35,7 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         *(f"note        {note}" for note in plan["notes"]),
         *(_rank_lines(plan["ranks"]) if "ranks" in plan else []),
         *(_file_line(row) for row in plan["files"]),
-        f"output      {plan['save_file']}",
+        *([f"output      {plan['save_file']}"] if plan["save_file"] else []),
     ]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ def exposed_seconds(transfer: Sequence[float], compute: Sequence[float]) -> floa
 
 def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[str, Any]:
     """Of one forward. A pipeline of disk, RAM and device is as fast as its slowest part."""
-    ranks = load.request.grid.sequence
+    ranks = load.request.load.grid.sequence
     whole = sum(forward_flops(load.spec, load.all_tokens).values()) / ranks / machine.flops
     found = {
         "bytes_per_forward": 0,

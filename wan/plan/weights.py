@@ -10,10 +10,10 @@ from pathlib import Path
 
 from easydict import EasyDict
 
+from wan.options import Request
 from wan.plan.files import component_files, size_of
 from wan.plan.headers import Held, read_held
 from wan.plan.work import block_matrices, kept_fp32, parameters, text_layer_params
-from wan.request import Request
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
@@ -95,7 +95,7 @@ def components(request: Request, spec: EasyDict) -> dict[str, Component]:
 
 
 def vae_component(request: Request, spec: EasyDict) -> Component:
-    itemsize = ITEMSIZE[request.vae_dtype]
+    itemsize = ITEMSIZE[request.load.vae_dtype]
     size = parameters(spec)["vae"] * itemsize
     files = tuple(component_files(request, spec, "vae"))
     return Component("vae", files, Sizes(size), None, _load_bytes(files, None, itemsize, size))
@@ -121,7 +121,7 @@ def expert_names(spec: EasyDict) -> list[str]:
 def lora_bytes(request: Request) -> dict[str, int]:
     """Bytes that LoRAs take beside packed weights, by the flag that names them: their files' numbers, in fp32."""
     sizes = {}
-    for flag, chosen in request.loras.items():
+    for flag, chosen in request.sample.loras.items():
         sizes[flag] = 0
         for path in (Path(path) for path, _ in chosen):
             held = read_held([path]) if path.is_file() else None
@@ -131,7 +131,7 @@ def lora_bytes(request: Request) -> dict[str, int]:
 
 
 def _transformer(request: Request, spec: EasyDict, part: str, name: str) -> Component:
-    itemsize, layers = ITEMSIZE[request.dtype], spec.dit.num_layers
+    itemsize, layers = ITEMSIZE[request.load.dtype], spec.dit.num_layers
     total = parameters(spec)["dit"] * itemsize + kept_fp32(spec) * (4 - itemsize)
     dense = Sizes(total, (tuple(count * itemsize for count in block_matrices(spec)),) * layers)
     files = tuple(component_files(request, spec, part))
@@ -142,7 +142,7 @@ def _transformer(request: Request, spec: EasyDict, part: str, name: str) -> Comp
 
 
 def _encoder(request: Request, spec: EasyDict, part: str, count: int) -> Component:
-    itemsize = ITEMSIZE[request.t5_dtype if part == "t5" else request.dtype]
+    itemsize = ITEMSIZE[request.load.t5_dtype if part == "t5" else request.load.dtype]
     layers = spec.text.num_layers if part == "t5" else 0
     blocks = ((text_layer_params(spec) * itemsize,),) * layers if layers else ()
     files = tuple(component_files(request, spec, part))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from easydict import EasyDict
 
+from wan.options import Request
 from wan.plan.activations import CLIP_DIM, CLIP_TOKENS
-from wan.request import Request
+from wan.tasks.kinds import kind_of
 
 CLIP_PARAMS = 632_076_800  # ViT-H/14 of open-clip, the image tower alone
 
@@ -17,14 +18,14 @@ def high_noise_steps(request: Request, spec: EasyDict) -> int:
     """How many steps the high-noise expert takes; 0 for a task with one expert."""
     if "experts" not in spec:
         return 0
-    if request.boundary_step_index is not None:
-        return min(request.boundary_step_index, request.steps)
-    if request.denoising_step_list:
-        sigmas = [step / 1000 for step in request.denoising_step_list]
+    if request.sample.boundary_step_index is not None:
+        return min(request.sample.boundary_step_index, request.sample.steps)
+    if request.sample.denoising_step_list:
+        sigmas = [step / 1000 for step in request.sample.denoising_step_list]
     else:
-        start = 0.999 if request.solver == "unipc" else 1.0  # where each solver's schedule begins
-        sigmas = [start * (1 - step / request.steps) for step in range(request.steps)]
-    shifted = [request.shift * sigma / (1 + (request.shift - 1) * sigma) for sigma in sigmas]
+        start = 0.999 if request.sample.solver == "unipc" else 1.0  # where each solver's schedule begins
+        sigmas = [start * (1 - step / request.sample.steps) for step in range(request.sample.steps)]
+    shifted = [request.sample.shift * sigma / (1 + (request.sample.shift - 1) * sigma) for sigma in sigmas]
     return sum(sigma >= spec.boundary for sigma in shifted)
 
 
@@ -52,7 +53,7 @@ def forward_flops(spec: EasyDict, tokens: int) -> dict[str, float]:
 def _image_tokens(spec: EasyDict) -> int:
     if "clip" not in spec.files:
         return 0
-    return CLIP_TOKENS * (2 if spec.kind == "flf2v" else 1)
+    return CLIP_TOKENS * kind_of(spec).clip_images
 
 
 # Work of the encoders and the VAE: what computes in matrix products, convolutions and attention
@@ -174,7 +175,10 @@ def _dit_params(spec: EasyDict) -> int:
     if "clip" in spec.files:
         block += 2 * _linear(dim, dim) + dim
         total += 2 * CLIP_DIM + _linear(CLIP_DIM, CLIP_DIM) + _linear(CLIP_DIM, dim) + 2 * dim
-        total += 2 * CLIP_TOKENS * CLIP_DIM if spec.kind == "flf2v" else 0
+        total += 2 * CLIP_TOKENS * CLIP_DIM if spec.dit.model_type == "flf2v" else 0
+    if hints := len(dit.get("vace_layers", ())):
+        total += _linear(dit.vace_in_dim * math.prod(dit.patch_size), dim) + _linear(dim, dim)
+        total += hints * (block + _linear(dim, dim))
     return total + dit.num_layers * block
 
 

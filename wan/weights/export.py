@@ -117,20 +117,23 @@ def _layout(component: str) -> Layout:
 
 def _check_names(source: Source, component: str, names: Mapping[str, str]) -> None:
     """No foreign tensors, and no gaps: every block has the tensors of the first."""
-    prefix = "encoder.block." if component == "t5" else "blocks."
-    blocks: dict[int, set[str]] = {}
+    prefixes = ("encoder.block.",) if component == "t5" else ("blocks.", "vace_blocks.")
+    blocks: dict[str, set[str]] = {}  # by the path of each
     for ours, source_name in names.items():
         known = gguf_t5_name(ours) != ours if component == "t5" else ours.rpartition(".")[2] in _LEAVES
         if not known:
             what = "the UMT5 encoder" if component == "t5" else "a Wan transformer (scaled weights cannot be converted)"
             raise SwanError(f"{source.describe()}: {source_name} is no tensor of {what}")
-        if match := re.match(re.escape(prefix) + r"(\d+)\.(.+)", ours):
-            blocks.setdefault(int(match[1]), set()).add(match[2])
-    whole = set().union(*blocks.values())
-    for index in range(count(names, prefix)):
-        if lacking := sorted(whole - blocks.get(index, set())):
-            lacks = f"block {index} has no {lacking[0]} ({len(lacking)} of its {len(whole)} tensors are missing)"
-            raise SwanError(f"{source.describe()}: incomplete, {lacks}")
+        if match := re.fullmatch(rf"((?:{'|'.join(map(re.escape, prefixes))})\d+)\.(.+)", ours):
+            blocks.setdefault(match[1], set()).add(match[2])
+    for prefix in prefixes:
+        whole = set().union(*(held for path, held in blocks.items() if path.startswith(prefix)))
+        whole -= {name for name in whole if name.startswith("before_proj.")}  # of the first one alone
+        for index in range(count(names, prefix)):
+            if lacking := sorted(whole - blocks.get(f"{prefix}{index}", set())):
+                lacks = f"{len(lacking)} of its {len(whole)} tensors are missing"
+                where = f"{prefix.removeprefix('encoder.').rstrip('s.')} {index}"
+                raise SwanError(f"{source.describe()}: incomplete, {where} has no {lacking[0]} ({lacks})")
 
 
 # Keys and values

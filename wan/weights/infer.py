@@ -34,14 +34,15 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
     """Configuration of the Wan transformer in `source`, in the official terms.
 
     Keys, as `WanModel` takes them: model_type, patch_size, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim,
-    num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2). The number of
-    heads is not visible in shapes: it comes from the file's metadata (our GGUF files have it), a config.json beside it,
-    else from the head width 128.
+    num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2); of VACE also
+    vace_layers and vace_in_dim. The number of heads is not visible in shapes: it comes from the file's metadata (our
+    GGUF files have it), a config.json beside it, else from the head width 128. Nor is where hints go: it comes from a
+    config.json, else they are evenly spread, as in all releases.
     Raises SwanError if this is no Wan transformer.
     """
     shapes = our_shapes(source, "dit")
     try:
-        dim, in_dim, *patch_size = _patch_embedding(shapes)
+        dim, in_dim, *patch_size = _patch_embedding(shapes, "patch_embedding.weight")
         config = {
             "patch_size": patch_size,
             "in_dim": in_dim,
@@ -59,6 +60,9 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
     config["num_heads"] = told_heads(source, dim) or max(dim // HEAD_DIM, 1)
     config["clip"] = any(name.startswith("img_emb.") for name in shapes)
     config["model_type"] = _model_type(shapes, config)
+    if config["model_type"] == "vace":
+        config["vace_layers"] = _vace_layers(source, count(shapes, "vace_blocks."), config["num_layers"])
+        config["vace_in_dim"] = _patch_embedding(shapes, "vace_patch_embedding.weight")[1]
     return config
 
 
@@ -151,15 +155,23 @@ def _describe_dit(source: Source) -> str:
     return f"{name} (in_dim {held['in_dim']}, dim {held['dim']}, {held['num_layers']} layers)"
 
 
-def _patch_embedding(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """(dim, in_dim, frames, rows, columns) of the first layer, also where an exporter folded it to fewer axes."""
-    shape = shapes["patch_embedding.weight"]
+def _vace_layers(source: Source, hints: int, layers: int) -> list[int]:
+    """The blocks that get a hint of VACE, in order."""
+    told = config_beside(source).get("vace_layers")
+    if isinstance(told, list) and len(told) == hints and all(type(one) is int and one < layers for one in told):
+        return told
+    return list(range(0, layers, -(-layers // max(hints, 1))))[:hints]
+
+
+def _patch_embedding(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    """(dim, in_dim, frames, rows, columns) of a first layer, also where an exporter folded it to fewer axes."""
+    shape = shapes[name]
     if not 1 < len(shape) < 5:
         return shape
     dim, patch = shapes["blocks.0.self_attn.norm_q.weight"][-1], (1, 2, 2)
     in_dim, rest = divmod(math.prod(shape), dim * math.prod(patch))
     if rest:
-        raise ValueError("patch_embedding.weight")
+        raise ValueError(name)
     return dim, in_dim, *patch
 
 

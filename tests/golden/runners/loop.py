@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from wan.cache import StepContext
@@ -9,14 +11,18 @@ from wan.cache import StepContext
 from tests.golden.cases import Case
 from tests.golden.checks import Check, close, exact
 from tests.golden.runners import model as model_runner
+from tests.golden.runners import vae as vae_runner
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
 from wan.conditioning.sizes import i2v_size, latent_shape, ti2v_size
+from wan.conditioning.vace import vace_condition
 from wan.denoise import denoise
+from wan.models.dit.sequence import Times
 from wan.solvers import Solver, make_solver
 
 TOLERANCE = 5e-4
+VAE_TOLERANCE, VIDEO_TOLERANCE = 1e-4, 3e-4
 SIGMA_TOLERANCE = 1e-6
 EXPERT_NAMES = {"model": "model", "high": "high_noise_model", "low": "low_noise_model"}
 
@@ -28,7 +34,11 @@ def matches(case: Case) -> bool:
 def run(case: Case) -> list[Check]:
     generate = case.meta["generate"]
     condition, height, width = _condition(case)
-    shape = latent_shape(case.meta["z_dim"], generate["frame_num"], height, width, case.meta["vae_stride"][-1])
+    if "inputs/clip_fea" in case.tensors:
+        condition = replace(condition, clip_fea=case.tensors["inputs/clip_fea"])
+    frames = case.tensors["outputs/video"].shape[1] if _is_vace(case) else generate["frame_num"]
+    channels, length, *size = latent_shape(case.meta["z_dim"], frames, height, width, case.meta["vae_stride"][-1])
+    shape = (channels, length + condition.extra_frames, *size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(generate["seed"]))
     solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
     trace = _Trace(case, condition)
@@ -43,7 +53,21 @@ def run(case: Case) -> list[Check]:
         on_step=trace.on_step,
     )
     trace.latents.append(final)
-    return _compare(case, solver, noise, condition, trace)
+    checks = _compare(case, solver, noise, condition, trace)
+    if _is_vace(case):
+        video = _vae(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
+        context, wanted = condition.context[0], case.tensors["outputs/vace_context"]
+        checks.append(close("vace_context", context, wanted, VAE_TOLERANCE))
+        checks.append(close("video", video, case.tensors["outputs/video"], VIDEO_TOLERANCE))
+    return checks
+
+
+def _is_vace(case: Case) -> bool:
+    return case.meta.get("pipeline") == "vace"
+
+
+def _vae(case: Case):
+    return vae_runner.build(case.meta["vae_config"], case.group("weights_vae"), case.meta)
 
 
 class _Trace:
@@ -52,7 +76,6 @@ class _Trace:
     def __init__(self, case: Case, condition: Condition):
         self.condition = condition
         self.context = {"cond": case.tensors["inputs/context"], "uncond": case.tensors["inputs/context_null"]}
-        self.clip_fea = case.tensors.get("inputs/clip_fea", case.tensors.get("inputs/clip_context"))
         self.models = {}
         for name in EXPERT_NAMES.values():
             weights = case.group("weights" if name == "model" else f"weights_{name}")
@@ -60,13 +83,13 @@ class _Trace:
                 self.models[name] = model_runner.build(case.config, weights)
         self.latents, self.model_t, self.noise_pred, self.step_output, self.experts = [], [], [], [], []
 
-    def predict(self, latent: torch.Tensor, timestep: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+    def predict(self, latent: torch.Tensor, times: Times, ctx: StepContext) -> torch.Tensor:
         name = EXPERT_NAMES[ctx.expert]
         if ctx.branch == "cond":
             self.latents.append(latent)
-            self.model_t.append(timestep)
+            self.model_t.append(times.t)
         context = [self.context[ctx.branch]]
-        return self.models[name](latent[None], timestep, context, y=self.condition.y, clip_fea=self.clip_fea)[0]
+        return self.models[name](latent[None], times, context, **self.condition.inputs(ctx))[0]
 
     def on_step(self, ctx: StepContext, latent: torch.Tensor) -> None:
         self.experts.append(EXPERT_NAMES[ctx.expert])
@@ -88,8 +111,18 @@ class _RecordingSolver:
 
 
 def _condition(case: Case) -> tuple[Condition, int, int]:
-    """The conditioning of the run with the recorded latent ``z`` in place of the VAE; height and width in pixels."""
+    """The conditioning of the run with the recorded latent ``z`` in place of the VAE; height and width in pixels.
+
+    Of VACE, whose cases have a VAE, from the pixels and the mask that were recorded.
+    """
     generate = case.meta["generate"]
+    if _is_vace(case):
+        like = torch.zeros_like(case.tensors["outputs/video"])  # what stands for a video that is not given
+        frames, mask = case.tensors.get("outputs/frames", like), case.tensors.get("outputs/mask", like[:1] + 1)
+        references = case.listed("outputs/ref_pixels") or ()
+        scale = generate["context_scale"]
+        condition = vace_condition(_vae(case).encode, frames, mask, references, context_scale=scale)
+        return condition, *frames.shape[2:]
     z = case.tensors.get("inputs/z")
     if z is None:
         width, height = generate["size"]

@@ -1,4 +1,4 @@
-"""kind "model", class WanModel: one forward pass of the diffusion transformer."""
+"""kind "model", classes WanModel and VaceWanModel: one forward pass of the diffusion transformer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.golden.cases import Case
 from tests.golden.checks import Check, close
 
 TOLERANCE = 1e-4
-MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
+CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",)}
 
 
 def matches(case: Case) -> bool:
@@ -18,17 +18,21 @@ def matches(case: Case) -> bool:
 
 
 def is_wan_model(case: Case) -> bool:
-    return case.meta.get("class") == "WanModel" and case.config.get("model_type") in MODEL_TYPES
+    return case.config.get("model_type") in CLASSES.get(case.meta.get("class"), ())
 
 
 def run(case: Case) -> list[Check]:
-    model = build(case.config, case.group("weights"))
+    model, inputs = build(case.config, case.group("weights")), {}
+    if case.config["model_type"] == "vace":
+        scale = case.meta["call"].get("vace_context_scale", 1.0)
+        inputs = {"vace_context": case.listed("inputs/vace_context"), "vace_context_scale": scale}
     out = model(
         case.listed("inputs/x"),
         case.tensors["inputs/t"],
         case.listed("inputs/context"),
         y=case.listed("inputs/y"),
         clip_fea=case.tensors.get("inputs/clip_fea"),
+        **inputs,
     )
     pairs = zip(out, case.listed("outputs/out"), strict=True)
     return [close(f"out.{i}", actual, wanted, TOLERANCE) for i, (actual, wanted) in enumerate(pairs)]

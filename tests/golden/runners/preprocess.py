@@ -10,7 +10,7 @@ from tests.golden.cases import Case
 from tests.golden.checks import Check, close, exact
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import conditioning_video, crop_last, frame_mask, resize, to_pixels
-from wan.conditioning.latent import cover
+from wan.conditioning.latent import FrameCondition, cover
 from wan.conditioning.sizes import i2v_size, latent_shape, ti2v_size
 
 TOLERANCE = 1e-4
@@ -85,7 +85,7 @@ def run_ti2v(case: Case) -> list[Check]:
         checks.append(exact(f"size_{tag}", (width, height), (row["ow"], row["oh"])))
         checks.append(exact(f"latent_{tag}", list(shape), row["noise_shape"]))
         checks.append(exact(f"tokens_{tag}", shape[1] * shape[2] * shape[3] // 4, row["seq_len"]))
-        condition = Condition(frame=torch.zeros(shape[0], 1, *shape[2:]), num_latent_frames=shape[1])
+        condition = FrameCondition(torch.zeros(shape[0], 1, *shape[2:]), num_latent_frames=shape[1])
         checks += _stored(
             case,
             # A latent of ones keeps a one exactly where the mask lets the noise through.

@@ -18,7 +18,7 @@ def matches(case: Case) -> bool:
 
 
 def run(case: Case) -> list[Check]:
-    vae = build(case)
+    vae = build(case.config, case.group("weights"), case.meta)
     # "<what is stored>": (input prefix, function of a batch). A stored result without a batch axis had one element.
     computations = {
         "latent_raw": ("video", vae.encode_raw),
@@ -37,23 +37,22 @@ def run(case: Case) -> list[Check]:
     return checks
 
 
-def build(case: Case):
+def build(config: dict, weights: dict[str, torch.Tensor], meta: dict):
     from wan.models.vae import WanVAE
 
-    config = case.config
     kept = 1 - config.get("pruning_rate", 0)  # LightVAE: the same network with narrower layers
     vae = WanVAE(
-        version="2.2" if "dec_dim" in config or case.meta.get("spatial_factor") == 16 else "2.1",
+        version="2.2" if "dec_dim" in config or meta.get("spatial_factor") == 16 else "2.1",
         dim=int(config["dim"] * kept),
         dec_dim=config.get("dec_dim"),
         z_dim=config["z_dim"],
         dim_mult=config["dim_mult"],
         num_res_blocks=config["num_res_blocks"],
         temporal_downsample=config["temperal_downsample"],
-        latent_mean=case.meta.get("latent_mean"),
-        latent_std=case.meta.get("latent_std"),
+        latent_mean=meta.get("latent_mean"),
+        latent_std=meta.get("latent_std"),
     )
-    vae.load_state_dict(case.group("weights"))
+    vae.load_state_dict(weights)
     return vae.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,33 @@ from easydict import EasyDict
 
 from wan import __version__
 from wan.files import open_plain
-from wan.request import Request
-from wan.request.options import CACHE_FILES, FIELD_OF
+from wan.options import Request
+from wan.options.names import CACHE_FILES, FILE_FLAGS, LORA_FLAGS
+from wan.options.schema import flag_of
 
 # Each machine may have its own: paths (what lies there is compared by `file_fact`), memory, patience, a random seed.
-_OWN = (
-    *("ckpt_dir", "ckpt_option", "files", "image", "image_option", "last_image", "save_file", "warnings"),
-    *("vram_bytes", "ram_bytes", "dist_timeout", "seed", "device"),
-)
-_FLAGS = {field: flag for flag, field in FIELD_OF.items()} | {
-    "guide_scale": "sample_guide_scale",
-    "width": "size",
-    "height": "size",
-    "grid": "ulysses_size, --ring_size or --cfg_parallel",
-    "image_sha256": "image",
+_OWN = {
+    *("ckpt_dir", "ckpt_option", *FILE_FLAGS, "image", "image_option", "last_frame", *LORA_FLAGS, "cache"),
+    *("vram_bytes", "ram_bytes", "dist_timeout", "seed", "device", *("ulysses_size", "ring_size", "cfg_parallel")),
 }
+_FLAGS = {"width": "size", "height": "size", "image_sha256": "image", "coefficients": "cache_coefficients"}
+_FLAGS |= {"grid": "ulysses_size, --ring_size or --cfg_parallel"}
 _START_BYTES, _SAMPLES, _SAMPLE_BYTES = 4 << 20, 64, 4096
 
 
 def request_facts(request: Request, spec: EasyDict, device_type: str, seeded: bool) -> dict[str, str]:
     """What decides the video and what ranks send each other, by flags. seeded: whether the seed was asked for."""
     told: dict[str, list[Any]] = {"version of swan-video": [__version__], "--device": [device_type]}
-    told["--seed"] = [request.seed if seeded else None]
-    for field, value in vars(request).items():
-        if field in _OWN:
-            continue
-        if field == "loras":  # which files they are is told by what is in them
-            told |= {f"--{flag}": [strength for _, strength in chosen] for flag, chosen in value.items()}
-        elif field == "cache":
-            told |= {f"--{name}": [choice] for name, choice in value.items() if name not in CACHE_FILES}
-        else:
-            told.setdefault(f"--{_FLAGS.get(field, field)}", []).append(value)
+    told["--seed"] = [request.sample.seed if seeded else None]
+    load, sample = request.load, request.sample
+    for part in (load, sample):
+        for one in fields(part):
+            if one.name not in _OWN:
+                flag = _FLAGS.get(one.name, flag_of(one))
+                told.setdefault(f"--{flag}", []).append(getattr(part, one.name))
+    # Which files they are is told by what is in them.
+    told |= {f"--{flag}": [strength for _, strength in chosen] for flag, chosen in sample.loras.items()}
+    told |= {f"--{name}": [value] for name, value in sample.cache.items() if name not in CACHE_FILES}
     told["--task"].append(spec)
     return {name: repr(values) for name, values in told.items()}
 

@@ -12,9 +12,10 @@ from typing import Any
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.cache.options import POLICIES as CACHES
 from wan.errors import SwanError, UsageError, printable
+from wan.options import FLAGS, STORED
+from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, LORA_FLAGS, STORED_FILES, STORED_PICTURES
+from wan.options.values import of_kind
 from wan.pictures import image_sha256
-from wan.request.options import DEFAULT_TASK, GGUF_FLAGS, KINDS, LORA_FLAGS, STORED, STORED_FILES, STORED_PICTURES
-from wan.request.values import of_kind
 from wan.tasks import embedded_checkpoint, load_preset, load_task
 
 MOST_SHOWN = 4
@@ -69,7 +70,7 @@ def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[di
         warnings.append(f"not taken from the video: {', '.join(unused)[:200]}")
     options = {name: settings[name] for name in STORED if settings.get(name) is not None}
     try:
-        options = {name: of_kind(value, name, KINDS[name]) for name, value in options.items()}
+        options = {name: of_kind(value, name, FLAGS[name].kind) for name, value in options.items()}
     except UsageError as error:
         raise SwanError(f"the settings in the video are damaged: {error}") from error
     hashes = settings.get("image_sha256", {})
@@ -88,7 +89,7 @@ def _check_files(named: Mapping[str, Any], hashes: Mapping[str, str], home: str 
     missing: list[tuple[str, str, bool]] = []  # path, flag to add, whether it is a hub id
     for flag in (*STORED_FILES, *STORED_PICTURES):
         value = named.get(flag)
-        for path, *strength in (value if flag in LORA_FLAGS else [[value]]) if value else []:
+        for path, *strength in _parts(flag, value) if value else []:
             is_hub = flag == "ckpt_dir" and not os.path.isabs(path)
             proven = flag in STORED_PICTURES and flag in hashes and not path.startswith(_NETWORK)
             if is_hub or not (allowed or proven or _is_inside(path, home)):
@@ -98,6 +99,13 @@ def _check_files(named: Mapping[str, Any], hashes: Mapping[str, str], home: str 
         flags = " ".join(flag for _, flag, _ in missing[:MOST_SHOWN]) + " ..." * (len(missing) > MOST_SHOWN)
         also = "" if all(is_hub for *_, is_hub in missing) else ", or --replay_files to use all files that it names"
         raise UsageError(f"the video was made from {missing[0][0]}: add {flags}{also}")
+
+
+def _parts(flag: str, value: Any) -> list[list[Any]]:
+    """[path] or [path, strength] of each file that an option names."""
+    if flag == "src_ref_images":
+        return [[path] for path in value]
+    return value if flag in LORA_FLAGS else [[value]]
 
 
 def _is_inside(path: str, folder: str | None) -> bool:

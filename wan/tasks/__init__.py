@@ -11,8 +11,8 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
 
-KINDS = ("t2v", "i2v", "flf2v", "ti2v")
-REPO = Path(__file__).resolve().parent.parent
+KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace")  # see wan.tasks.kinds
+REPO = Path(__file__).resolve().parents[2]
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
 SCHEMA: dict[str, Any] = {
@@ -45,6 +45,8 @@ SCHEMA: dict[str, Any] = {
         "num_layers": int,
         "eps": float,
         "clip?": bool,
+        "vace_layers?": list,
+        "vace_in_dim?": int,
     },
     "vae": {
         "version": str,
@@ -84,7 +86,7 @@ SCHEMA: dict[str, Any] = {
 
 def config_dir(kind: str) -> Path:
     """The folder of "tasks" or "presets": beside the package in a checkout, inside it when pip-installed."""
-    for folder in (REPO / "configs" / kind, Path(__file__).resolve().parent / "configs" / kind):
+    for folder in (REPO / "configs" / kind, Path(__file__).resolve().parents[1] / "configs" / kind):
         if folder.is_dir():
             return folder
     raise SwanError(f"configs/{kind} is missing from this installation")
@@ -169,6 +171,7 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
         "image is for i2v tasks with a checkpoint": "image" in data
         and (data["kind"] != "i2v" or "checkpoint" not in data),
         "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
+        "kind vace and dit.vace_layers go together": (data["kind"] == "vace") != bool(data["dit"].get("vace_layers")),
         "experts and boundary go together": two_experts != ("boundary" in data),
         "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,
     }

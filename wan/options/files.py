@@ -16,8 +16,8 @@ from easydict import EasyDict
 
 from wan.errors import UsageError, printable
 from wan.files import open_plain
-from wan.request.options import FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
-from wan.request.values import absolute, is_number, of_kind, shown
+from wan.options.names import FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
+from wan.options.values import absolute, is_number, of_kind, shown
 from wan.tasks import embedded_checkpoint
 
 # Names by which folders of weights are read: these are not written to, even inside of a folder that holds videos too.
@@ -38,53 +38,56 @@ def check_ckpt_dir(spec: EasyDict, value: str | None) -> str:
     return absolute(value)
 
 
+def is_checkpoint(value: str | None) -> bool:
+    """Whether it may be one: a folder, or a hub id."""
+    return bool(value) and (os.path.isdir(value) or not os.path.exists(value) and _is_hub_id(value))
+
+
 def _is_hub_id(value: str) -> bool:
     """OWNER/NAME or OWNER/NAME@REVISION, and not a path below a folder that exists here (that is a mistyped path)."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", value)) and not os.path.exists(value.split("/")[0])
 
 
-def check_files(spec: EasyDict, get: Mapping[str, Any]) -> dict[str, str]:
-    """Single files in place of the checkpoint's own, by component, absolute."""
-    allowed = ["vae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"])] + ["clip"] * (
-        "clip" in spec.files
-    )
-    files: dict[str, str] = {}
-    for flag in (*FILE_FLAGS, *GGUF_FLAGS):
-        part, path = GGUF_FLAGS.get(flag, flag), get[flag]
-        if not path:
-            continue
-        if part not in allowed:
-            flags = (one for one in (*FILE_FLAGS, *GGUF_FLAGS) if GGUF_FLAGS.get(one, one) in allowed)
-            usable = ", ".join(f"--{one}" for one in flags)
-            raise UsageError(f"--{flag} has no meaning for {spec.name}; single files it takes: {usable}")
-        if not os.path.exists(path):
-            raise UsageError(f"--{flag}: no file {path}")
-        if flag == "tokenizer" and not os.path.isdir(path):
-            raise UsageError(f"--tokenizer takes a folder, and {path} is a file")
-        if part in files:
-            raise UsageError(f"--{part} and --{flag} both name a file for the same component; give one")
-        if flag in GGUF_FLAGS and not _is_gguf(path):
-            raise UsageError(f"--{flag}: {path} is not a GGUF file; for other formats use --{part}")
-        files[part] = absolute(path)
-    return files
+def check_file(spec: EasyDict, get: Mapping[str, Any], part: str) -> str | None:
+    """The single file in place of the checkpoint's own for a component, absolute, by the flag of either name."""
+    names = (part, *(name for name, its in GGUF_FLAGS.items() if its == part))
+    flags = {flag: get[flag] for flag in names if get[flag]}
+    if not flags:
+        return None
+    flag, path = next(iter(flags.items()))
+    parts = ["vae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"]), *spec.files]
+    if part not in parts:
+        usable = (one for one in (*FILE_FLAGS, *GGUF_FLAGS) if GGUF_FLAGS.get(one, one) in parts)
+        usable = ", ".join(f"--{one}" for one in usable)
+        raise UsageError(f"--{flag} has no meaning for {spec.name}; single files it takes: {usable}")
+    if not os.path.exists(path):
+        raise UsageError(f"--{flag}: no file {path}")
+    if flag == "tokenizer" and not os.path.isdir(path):
+        raise UsageError(f"--tokenizer takes a folder, and {path} is a file")
+    if len(flags) > 1:
+        raise UsageError(f"--{' and --'.join(flags)} both name a file for the same component; give one")
+    if flag in GGUF_FLAGS and not _is_gguf(path):
+        raise UsageError(f"--{flag}: {path} is not a GGUF file; for other formats use --{part}")
+    return absolute(path)
 
 
-def check_loras(spec: EasyDict, get: Mapping[str, Any]) -> dict[str, LoraChoice]:
-    """What `get` has under the flags of LORA_FLAGS, where it has something.
+def check_lora(spec: EasyDict, flag: str, value: Any) -> LoraChoice:
+    """LoRAs of one flag: PATH or PATH:STRENGTH, or a pair of both; one or a list.
 
-    A LoRA is PATH or PATH:STRENGTH, or a pair of both; a flag takes one or a list. Raises UsageError, also for a file
-    that is not there; what is in the files is not looked at.
+    Raises UsageError, also for a file that is not there; what is in the files is not looked at.
     """
-    loras: dict[str, LoraChoice] = {}
-    for flag, expert in LORA_FLAGS.items():
-        value = of_kind(get.get(flag), flag, "loras")
-        if not value:
-            continue
-        if expert and "experts" not in spec:
-            raise UsageError(f"--{flag} is for tasks with two experts; {spec.name} has one: use --lora")
-        is_one = isinstance(value, str) or (len(value) == 2 and isinstance(value[1], (int, float)))
-        loras[flag] = tuple(_lora(one, flag) for one in ([value] if is_one else value))
-    return loras
+    if not value:
+        return ()
+    if LORA_FLAGS[flag] and "experts" not in spec:
+        raise UsageError(f"--{flag} is for tasks with two experts; {spec.name} has one: use --lora")
+    is_one = isinstance(value, str) or (len(value) == 2 and isinstance(value[1], (int, float)))
+    return tuple(_lora(one, flag) for one in ([value] if is_one else value))
+
+
+def check_loras(spec: EasyDict, asked: Mapping[str, Any]) -> dict[str, LoraChoice]:
+    """LoRAs by flag, where there are any, of values as the flags take them."""
+    found = {flag: check_lora(spec, flag, of_kind(asked.get(flag), flag, "loras")) for flag in LORA_FLAGS}
+    return {flag: chosen for flag, chosen in found.items() if chosen}
 
 
 def _lora(value: str | tuple[str, float], flag: str) -> tuple[str, float]:
@@ -112,7 +115,7 @@ def _is_gguf(path: str) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def check_save_file(value: str | None, frame_num: int, stem: str, prompt: str) -> str:
+def check_save_file(value: str | None, frame_num: int, stem: str = "", prompt: str = "") -> str:
     """Absolute path of the output, in a folder that can be written to."""
     if not value:
         slug = re.sub(r"[^\w-]+", "_", prompt)[:40].strip("_")

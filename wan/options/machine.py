@@ -14,8 +14,8 @@ from wan.cache.options import check_coefficients, check_options
 from wan.conditioning.sizes import latent_shape
 from wan.distributed.grid import Grid, choose_grid
 from wan.errors import UsageError
-from wan.request.files import check_writable
-from wan.request.options import (
+from wan.options.files import check_writable
+from wan.options.names import (
     AREA_BELOW_720P,
     ATTENTION_NAMES,
     CACHE_FILES,
@@ -24,7 +24,8 @@ from wan.request.options import (
     OFFLOAD_NAMES,
     T5_DTYPE_NAMES,
 )
-from wan.request.values import absolute, choice, number, or_default, whole
+from wan.options.schema import Asked
+from wan.options.values import absolute, choice, number, or_default, whole
 
 
 def make_grid(get: Mapping[str, Any], world_size: int) -> Grid:
@@ -41,22 +42,23 @@ def make_grid(get: Mapping[str, Any], world_size: int) -> Grid:
         raise UsageError(str(error)) from error
 
 
-def check_grid(
-    grid: Grid, spec: EasyDict, size: tuple[int, int, int], guide_scale: tuple[float, float], warnings: list[str]
-) -> None:
-    width, height, frame_num = size
+def check_grid(at: Asked) -> None:
+    """That what was checked can be shared out among the processes."""
+    spec, grid = at.spec, at.done["grid"]
+    width, height, frame_num = map(at.done.get, ("width", "height", "frame_num"))
     shape = latent_shape(spec.vae.z_dim, frame_num, height, width, spec.vae_stride[1])
     tokens = math.prod(side // patch for side, patch in zip(shape[1:], spec.dit.patch_size))
     if tokens < grid.sequence:
         raise UsageError(f"{tokens} tokens cannot be shared by {grid.sequence} processes: make a larger video")
-    if grid.cfg == 2 and all(scale == 1 for scale in guide_scale):
+    if grid.cfg == 2 and all(scale == 1 for scale in at.done["guide_scale"]):
         raise UsageError(
             "--cfg_parallel shares out the two branches of guidance, which --sample_guide_scale 1 turns off"
         )
     if grid.ulysses > spec.dit.num_heads:
         idle = grid.ulysses - spec.dit.num_heads
         heads = f"{spec.dit.num_heads} heads on --ulysses_size {grid.ulysses}"
-        warnings.append(f"{heads}: {idle} of these processes have no attention to do; a --ring_size of 2 or more helps")
+        helps = "a --ring_size of 2 or more helps"
+        at.warnings.append(f"{heads}: {idle} of these processes have no attention to do; {helps}")
 
 
 def check_offload(get: Mapping[str, Any], world_size: int) -> str:
@@ -146,15 +148,14 @@ def check_tile(value: Any, stride: int) -> int | None:
     return tile
 
 
-def check_cache(
-    spec: EasyDict, get: Mapping[str, Any], steps: int, area: int, from_image: bool, warnings: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_cache(at: Asked, steps: int, area: int, from_image: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the cache, and the coefficients that it needs."""
+    spec = at.spec
     key = "coefficients_image" if from_image and "coefficients_image" in spec else "coefficients"
     if area > AREA_BELOW_720P and "coefficients_720p" in spec:
         key = "coefficients_720p"
     try:
-        options, notes = check_options({name: get[name] for name in CACHE_OPTIONS}, steps)
+        options, notes = check_options({name: at.get[name] for name in CACHE_OPTIONS}, steps)
         found = check_coefficients(options, spec.get(key), tuple(spec.get("experts", ["model"]))) if options else {}
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -163,5 +164,5 @@ def check_cache(
         options |= {"cache_device": device} | {name: absolute(options[name]) for name in CACHE_FILES}
         if trace := options["cache_trace"]:
             check_writable(trace, "cache_trace")
-    warnings += notes
+    at.warnings += notes
     return options, found

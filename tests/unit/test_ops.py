@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from wan.models import fused
+from wan.models.ops import OPS, choose_ops
 
 EPS = 1e-6
 C, TOKENS = 64, 5000  # several slices of a CPU
@@ -40,15 +40,16 @@ def rounded_once(made, exact):
     torch.testing.assert_close(made.double(), exact, rtol=torch.finfo(made.dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_modulation_is_not_rounded(dtype):
+def test_modulation_is_not_rounded(dtype, ops):
     x, y, shift, scale = hidden(dtype), hidden(dtype, 1), rows(2), rows(3)
-    made = fused.modulated_norm(x, shift, scale, SEGMENTS, EPS)
+    made = ops.modulated_norm(x, shift, scale, SEGMENTS, EPS)
     if dtype == torch.float32:
         torch.testing.assert_close(made.double(), exact_norm(x, shift, scale), rtol=1e-5, atol=1e-5)
     else:
         rounded_once(made, exact_norm(x, shift, scale))
-        rounded_once(fused.gated_add(x, y, scale, SEGMENTS), x.double() + by_token(scale).double() * y.double())
+        rounded_once(ops.gated_add(x, y, scale, SEGMENTS), x.double() + by_token(scale).double() * y.double())
     assert made.dtype == dtype and made.shape == x.shape
 
 
@@ -56,10 +57,10 @@ def test_modulation_is_not_rounded(dtype):
 def test_a_small_scale_counts_where_no_kernel_takes_both_types(dtype):
     """What a GPU computes, on a CPU: a scale of 0.003 would vanish in bf16, beside 1."""
     x, shift = hidden(dtype)[0], torch.zeros(C)
-    made = fused.norm_in_slices(x, torch.full((C,), 1.003), shift, EPS)
+    made = OPS["gpu"]._norm(x, torch.full((C,), 1.003), shift, EPS)
     exact = torch.nn.functional.layer_norm(x.double(), (C,), eps=EPS) * 1.003
     rounded_once(made, exact)
-    assert not torch.equal(made, fused.norm_in_slices(x, torch.ones(C), shift, EPS))
+    assert not torch.equal(made, OPS["gpu"]._norm(x, torch.ones(C), shift, EPS))
 
 
 class LayerNorms(TorchFunctionMode):
@@ -79,12 +80,36 @@ class LayerNorms(TorchFunctionMode):
 def test_off_the_cpu_slices_are_normed_in_fp32(dtype):
     """The meta device stands for one that is not there: no kernel takes two types, and no copy is of all tokens."""
     tokens, width = 40_000, 1024
+    ops = choose_ops(None, torch.device("meta"))
     x = torch.empty(1, tokens, width, dtype=dtype, device="meta")
     shift = scale = torch.empty(1, width, device="meta")
     with LayerNorms() as norms:
-        made = fused.modulated_norm(x, shift, scale, [(0, tokens)], EPS)
+        made = ops.modulated_norm(x, shift, scale, [(0, tokens)], EPS)
     assert made.shape == x.shape and made.dtype == dtype
     assert {kinds[:2] for kinds in norms.seen} == {(torch.float32, torch.float32)}
     counts = [count for _, _, count in norms.seen]
     assert sum(counts) == tokens and (dtype == torch.float32 or max(counts) * width * 4 <= 32 << 20)
-    assert fused.gated_add(x, x, scale, [(0, tokens)]).dtype == dtype
+    assert ops.gated_add(x, x, scale, [(0, tokens)]).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_slices_compute_what_the_reference_does(name, dtype):
+    x, weight = hidden(dtype), torch.randn(C, generator=torch.Generator().manual_seed(5))
+    angle = torch.randn(TOKENS, 8, generator=torch.Generator().manual_seed(6))
+    rope = torch.polar(torch.ones_like(angle), angle)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    for call in (
+        lambda ops: ops.norm_rope(x.clone(), weight, EPS, 16, rope),
+        lambda ops: ops.norm_rope(x.clone(), weight, EPS, 16, None),
+        lambda ops: ops.gelu(x.clone()),
+    ):
+        made, wanted = call(OPS[name]), call(OPS["reference"])
+        assert made.shape == wanted.shape and made.dtype == dtype
+        torch.testing.assert_close(made, wanted, **tolerance)
+
+
+def test_a_gradient_is_asked_of_the_reference_alone():
+    with torch.enable_grad():
+        assert choose_ops(None, torch.device("cpu")) is OPS["reference"]
+    assert choose_ops(None, torch.device("cpu")) is OPS["cpu"] and choose_ops("cpu", torch.device("meta")) is OPS["cpu"]

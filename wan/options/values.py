@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import UsageError
-from wan.request.options import MAX_CHARS
+from wan.options.names import MAX_CHARS
 
 QUOTES = "'\""
 MAX_FP32 = 3.4e38  # what is computed with is held in fp32
@@ -28,12 +28,20 @@ def or_default(value: Any, default: Any) -> Any:
 def of_kind(value: Any, flag: str, kind: str) -> Any:
     """`value`, which must be of the kind that its flag takes, whoever gave it: a Python caller or the file of a replay.
 
-    kind: text, name (short), path (comes back as text, ~ expanded), flag (a bool), number (or text for one), numbers
-    (text, one number or a list), loras (text, a pair of path and strength, or a list of both). None stays None.
+    kind: text, name (short), path or file (comes back as text, ~ expanded), picture (or a PIL image or array), pictures
+    (a list of those, or text with commas between them), flag or bool, number or whole (or text for one), numbers (text,
+    one number or a list), loras (text, a pair of path and strength, or a list of both). None stays None.
+
     Raises UsageError.
     """
     if value is None:
         return None
+    if kind == "pictures":
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return [of_kind(part, flag, "picture") for part in parts]
+    if kind == "picture" and not isinstance(value, (str, os.PathLike)):
+        return _picture(value, flag)
+    kind = {"picture": "path", "file": "path", "bool": "flag", "whole": "number"}.get(kind, kind)
     if kind in MAX_CHARS:
         value = os.fspath(value) if kind == "path" and isinstance(value, os.PathLike) else value
         if kind == "text" and isinstance(value, str):
@@ -51,6 +59,18 @@ def of_kind(value: Any, flag: str, kind: str) -> Any:
     if not fits:
         raise UsageError(f"--{flag} must be {allowed}, not {shown(value)}")
     return value
+
+
+def _picture(value: Any, flag: str) -> Any:
+    """A PIL image, or a uint8 array [H, W, 3], as PIL image."""
+    if hasattr(value, "__array_interface__"):
+        from PIL import Image
+
+        if isinstance(value, Image.Image):
+            return value
+        if getattr(value, "dtype", None) == "uint8" and value.ndim == 3 and value.shape[2] == 3 and value.size:
+            return Image.fromarray(value)
+    raise UsageError(f"--{flag} must be a path, a PIL image or an array uint8 [H, W, 3], not {shown(value)}")
 
 
 def _check_text(value: Any, flag: str, kind: str) -> None:

@@ -1,0 +1,88 @@
+"""The chains over one slice of rows at a time, in fp32 and in place, with one rounding at the end.
+
+On a CPU a slice is small enough that all but its first and last step stay in the L2 cache; on a GPU slices are large
+and keep the fp32 copy small beside the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan.models.ops.reference import Reference
+
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 17, 1 << 24  # 512 KiB and 64 MiB in fp32
+
+
+def slice_rows(x: Tensor) -> int:
+    """How many rows of `x` `[N, ...]` a chain handles at a time on its device."""
+    return _rows(x, CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS)
+
+
+def _rows(x: Tensor, elements: int) -> int:
+    return max(1, elements // max(1, x[0].numel()))
+
+
+class Gpu(Reference):
+    """Where no kernel takes hidden states in 16 bits beside a modulation in fp32."""
+
+    elements = GPU_ELEMENTS
+
+    def _norm_rope(self, x_NC: Tensor, weight_C: Tensor, eps: float, head_dim: int, rope_ND: Tensor | None) -> Tensor:
+        C = x_NC.shape[-1]
+        for part in self._slices(x_NC):
+            rope = None if rope_ND is None else rope_ND[part]
+            if x_NC.dtype == torch.float32:
+                x_NC[part] = super()._norm_rope(x_NC[part], weight_C, eps, head_dim, rope)
+                continue
+            x = x_NC[part].float()
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            x.mul_(norm.square_().div_(C).add_(eps).rsqrt_()).mul_(weight_C)
+            if rope is not None:
+                torch.view_as_complex(x.view(len(x), -1, head_dim // 2, 2)).mul_(rope[:, None])
+            x_NC[part] = x
+        return x_NC
+
+    def _norm(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+        if x_NC.dtype == torch.float32:
+            return super()._norm(x_NC, weight_C, bias_C, eps)
+        out = torch.empty_like(x_NC)
+        for part in self._slices(x_NC, 2):  # a slice and its norm
+            out[part] = F.layer_norm(x_NC[part].float(), x_NC.shape[-1:], weight_C, bias_C, eps)
+        return out
+
+    def _gated(self, x_NC: Tensor, y_NC: Tensor, gate_C: Tensor) -> Tensor:
+        if x_NC.dtype == torch.float32:
+            return super()._gated(x_NC, y_NC, gate_C)
+        out = torch.empty_like(x_NC)
+        for part in self._slices(x_NC, 2):  # a slice of x and of y
+            out[part] = x_NC[part].float().addcmul_(y_NC[part].float(), gate_C)
+        return out
+
+    def _slices(self, x: Tensor, copies: int = 1) -> Iterator[slice]:
+        """Rows of `x`; copies: in fp32, at once."""
+        rows = max(1, _rows(x, self.elements) // copies) if len(x) else 1
+        return (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+class Cpu(Gpu):
+    """Here LayerNorm has a kernel for both types; that of the tanh form of GELU is some ten times slower than this."""
+
+    elements = CPU_ELEMENTS
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), in place."""
+        if x.dtype == torch.float32:
+            return super().gelu(x)
+        flat = x.view(-1)
+        for part in self._slices(flat):
+            one = flat[part].float()
+            gate = torch.square(one).mul_(0.07135481627159805).add_(1.5957691216057308).mul_(one).sigmoid_()
+            flat[part] = gate.mul_(one)
+        return x
+
+    def _norm(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x_NC, x_NC.shape[-1:], weight_C, bias_C, eps)

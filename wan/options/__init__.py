@@ -1,0 +1,146 @@
+"""Options: what a user can ask for, checked. Every user-facing check and its message lives here. No torch.
+
+`LoadOptions` say what is loaded, `Sample` what one call makes, `Output` what is written: their fields are the schema
+that the command line, replay, the engine and the adapters read. A wrong option raises UsageError (exit code 2), a file
+that is there but unusable SwanError (exit code 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from os.path import exists
+from typing import Any
+
+from wan import __version__
+from wan.errors import UsageError
+from wan.options.files import check_outputs, is_checkpoint
+from wan.options.load import LoadOptions
+from wan.options.machine import check_device, check_grid
+from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, VIDEO_FLAGS
+from wan.options.output import Output
+from wan.options.sample import Sample
+from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
+from wan.options.values import or_default
+from wan.tasks import load_preset, load_task
+
+__all__ = ["FLAGS", "LoadOptions", "Option", "Output", "Request", "STORED", "Sample"]
+__all__ += ["build_load", "build_request", "build_sample", "check_device"]
+
+PARTS = {"load": LoadOptions, "sample": Sample, "output": Output}
+FLAGS: dict[str, Option] = {name: one for part in PARTS.values() for name, one in options_of(part)}
+PART_OF = {name: key for key, part in PARTS.items() for name, _ in options_of(part)}
+# What a video stores, and all that is taken from one: not where to write, and no second name for another option.
+STORED = tuple(name for name, one in FLAGS.items() if one.stored)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A video to make, with certain models, and where it goes. warnings, notes: lines to show before the run."""
+
+    load: LoadOptions
+    sample: Sample
+    output: Output | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def changed(self, **values: Any) -> Request:
+        """The same with other values of fields, of whichever part has them."""
+        parts = {}
+        for key, part in PARTS.items():
+            own = {one.name for one in fields(part)} & values.keys()
+            if own:
+                parts[key] = replace(getattr(self, key), **{name: values.pop(name) for name in own})
+        return replace(self, **parts, **values)
+
+    def settings(self) -> dict[str, Any]:
+        """What is stored in the video: options that make it again, under their flags' names, and the images' hashes."""
+        load, sample = self.load, self.sample
+        values = {flag_of(one): getattr(part, one.name) for part in (load, sample) for one in fields(part)}
+        values |= {**sample.cache, "ckpt_dir": load.ckpt_option, "image": sample.image_option}
+        low, high = sample.guide_scale
+        values["sample_guide_scale"] = low if low == high else [low, high]
+        stored = {name: value for name in STORED if _is_storable(value := values.get(name))}
+        return {"swan": __version__, **stored, "image_sha256": sample.image_sha256}
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether it says something, and is no image in memory."""
+    if isinstance(value, (list, tuple)):
+        return value != () and all(map(_is_storable, value))
+    return isinstance(value, (str, Real))
+
+
+def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replayed: str | None = None) -> Request:
+    """Check `options` (a mapping or an argparse namespace; None or absent = the task's default) into a Request.
+
+    world_size: the number of processes that make this video together; replayed: the video whose settings are among the
+    options. Raises UsageError or SwanError with one line.
+    """
+    at = asked(options, world_size)
+    load, sample, output = (check_part(part, at) for part in PARTS.values())
+    check_grid(at)
+    request = Request(load, sample, output, tuple(at.warnings), tuple(at.notes))
+    check_written(request, replayed)
+    return request
+
+
+def build_load(options: Mapping[str, Any], world_size: int = 1) -> LoadOptions:
+    """What an engine loads. Raises as `build_request`, also for an option of a video."""
+    _refuse_others(options, "load", "says what a video is like: it is for generate()")
+    return check_part(LoadOptions, asked(options, world_size))
+
+
+def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
+    """A video of an engine, which nothing is written for. Raises as `build_request`, also for an option of loading."""
+    _refuse_others(options, "sample", "says what is loaded: it is for Engine()")
+    at = asked({**options, "task": load.task})
+    at.done["grid"] = load.grid
+    sample = check_part(Sample, at)
+    check_grid(at)
+    return Request(load, sample, warnings=tuple(at.warnings))
+
+
+def _refuse_others(options: Mapping[str, Any], part: str, why: str) -> None:
+    for name in options:
+        if PART_OF.get(name, part) != part:
+            raise UsageError(f"{name} {why}")
+
+
+def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
+    """Options of known names and kinds, with those of their preset, for their task."""
+    given = dict(options) if isinstance(options, Mapping) else vars(options)
+    if unknown := sorted(set(given) - set(FLAGS)):
+        raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(FLAGS)}")
+    get = of_kinds(given, FLAGS)
+    name, files, notes = get["task"], _transformers(get), []
+    if name is None and (files or is_checkpoint(get["ckpt_dir"])):
+        from wan.weights.told import tell_task  # which opens files, and imports torch
+
+        name = tell_task(get["ckpt_dir"], files)
+        notes.append(f"task {name}, told from the checkpoint")
+    spec = load_task(name or DEFAULT_TASK)
+    if get["preset"] is not None:
+        for name, value in load_preset(get["preset"], spec).items():
+            get[name] = or_default(get[name], value)
+    return Asked(spec, get, world_size, notes)
+
+
+def _transformers(get: Mapping[str, Any]) -> dict[str, str]:
+    """Single files of the DiT or its experts that exist; what is wrong with others is said later."""
+    flags = {part: part for part in ("dit", "high", "low")} | GGUF_FLAGS
+    return {part: get[flag] for flag, part in flags.items() if part != "t5" and get[flag] and exists(get[flag])}
+
+
+def check_written(request: Request, replayed: str | None = None) -> None:
+    """That nothing which is read would be overwritten."""
+    load, sample = request.load, request.sample
+    loras = [(flag, path) for flag, chosen in sample.loras.items() for path, _ in chosen]
+    made_from = [(name, getattr(sample, name)) for name in ("image", "last_frame", *VIDEO_FLAGS)]
+    made_from += [("src_ref_images", path) for path in sample.src_ref_images]
+    coefficients = ("cache_coefficients", sample.cache.get("cache_coefficients"))
+    made_from = [(flag, path) for flag, path in made_from if isinstance(path, str)]  # and is no image in memory
+    inputs = [*made_from, *loras, *load.files.items(), ("ckpt_dir", load.ckpt_dir), coefficients, ("replay", replayed)]
+    written = {"save_file": request.output.save_file, "preview": request.output.preview}
+    check_outputs({**written, "cache_trace": sample.cache.get("cache_trace")}, inputs)

@@ -1,0 +1,244 @@
+"""LoadOptions: what is loaded, and where it lies and computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from wan.distributed.grid import Grid
+from wan.errors import UsageError
+from wan.options.files import check_ckpt_dir, check_file
+from wan.options.machine import (
+    check_attention,
+    check_budget,
+    check_device_name,
+    check_dtype,
+    check_offload,
+    check_resident_blocks,
+    check_t5_dtype,
+    make_grid,
+)
+from wan.options.names import (
+    ATTENTION_NAMES,
+    DEFAULT_TASK,
+    DTYPE_NAMES,
+    FILE_FLAGS,
+    GGUF_FLAGS,
+    GGUF_MODES,
+    RESIDENCY_NAMES,
+    T5_DTYPE_NAMES,
+    VAE_DTYPE_NAMES,
+)
+from wan.options.schema import Option, derived, flag_of, option
+from wan.options.values import absolute, choice, whole
+from wan.tasks import task_names
+
+_WEIGHTS, _MACHINE, _RANKS = "weights", "machine", "several processes, started by torchrun"
+
+
+def _part(part: str, what: str, value: str = "FILE") -> Any:
+    return option("path", _WEIGHTS, value, what, lambda at, given: check_file(at.spec, at.get, part))
+
+
+def _flag(help: str, group: str) -> Any:
+    return option("flag", group, "", help, lambda at, given: bool(given), stored=group == _MACHINE)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The models of an engine, with every default filled in and everything checked.
+
+    ckpt_dir:    folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
+    dit ... clip: single files given in place of the checkpoint's own, absolute, or None
+    dtype:       compute type of DiT and image encoder: bf16, fp16 or fp32; auto_dtype: it was not asked for, and the
+                 plan may take another, see `wan.plan.settle_dtype`
+    offload:     none (models stay), model (each is released after its stage), block, phase (parts of the DiT come as
+                 they are used too), or auto: what fits, but for none
+    may_offload: whether none, where it does not fit, gives way to what does: the default on several processes
+    resident_blocks: how many blocks of the DiT stay on the device with block and phase; None: as many as fit
+    vae_offload: whether the VAE is released after use; None: as the other models are
+    grid:        processes that share the work: cfg x ring x ulysses
+    """
+
+    task: str = option(
+        "name",
+        "what to make",
+        "NAME",
+        f"one of: {', '.join(task_names())}; default {DEFAULT_TASK}, which needs no download",
+        lambda at, given: at.spec.name,
+    )
+    ckpt_dir: str = option(
+        "path",
+        _WEIGHTS,
+        "DIR",
+        "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B",
+        lambda at, given: check_ckpt_dir(at.spec, given),
+    )
+    ckpt_option: str | None = derived(lambda at: absolute(at.get["ckpt_dir"]))
+    dit: str | None = _part("dit", "take the DiT from this file")
+    high: str | None = _part("high", "take the high-noise expert from this file")
+    low: str | None = _part("low", "take the low-noise expert from this file")
+    vae: str | None = _part("vae", "take the VAE from this file")
+    t5: str | None = _part("t5", "take the text encoder from this file")
+    clip: str | None = _part("clip", "take the image encoder from this file")
+    tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", "DIR")
+    gguf_mode: str = option(
+        "name",
+        _WEIGHTS,
+        "NAME",
+        "quantised weights: resident (dequantised once), stream (at each use, in little memory) or auto (default:"
+        " resident where the memory is free)",
+        lambda at, given: choice(given, "auto", "gguf_mode", GGUF_MODES),
+    )
+    device: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        "auto (default), cpu, cuda, cuda:N or mps",
+        lambda at, given: check_device_name(given, ranks=at.world_size),
+    )
+    dtype: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or fp32 on a CPU without units for"
+        " bf16",
+        lambda at, given: check_dtype(at.spec, given, at.get["convert_model_dtype"])[0],
+    )
+    auto_dtype: bool = derived(
+        lambda at: check_dtype(at.spec, at.get["dtype"], at.get["convert_model_dtype"])[1], compare=False
+    )
+    t5_dtype: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
+        lambda at, given: check_t5_dtype(at.spec, given),
+    )
+    vae_dtype: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32",
+        lambda at, given: choice(given, "fp32", "vae_dtype", VAE_DTYPE_NAMES),
+    )
+    attention: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        f"attention back end: {', '.join(ATTENTION_NAMES)}; default sdpa",
+        lambda at, given: given or "sdpa",
+    )
+    offload: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        "none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
+        " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
+        lambda at, given: check_offload(at.get, at.world_size),
+        stored=False,
+    )
+    may_offload: bool = derived(
+        lambda at: at.world_size > 1 and at.get["offload"] is None and at.get["offload_model"] is None
+    )
+    residency: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        "which models stay between their uses: stage (as little memory as the plan needs), keep (as many as memory"
+        " allows) or auto: keep, but stage for the one video of a command line",
+        lambda at, given: choice(given, "auto", "residency", RESIDENCY_NAMES),
+        stored=False,
+    )
+    resident_blocks: int | None = option(
+        "number",
+        _MACHINE,
+        "N",
+        "blocks that stay on the device with block and phase; default auto",
+        lambda at, given: check_resident_blocks(at.spec, at.get),
+        stored=False,
+    )
+    vae_offload: bool | None = option(
+        "bool", _MACHINE, "", "release the VAE after use; default: as the other models", stored=False
+    )
+    t5_cpu: bool = _flag("run the text encoder on the CPU", _MACHINE)
+    vram_bytes: int | None = option(
+        "number",
+        _MACHINE,
+        "X",
+        "GPU memory that the plan may use, in GB; default: what is free",
+        lambda at, given: check_budget(given, "vram_gb"),
+        stored=False,
+        flag="vram_gb",
+    )
+    ram_bytes: int | None = option(
+        "number",
+        _MACHINE,
+        "X",
+        "memory of the machine that it may use, in GB; default: what is free",
+        lambda at, given: check_budget(given, "ram_gb"),
+        stored=False,
+        flag="ram_gb",
+    )
+    ulysses_size: int | None = option(
+        "number", _RANKS, "N", "share tokens and heads among N (default: all processes that are left)", stored=False
+    )
+    ring_size: int | None = option(
+        "number", _RANKS, "N", "share tokens among N groups, keys and values going round; default 1", stored=False
+    )
+    cfg_parallel: bool = _flag("the two branches of guidance on half of them each", _RANKS)
+    grid: Grid = derived(lambda at: make_grid(at.get, at.world_size))
+    dit_fsdp: bool = _flag("share the weights of the DiT out among all (FSDP)", _RANKS)
+    t5_fsdp: bool = _flag("share the weights of the text encoder out among all", _RANKS)
+    dist_timeout: int = option(
+        "number",
+        _RANKS,
+        "S",
+        "give up when a process has not answered for S seconds; default 600",
+        lambda at, given: whole(given, 600, "dist_timeout", 1, 86_400),
+        stored=False,
+    )
+
+    OTHERS: ClassVar[dict[str, Option]] = {
+        **{
+            flag: Option("path", f"the same as --{part}, for a GGUF file", _WEIGHTS, "FILE", stored=False)
+            for flag, part in GGUF_FLAGS.items()
+        },
+        "convert_model_dtype": Option("flag", "the same as --dtype bf16", _MACHINE, stored=False),
+        "offload_model": Option(
+            "bool",
+            "true: --offload auto; false: --offload none; default true, with several processes false where that fits",
+            _MACHINE,
+            stored=False,
+        ),
+    }
+
+    def __post_init__(self):
+        check_attention(self.attention, self.dtype)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Single files given in place of the checkpoint's own, by component."""
+        return {part: path for part in FILE_FLAGS if (path := getattr(self, part))}
+
+
+_NO_WISH = {
+    "gguf_mode": "auto",
+    "device": "auto",
+    "offload": "auto",
+    "residency": "auto",
+}  # beside None: left to whoever loads
+
+
+def check_built(wanted: LoadOptions, has: LoadOptions) -> None:
+    """Raises UsageError where options ask for other models than those that are there. What names no file for a
+    component takes the one there is."""
+    for one in fields(LoadOptions):
+        asked, there = getattr(wanted, one.name), getattr(has, one.name)
+        is_open = asked is None or asked == _NO_WISH.get(one.name) or (one.name == "dtype" and wanted.auto_dtype)
+        if one.compare and asked != there and not is_open and one.name not in ("may_offload", "ckpt_option"):
+            told = "that of the checkpoint" if there is None else there
+            raise UsageError(
+                f"--{flag_of(one)} is {asked} in this request, and {told} in the pipeline that it was given to: make a"
+                " pipeline for it"
+            )

@@ -1,0 +1,29 @@
+"""What options allow, and which of them belong together."""
+
+from __future__ import annotations
+
+DEFAULT_TASK = "t2v-tiny"
+SOLVER_NAMES = ("unipc", "dpm++", "euler")
+DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
+T5_DTYPE_NAMES = DTYPE_NAMES
+VAE_DTYPE_NAMES = ("fp32", "bf16")
+FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
+GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
+LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
+ATTENTION_NAMES = ("sdpa", "flash_attn2", "flash_attn3", "sage_attn2")  # all but the first compute in 16 bits alone
+GGUF_MODES = ("auto", "resident", "stream")
+CACHE_FILES = ("cache_coefficients", "cache_trace")
+MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
+LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
+MAX_CHARS = {"text": 10_000, "name": 200, "path": 4_096}  # by kind; of a prompt models read 512 tokens at most
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+AREA_BELOW_720P = 832 * 624  # px
+
+RESIDENCY_NAMES = ("auto", "stage", "keep")
+OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
+MAX_RANKS = 4096
+# Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.
+VIDEO_FLAGS = ("src_video", "src_mask", "inpaint", "extend")
+STORED_FILES = ("ckpt_dir", *FILE_FLAGS, *LORA_FLAGS, "cache_coefficients", *VIDEO_FLAGS, "src_ref_images")
+STORED_PICTURES = ("image", "last_frame")

@@ -1,0 +1,221 @@
+"""Sample: what is made by one call of an engine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from wan.cache.options import OPTIONS as CACHE_OPTIONS
+from wan.options.files import check_lora
+from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
+from wan.options.machine import check_cache, check_tile
+from wan.options.names import LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
+from wan.options.sampling import (
+    check_boundary_step,
+    check_guide_scale,
+    check_prompt,
+    check_seed,
+    check_shift,
+    check_step_list,
+)
+from wan.options.schema import Asked, Option, derived, option
+from wan.options.values import choice, number, or_default, whole
+from wan.tasks import preset_names
+from wan.tasks.kinds import kind_of
+
+_WHAT, _SAMPLING, _WEIGHTS = "what to make", "sampling (defaults: the task's official ones)", "weights"
+_CACHE = "cache: skip what changes little from step to step"
+
+
+def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
+    steps, area = at.done["steps"], at.done["width"] * at.done["height"]
+    return at.once("cache and coefficients", lambda: check_cache(at, steps, area, bool(inputs_of(at))))
+
+
+def _steps(at: Asked, given: Any) -> int:
+    listed = at.done["denoising_step_list"]
+    return len(listed) if listed else whole(given, at.spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
+
+
+def _input(name: str, kind: str, help: str, value: str) -> Any:
+    """A field that the kind of task has read."""
+    return option(kind, _WHAT, value, help, lambda at, given: input_of(at, name))
+
+
+def _context_scale(at: Asked, given: Any) -> float | None:
+    inputs_of(at)  # refuses it for other kinds of tasks
+    if given is None:
+        return 1.0 if "context_scale" in kind_of(at.spec).inputs else None
+    return number(given, "context_scale", float, "a number", math.isfinite)
+
+
+def _lora(flag: str, what: str) -> Any:
+    help = f"a LoRA for {what}, of strength X; may be repeated"
+    check = lambda at, given: check_lora(at.spec, flag, given)  # noqa: E731
+    return option("loras", _WEIGHTS, "FILE[:X]", help, check)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video to make, with every default filled in and everything checked.
+
+    image:          the (first) image, absolute path, or None; image_option: the image that the user gave (None: none,
+                    or the one that comes with an embedded task); last_frame: the last frame of flf2v
+    size:           what was asked for, "W*H"; with an image only its area counts
+    width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
+    guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
+    boundary_step_index: the first step of the low-noise expert; None: by the noise level
+    vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
+    lora ...:       (absolute path, strength) each
+    cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
+    """
+
+    prompt: str = option("text", _WHAT, "TEXT", "what the video shows", lambda at, given: check_prompt(at.spec, given))
+    negative_prompt: str = option(
+        "text",
+        _WHAT,
+        "TEXT",
+        "what it must not show; default: the task's official text",
+        lambda at, given: or_default(given, at.spec.negative_prompt),
+    )
+    image: str | None = option(
+        "picture", _WHAT, "FILE", "image to start from (i2v, flf2v, ti2v)", lambda at, given: input_of(at, "image")
+    )
+    image_option: str | None = derived(lambda at: given_pictures(at).get("image"))
+    last_frame: str | None = option(
+        "picture", _WHAT, "FILE", "last frame (flf2v)", lambda at, given: input_of(at, "last_frame")
+    )
+    src_video: Any = _input(
+        "src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE"
+    )
+    src_mask: Any = _input(
+        "src_mask", "picture", "mask of it, as video or picture: white is made anew, black stays (vace)", "FILE"
+    )
+    src_ref_images: tuple[Any, ...] = option(
+        "pictures",
+        _WHAT,
+        "FILE,FILE,...",
+        "pictures of what the video shows (vace)",
+        lambda at, given: tuple(input_of(at, "src_ref_images") or ()),
+    )
+    context_scale: float | None = option(
+        "number",
+        _WHAT,
+        "X",
+        "how much these count; default 1 (vace)",
+        _context_scale,
+    )
+    inpaint: Any = _input(
+        "inpaint", "picture", "as --src_mask, but what --src_video shows there is left out (vace)", "FILE"
+    )
+    outpaint: tuple[int, ...] | None = _input(
+        "outpaint", "numbers", "pixels to add around --src_video (vace)", "L,T,R,B"
+    )
+    extend: Any = _input(
+        "extend", "picture", "clip, or picture, that the video begins with; see --last_frame (vace)", "FILE"
+    )
+    size: str = option(
+        "name",
+        _WHAT,
+        "W*H",
+        "pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
+        lambda at, given: check_shape(at)[0],
+    )
+    width: int = derived(lambda at: check_shape(at)[1])
+    height: int = derived(lambda at: check_shape(at)[2])
+    frame_num: int = option("number", _WHAT, "N", "frames, 4n+1", lambda at, given: check_shape(at)[3])
+    trim_first_frames: int = option(
+        "number",
+        _WHAT,
+        "N",
+        "leave out the first N frames, which distilled models can spoil",
+        lambda at, given: whole(given, 0, "trim_first_frames", 0, at.done["frame_num"] - 1),
+    )
+    fps: int = option(
+        "number",
+        _WHAT,
+        "N",
+        "frames per second of the file",
+        lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240),
+    )
+    seed: int = option(
+        "number",
+        _WHAT,
+        "N",
+        "default -1: random, and printed",
+        lambda at, given: check_seed(given),
+        spelled=("base_seed",),
+    )
+    solver: str = option(
+        "name",
+        _SAMPLING,
+        "NAME",
+        f"one of: {', '.join(SOLVER_NAMES)}",
+        lambda at, given: choice(given, at.spec.sampling.solver, "sample_solver", SOLVER_NAMES),
+        flag="sample_solver",
+    )
+    denoising_step_list: tuple[float, ...] | None = option(
+        "numbers",
+        _SAMPLING,
+        "T,T,...",
+        "timesteps of a step-distilled model, as 1000,750,500,250",
+        lambda at, given: check_step_list(given, at.get["sample_steps"]),
+    )
+    steps: int = option("number", _SAMPLING, "N", "number of steps", _steps, flag="sample_steps")
+    shift: float = option(
+        "number",
+        _SAMPLING,
+        "X",
+        "shift of the noise schedule",
+        lambda at, given: check_shift(at.spec, given, at.done["size"]),
+        flag="sample_shift",
+    )
+    guide_scale: tuple[float, float] = option(
+        "numbers",
+        _SAMPLING,
+        "X",
+        "guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off",
+        lambda at, given: check_guide_scale(at.spec, given),
+        flag="sample_guide_scale",
+    )
+    boundary_step_index: int | None = option(
+        "number",
+        _SAMPLING,
+        "N",
+        "first step of the low-noise expert; default: by the noise level",
+        lambda at, given: check_boundary_step(at.spec, given, at.done["steps"]),
+    )
+    lora: LoraChoice = _lora("lora", "the DiT")
+    lora_high: LoraChoice = _lora("lora_high", "the high-noise expert alone")
+    lora_low: LoraChoice = _lora("lora_low", "the low-noise expert alone")
+    vae_tile_px: int | None = option(
+        "number",
+        "machine",
+        "N",
+        "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits",
+        lambda at, given: check_tile(given, at.spec.vae_stride[1]),
+    )
+    cache: dict[str, Any] = derived(lambda at: _cache(at)[0])
+    coefficients: dict[str, Any] = derived(lambda at: _cache(at)[1])
+    image_sha256: dict[str, str] = derived(picture_hashes)
+
+    OTHERS: ClassVar[dict[str, Option]] = {
+        "first_frame": Option("picture", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),
+        "preset": Option(
+            "name",
+            f"settings of a kind of model, one of: {', '.join(preset_names())}",
+            _SAMPLING,
+            "NAME",
+            stored=False,
+        ),
+        **{
+            name: Option(one.kind, one.help, _CACHE, stored=name != "cache_trace")
+            for name, one in CACHE_OPTIONS.items()
+        },
+    }
+
+    @property
+    def loras(self) -> dict[str, LoraChoice]:
+        """LoRAs by flag, where there are any."""
+        return {flag: chosen for flag in LORA_FLAGS if (chosen := getattr(self, flag))}
