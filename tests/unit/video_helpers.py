@@ -15,11 +15,14 @@ def ramp(count, width=64, height=48):
     return frames
 
 
-def write(path, frames, codec="libx264", pix_fmt="yuv444p", fps=16, times=None, rotation=None, **options):
-    """A file by its extension. times: of each frame in 1/1000 s; rotation: degrees that players turn it back by."""
+def write(
+    path, frames, codec="libx264", pix_fmt="yuv444p", fps=16, times=None, rotation=None, container=None, **options
+):
+    """A file by its extension. times: of each frame in 1/1000 s; rotation: as ffmpeg's -display_rotation; container,
+    options: those of FFmpeg for the file and for the codec."""
     if codec == "libx264":
         options = {"crf": "1", **options}
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
