@@ -94,9 +94,10 @@ def open_video(path: Any) -> VideoFile:
 
     Raises UsageError where there is no such file and SwanError where it holds no video, or none that can be read.
     """
-    path = os.path.abspath(path) if isinstance(path, (str, Path)) else path
-    if isinstance(path, str) and not os.path.isfile(path):
-        raise UsageError(f"no video file {printable(path)}")
+    if isinstance(path, (str, Path)):
+        if not os.path.isfile(path):
+            raise UsageError(f"no video file {printable(path)}")
+        path = os.path.abspath(path)
     if not isinstance(path, str) or is_picture(path):
         height, width, _ = read_image(path).shape
         return VideoFile(path, width, height, (0.0,), 1 / _USUAL_FPS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from wan.conditioning.sizes import Margins, latent_frames, vace_size
+from wan.conditioning.sizes import Margins, cover_size, latent_frames, vace_size
 from wan.errors import UsageError
 from wan.media import read_image
 from wan.tasks import grid_px
@@ -60,6 +60,8 @@ class Vace(Kind):
             raise UsageError(f"{told}: nothing is left to make; give a larger --frame_num or a shorter clip")
         tokens = area // multiple**2 * latent_frames(frames)
         height, width, _ = vace_size(area, tokens, frames, clips[0].height, clips[0].width, multiple=multiple)
+        for clip in clips:
+            cover_size(height, width, clip.height, clip.width)  # raises where it would take a giant to cover it
         return width, height, frames
 
     def extra_frames(self, sample: Any) -> int:
