@@ -56,7 +56,9 @@ def _transformers(ckpt_dir: str | None, spec: Mapping[str, Any], files: Mapping[
 
 def _why(ckpt_dir: str | None, files: Mapping[str, str], specs: list[Any]) -> str:
     try:
-        _transformers(ckpt_dir, next(spec for spec in specs if ("experts" in spec) == ("high" in files or "low" in files)), files)
+        _transformers(
+            ckpt_dir, next(spec for spec in specs if ("experts" in spec) == ("high" in files or "low" in files)), files
+        )
     except SwanError as error:
         return one_line(error)
     return f"nothing is known of {printable(ckpt_dir)}"
