@@ -11,7 +11,11 @@ from PIL import Image, ImageDraw
 from tools.tiny.world import Clip, from_start, picture
 from wan import Engine
 
-CLIPS = [("red", "circle", "right", "black"), ("blue", "square", "up", "white"), ("yellow", "triangle", "left", "black")]
+CLIPS = [
+    ("red", "circle", "right", "black"),
+    ("blue", "square", "up", "white"),
+    ("yellow", "triangle", "left", "black"),
+]
 FROM_PICTURE = Clip("purple", "square", "down", "gray", radius=0.17)  # i2v-tiny is given its first frame
 FRAMES = (0, 3, 6, 9, 12, 16)
 SIDE_PX, CAPTION_PX, GAP_PX = 96, 16, 4
