@@ -30,7 +30,8 @@ from wan.options import FLAGS, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
 from wan.options.replay import replay_options
 from wan.tasks import load_task
-from wan.weights.locate import TOKENIZER_FILES, CheckpointFiles
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.locate import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +177,7 @@ def run(
             return None if engine.latents is None else _keep_latents(engine.latents, output.save_file)
 
         if world.size > 1:
-            _compare_files(world, engine.files, request)
+            _compare_files(world, engine.checkpoint, request)
         if world.rank == 0:
             world.at_failure = kept
         try:
@@ -215,15 +216,12 @@ def _start(world: World, device_type: str, request: Request, spec: EasyDict, see
         raise SwanError(one_line(error)) from error
 
 
-def _compare_files(world: World, files: CheckpointFiles, request: Request) -> None:
+def _compare_files(world: World, checkpoint: Checkpoint, request: Request) -> None:
     """That all processes have the same checkpoint and LoRAs, before any of it is loaded."""
-    from wan.weights.source import open_source
-
-    found = {f"the DiT ({part})": open_source(paths).paths for part, paths in files.dit.items()}
-    found |= {"the VAE": open_source(files.vae).paths, "the text encoder": open_source(files.t5).paths}
-    found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := files.tokenizer / name).is_file()]
-    if files.clip:
-        found["the image encoder"] = open_source(files.clip).paths
+    called = {"vae": "the VAE", "t5": "the text encoder", "clip": "the image encoder"}
+    found = {called.get(name, f"the DiT ({name})"): checkpoint.source(name).paths for name in checkpoint.components}
+    tokenizer = checkpoint.files.tokenizer
+    found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := tokenizer / name).is_file()]
     for flag, chosen in request.sample.loras.items():
         found |= {f"--{flag} number {number}": [Path(path)] for number, (path, _) in enumerate(chosen, 1)}
     try:

@@ -14,6 +14,7 @@ from wan.models.attention import check_attention
 from wan.options import Request, check_device
 from wan.pipeline import DTYPES
 from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
+from wan.weights.checkpoint import Checkpoint
 
 
 def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -> None:
@@ -21,6 +22,7 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
 
     A machine that has not the device asked for plans for one that has, with rates that are assumed.
     """
+    request = request.changed(checkpoint=Checkpoint(request.load.ckpt_dir, spec, request.load.files, partial=True))
     machine, is_here = _machine(request, spec, local_size)
     if is_here:
         check_attention(request.load.attention, DTYPES[request.load.dtype], request.load.device)

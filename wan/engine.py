@@ -26,6 +26,7 @@ from wan.pipeline import Result, WanPipeline
 from wan.plan import start_lines
 from wan.preview import Preview
 from wan.tasks import load_task
+from wan.weights.checkpoint import Checkpoint
 
 _POLL_SECONDS = 0.1  # how often a call that waits for its turn looks whether it was cancelled
 
@@ -111,9 +112,9 @@ class Engine:
         return self._pipe.load
 
     @property
-    def files(self) -> Any:
-        """The files of its checkpoint, see `wan.weights.locate`."""
-        return self._pipe.files
+    def checkpoint(self) -> Checkpoint:
+        """Its files, opened."""
+        return self._pipe.checkpoint
 
     @property
     def device(self) -> torch.device:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +15,19 @@ from wan.models.text import check_tokenizer
 from wan.models.vae import WanVAE
 from wan.options import Request
 from wan.options.names import LoraChoice
-from wan.plan.files import component_files
+from wan.plan.files import checkpoint_of
 from wan.weights.assign import check_weights
+from wan.weights.checkpoint import Checkpoint
 from wan.weights.infer import check_dit, check_encoder, our_shapes
-from wan.weights.locate import CheckpointFiles
 from wan.weights.lora import Lora, open_lora, weight_shapes
-from wan.weights.source import open_source
 
 
-def check_files(files: CheckpointFiles, spec: Any) -> list[str]:
+def check_files(checkpoint: Checkpoint) -> list[str]:
     """Every weight file of a run against its task, and the tokenizer against its encoder. Returns lines to show. Raises
     SwanError, one line, for the first that does not fit."""
-    for paths in files.dit.values():
-        check_component("dit", paths, spec)
-    for part in ("vae", "t5", "clip"):
-        if paths := getattr(files, part):
-            check_component(part, paths, spec)
-    return check_vocabulary(files.tokenizer, files.t5)
+    for name in checkpoint.components:
+        check_component(name, checkpoint)
+    return check_vocabulary(checkpoint)
 
 
 def faults(request: Request, spec: Any) -> list[str]:
@@ -46,23 +41,19 @@ def faults(request: Request, spec: Any) -> list[str]:
         except SwanError as error:
             found.append(one_line(error))
 
-    for part in (*(spec.get("experts") or ["dit"]), "vae", "t5", "clip"):
-        if part != "clip" or "clip" in spec.files:
-            paths = component_files(request, spec, part)
-            kind = "dit" if part in ("high", "low") else part
-            if paths:
-                check(partial(check_component, kind, paths, spec))
-    tokenizer, encoder = (component_files(request, spec, part) for part in ("tokenizer", "t5"))
-    if tokenizer and encoder:
-        check(partial(check_vocabulary, tokenizer[0], encoder))
+    checkpoint = checkpoint_of(request, spec)
+    for name in filter(checkpoint.paths, checkpoint.components):
+        check(partial(check_component, name, checkpoint))
+    if checkpoint.paths("tokenizer") and checkpoint.paths("t5"):
+        check(partial(check_vocabulary, checkpoint))
     check(partial(open_loras, request.sample.loras, spec))
     return list(dict.fromkeys(found))
 
 
-def check_component(part: str, paths: Sequence[Path], spec: Any) -> None:
-    """The files of "dit" (of either expert), "vae", "t5" or "clip" against the task: containers, sizes, and every name
-    and shape against the model as it is built on the meta device. Raises SwanError, one line."""
-    source = open_source(paths)
+def check_component(name: str, checkpoint: Checkpoint) -> None:
+    """The files of a transformer, "vae", "t5" or "clip" against the task: containers, sizes, and every name and shape
+    against the model as it is built on the meta device. Raises SwanError, one line."""
+    source, spec, part = checkpoint.source(name), checkpoint.spec, "dit" if name in checkpoint.files.dit else name
     if part == "dit":
         check_dit(source, spec)
         with torch.device("meta"):
@@ -76,10 +67,10 @@ def check_component(part: str, paths: Sequence[Path], spec: Any) -> None:
     check_weights(model, source, part)
 
 
-def check_vocabulary(tokenizer: Path, encoder: Sequence[Path]) -> list[str]:
+def check_vocabulary(checkpoint: Checkpoint) -> list[str]:
     """The tokenizer's pieces against the encoder's rows. Returns lines to show. Raises SwanError, one line."""
-    table = our_shapes(open_source(encoder), "t5").get("shared.weight")  # none: this is no encoder, as others say
-    return check_tokenizer(tokenizer, table[0]) if table else []
+    table = our_shapes(checkpoint.source("t5"), "t5").get("shared.weight")  # none: this is no encoder, as others say
+    return check_tokenizer(checkpoint.files.tokenizer, table[0]) if table else []
 
 
 def open_loras(asked: Mapping[str, LoraChoice], spec: Any) -> dict[str, list[tuple[Lora, float]]]:

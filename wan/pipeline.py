@@ -49,9 +49,8 @@ from wan.solvers import make_solver
 from wan.stage_checks import StageChecks
 from wan.tasks.kinds import kind_of
 from wan.weights.assign import load_weights
-from wan.weights.locate import CheckpointFiles, locate
+from wan.weights.checkpoint import Checkpoint
 from wan.weights.lora import Lora, set_loras
-from wan.weights.source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -81,10 +80,11 @@ class WanPipeline:
     cache of the last run, with its telemetry.
     """
 
-    def __init__(self, spec: Any, files: CheckpointFiles, load: LoadOptions, parallel: Parallel | None = None):
-        self.spec, self.files, self.load, self.parallel = spec, files, load, parallel or Parallel()
+    def __init__(self, checkpoint: Checkpoint, load: LoadOptions, parallel: Parallel | None = None):
+        self.spec, self.checkpoint, self.parallel = checkpoint.spec, checkpoint, parallel or Parallel()
+        self.load, self.files = replace(load, checkpoint=checkpoint), checkpoint.files
         self.device = torch.device(load.device)
-        self.checks = StageChecks(files, self.parallel)
+        self.checks = StageChecks(self.files, self.parallel)
         self.notes: list[str] = []
         self.plan: dict[str, Any] = {}
         self.placement: Placement | None = None
@@ -108,9 +108,9 @@ class WanPipeline:
         """
         load = replace(load, device=check_device(load.device))
         check_attention(load.attention, DTYPES[load.dtype], load.device)
-        files = locate(load.ckpt_dir, spec, load.files)
-        notes = check_files(files, spec)
-        pipe = cls(spec, files, load, parallel)
+        checkpoint = Checkpoint(load.ckpt_dir, spec, load.files)
+        notes = check_files(checkpoint)
+        pipe = cls(checkpoint, load, parallel)
         pipe.notes += notes
         return pipe
 
@@ -173,10 +173,9 @@ class WanPipeline:
 
     def planned(self, request: Request) -> dict[str, Any]:
         """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory."""
-        load = replace(request.load, **{name: getattr(self.load, name) for name in ("device", "dtype", "auto_dtype")})
-        if self.files.folder is not None and load.ckpt_option is not None:  # what came from the hub is here by now
-            load = replace(load, ckpt_dir=str(self.files.folder), ckpt_option=str(self.files.folder))
-        request = replace(request, load=load)
+        decided = ("device", "dtype", "auto_dtype", "checkpoint")
+        request = request.changed(**{name: getattr(self.load, name) for name in decided})
+        load = request.load
         machine = measure(self.device, request, self.spec, self.parallel.local_size)
         if load.ram_bytes is None and self.device.type == "cpu" and self._used:
             machine = replace(machine, ram_bytes=machine.ram_bytes + self.held_bytes())
@@ -194,7 +193,7 @@ class WanPipeline:
         self.experts.forget_prepared()
         try:
             for name, model in self._loaded.items():
-                set_loras(model, open_source(self.files.dit[name]), self.loras[name], self.device)
+                set_loras(model, self.checkpoint.source(name), self.loras[name], self.device)
                 model.offload.forget()
         except BaseException:
             self.experts.release()  # some have them, others not: they will be loaded anew
@@ -354,7 +353,7 @@ class WanPipeline:
         for name in following:
             if name in self.experts:
                 continue
-            files = open_source(self.files.dit[name]).paths
+            files = self.checkpoint.source(name).paths
             if self.placement.next_expert == "ram":
                 self.experts.prepare(name)
             elif sum(path.stat().st_size for path in files) <= free_ram():
@@ -362,7 +361,9 @@ class WanPipeline:
 
     def decided(self, request: Request) -> Request:
         """The request with what was left to the plan as it has decided; a video stores it."""
-        return request.changed(dtype=self.load.dtype, auto_dtype=False, vae_tile_px=self._tile_px(request))
+        return request.changed(
+            dtype=self.load.dtype, auto_dtype=False, vae_tile_px=self._tile_px(request), checkpoint=None
+        )
 
     def _tile_px(self, request: Request) -> int:
         return self.placement.vae_tile_px if request.sample.vae_tile_px is None else request.sample.vae_tile_px
@@ -433,7 +434,7 @@ class WanPipeline:
         where = self.placement.text
         device = self.device if where == "device" else torch.device("cpu")
         return load_text_encoder(
-            open_source(self.files.t5),
+            self.checkpoint.source("t5"),
             self.files.tokenizer,
             text_len=self.spec.dit.text_len,
             device=device,
@@ -444,12 +445,12 @@ class WanPipeline:
         )
 
     def _load_clip(self):
-        return load_clip_encoder(open_source(self.files.clip), device=self.device, dtype=DTYPES[self.load.dtype])
+        return load_clip_encoder(self.checkpoint.source("clip"), device=self.device, dtype=DTYPES[self.load.dtype])
 
     def _load_vae(self) -> WanVAE:
         vae, dtype = _empty_vae(self.spec), DTYPES[self.load.vae_dtype]
         vae.between_chunks = lambda: self.check()
-        return load_weights(vae, open_source(self.files.vae), "vae", device=self.device, dtype=dtype)
+        return load_weights(vae, self.checkpoint.source("vae"), "vae", device=self.device, dtype=dtype)
 
     def _load_expert(self, name: str, device: torch.device, check: Check) -> WanModel:
         if device == self.device:  # while another expert computes there, its memory is left alone
@@ -460,7 +461,7 @@ class WanPipeline:
         offload = self.placement.offload
         load_expert(
             model,
-            open_source(self.files.dit[name]),
+            self.checkpoint.source(name),
             device=device,
             compute_device=self.device,
             dtype=DTYPES[self.load.dtype],

@@ -4,7 +4,6 @@ import json
 import shutil
 import struct
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,9 +236,10 @@ def test_packed_weights_count_as_stored(tmp_path, monkeypatch, scheme, bits):
         path = write_safetensors(tmp_path / "model.safetensors", tensors)
     request, spec = request_of(tmp_path, monkeypatch, task="t2v-1.3B", dit=str(path), gguf_mode="stream")
     component = Workload(request, spec).components["model"]
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    assert component.packed.total == pytest.approx(weights * bits / 8 + 2 * outside, rel=2e-3)
-    assert sum(map(sum, component.packed.blocks)) == pytest.approx(weights * bits / 8, rel=2e-3)
+    packed = sum(rows * columns for rows, columns in shapes.values()) * bits / 8
+    packed += 16 * sum(rows for rows, _ in shapes.values()) * (scheme in ("fp8", "int8"))  # a scale, and what pads rows
+    assert component.packed.total == pytest.approx(packed + 2 * outside, rel=2e-3)
+    assert sum(map(sum, component.packed.blocks)) == pytest.approx(packed, rel=2e-3)
     assert component.packed.unpacked == 2 * spec.dit.dim * spec.dit.ffn_dim
     assert len(component.packed.blocks) == spec.dit.num_layers and len(set(component.packed.blocks)) == 1
     stream, resident = (
@@ -667,17 +667,6 @@ def test_plans_are_plain_data_and_read_well(tmp_path, monkeypatch, machine):
     assert ("transfers " in text) == (placement.offload == "block") and ("assumed" in text)
     assert 3 <= len(lines) <= 5 and all("\n" not in line for line in lines)
     assert lines[0].startswith("placement: offload")
-
-
-def test_plans_import_no_torch(tmp_path):
-    code = (
-        "import sys; from wan.plan import *; from wan.options import build_request; from wan.tasks import load_task\n"
-        "request = build_request({'seed': 1}); plan = make_plan(request, load_task(request.load.task), look(request))\n"
-        "format_plan(plan); print('torch' in sys.modules)"
-    )
-    repo = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_types_that_do_not_stay_packed():

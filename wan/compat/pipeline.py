@@ -28,7 +28,7 @@ from wan.models.vae import WanVAE
 from wan.options import LoadOptions, Request, check_device
 from wan.options.names import MAX_SEED
 from wan.pipeline import DTYPE_NAMES, Progress, WanPipeline
-from wan.weights.locate import CheckpointFiles
+from wan.weights.checkpoint import Checkpoint
 
 # Options of build_request -> arguments of a call, for messages.
 _NAMES = {
@@ -89,8 +89,8 @@ class GGUFPipeline(WanPipeline):
     vae_tile_px: see `--vae_tile_px` of generate.py
     """
 
-    def __init__(self, spec: EasyDict, files: CheckpointFiles, load: LoadOptions, parallel: Parallel | None = None):
-        super().__init__(spec, files, load, parallel)
+    def __init__(self, checkpoint: Checkpoint, load: LoadOptions, parallel: Parallel | None = None):
+        super().__init__(checkpoint, load, parallel)
         self.experts = _Expert(self._load_expert, lambda: self.device, keep_all=True)
         self.scheduler: Any = None
         self.vae_tile_px = 0

@@ -14,7 +14,7 @@ from os.path import exists
 from typing import Any
 
 from wan import __version__
-from wan.errors import UsageError
+from wan.errors import SwanError, UsageError
 from wan.options.files import check_outputs, is_checkpoint
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
@@ -118,8 +118,13 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
     if name is None and (files or is_checkpoint(get["ckpt_dir"])):
         from wan.weights.told import tell_task  # which opens files, and imports torch
 
-        name = tell_task(get["ckpt_dir"], files)
-        notes.append(f"task {name}, told from the checkpoint")
+        try:
+            name = tell_task(get["ckpt_dir"], files)
+            notes.append(f"task {name}, told from the checkpoint")
+        except SwanError as error:
+            if isinstance(error, UsageError) or world_size == 1:
+                raise
+            # A file of this rank is damaged, which is told to all ranks once they have met.
     spec = load_task(name or DEFAULT_TASK)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():

@@ -49,6 +49,7 @@ class LoadOptions:
     """The models of an engine, with every default filled in and everything checked.
 
     ckpt_dir:    folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
+    checkpoint:  what was found there, once it was looked for: a `wan.weights.checkpoint.Checkpoint`, or None
     dit ... clip: single files given in place of the checkpoint's own, absolute, or None
     dtype:       compute type of DiT and image encoder: bf16, fp16 or fp32; auto_dtype: it was not asked for, and the
                  plan may take another, see `wan.plan.settle_dtype`
@@ -75,6 +76,7 @@ class LoadOptions:
         lambda at, given: check_ckpt_dir(at.spec, given),
     )
     ckpt_option: str | None = derived(lambda at: absolute(at.get["ckpt_dir"]))
+    checkpoint: Any = derived(lambda at: None, compare=False, repr=False)
     dit: str | None = _part("dit", "take the DiT from this file")
     high: str | None = _part("high", "take the high-noise expert from this file")
     low: str | None = _part("low", "take the low-noise expert from this file")

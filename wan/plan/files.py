@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,19 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
-from wan.files import read_json, visible_files
+from wan.files import visible_files
 from wan.options import Request
-from wan.plan.headers import is_gguf, read_held
-from wan.weights.locate import in_cache, locate
-from wan.weights.safetensors_header import read_index
+from wan.plan.headers import Held, held_in, is_gguf
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.source import Source, config_beside
+
+
+def checkpoint_of(request: Request, spec: EasyDict) -> Checkpoint:
+    """The one that the request brings along; else what is here of its files."""
+    known = request.load.checkpoint
+    if known is not None and known.spec["name"] == spec["name"]:
+        return known
+    return Checkpoint(request.load.ckpt_dir, spec, request.load.files, partial=True)
 
 
 def find_files(request: Request, spec: EasyDict) -> list[dict[str, Any]]:
@@ -23,11 +30,10 @@ def find_files(request: Request, spec: EasyDict) -> list[dict[str, Any]]:
 
     LoRAs are rows of the component "lora".
     """
-    in_hub = _is_in_hub(request)
-    rows = []
+    checkpoint, rows = checkpoint_of(request, spec), []
     for part, official in _official_paths(spec).items():
-        paths = component_files(request, spec, part)
-        hub = in_hub and part not in request.load.files and not paths
+        paths = checkpoint.paths(part)
+        hub = checkpoint.hub and part not in request.load.files and not paths
         sizes = {path: size_of(path) for path in paths} or {Path(request.load.ckpt_dir) / official: None}
         rows += [{"component": part, "path": str(path), "bytes": size, "hub": hub} for path, size in sizes.items()]
     loras = dict.fromkeys(path for chosen in request.sample.loras.values() for path, _ in chosen)  # each once, in order
@@ -43,38 +49,16 @@ def missing_files(plan: Mapping[str, Any]) -> list[str]:
 
 
 def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
-    """The files of "dit" (or "high", "low"), "t5", "tokenizer", "clip" or "vae"; [] if there are none here.
-
-    Of a hub id those that are in its cache, whole.
-    """
-    ckpt_dir = request.load.ckpt_dir
-    is_in_hub = _is_in_hub(request) and part not in request.load.files
-    if is_in_hub:
-        ckpt_dir = in_cache(request.load.ckpt_option)
-        if ckpt_dir is None:
-            return []
-    # `locate` stops at the first component that is missing, and a plan lists them all: so each is located alone, with
-    # any existing file standing in for the others.
-    stand_ins = {other: __file__ for other in _official_paths(spec) if other != part}
-    own = {part: request.load.files[part]} if part in request.load.files else {}
-    try:
-        found = locate(ckpt_dir, spec, {**stand_ins, **own})
-    except SwanError:
-        return []
-    if part == "tokenizer":
-        return [found.tokenizer]
-    paths = found.dit["model" if part == "dit" else part] if part in ("dit", "high", "low") else getattr(found, part)
-    if is_in_hub and not all(map(_has_all_shards, paths or [])):
-        return []  # the rest will be downloaded
-    return paths or []
+    """The files of "dit" (or "high", "low"), "t5", "tokenizer", "clip" or "vae"; [] if there are none here."""
+    return checkpoint_of(request, spec).paths(part)
 
 
-def _has_all_shards(path: Path) -> bool:
-    if not path.name.endswith(".index.json"):
-        return True
+def component_held(request: Request, spec: EasyDict, part: str) -> list[Held] | None:
+    """The tensors in the files of a component; None where it has none here, or one of them cannot be told from."""
     with contextlib.suppress(SwanError):
-        return all(os.path.isfile(path.parent / name) for name in set(read_index(path).values()))
-    return True  # and is refused by whoever opens it
+        checkpoint = checkpoint_of(request, spec)
+        return held_in(checkpoint.source(part)) if checkpoint.paths(part) else None
+    return None
 
 
 def size_of(path: Path) -> int:
@@ -92,33 +76,28 @@ def check_one_quantised(request: Request, spec: EasyDict) -> None:
 
     Which of the two is meant cannot be told. A GGUF file in the folder is only one more file to choose from.
     """
-    if not request.load.ckpt_option or not Path(request.load.ckpt_option).is_dir():
+    folder = checkpoint_of(request, spec).files.folder or request.load.ckpt_option
+    if not request.load.ckpt_option or not Path(folder).is_dir():
         return
     for part in dict(spec.get("experts") or {"dit": ""}):
         path = request.load.files.get(part)
         if not path or not is_gguf(path):
             continue
-        own = component_files(request.changed(**{part: None}), spec, part)
-        if own and not any(map(is_gguf, own)) and _is_quantised(own):
+        others = {other: file for other, file in request.load.files.items() if other != part}
+        own = Checkpoint(folder, spec, others, partial=True)
+        paths = own.paths(part)
+        if paths and not any(map(is_gguf, paths)) and _is_quantised(own.source(part)):
             flag = "--gguf" if part == "dit" else f"--gguf_{part}"
             raise UsageError(
                 f"{flag} {path} and --ckpt_dir {request.load.ckpt_option} both hold quantised weights of the same"
-                f" network ({own[0].name}): give a --ckpt_dir that is not quantised, or leave {flag} out"
+                f" network ({paths[0].name}): give a --ckpt_dir that is not quantised, or leave {flag} out"
             )
 
 
-def _is_quantised(paths: list[Path]) -> bool:
-    held = read_held(paths)
-    if held is not None and any(one.itemsize == 0 for one in held):
-        return True
+def _is_quantised(source: Source) -> bool:
     with contextlib.suppress(SwanError):
-        config = read_json(paths[0].parent / "config.json")
-        return isinstance(config, dict) and "quantization" in config
+        return source.is_quantized() or "quantization" in config_beside(source)
     return False
-
-
-def _is_in_hub(request: Request) -> bool:
-    return request.load.ckpt_option is not None and not Path(request.load.ckpt_dir).exists()
 
 
 def _official_paths(spec: EasyDict) -> dict[str, str]:

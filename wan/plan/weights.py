@@ -11,8 +11,8 @@ from pathlib import Path
 from easydict import EasyDict
 
 from wan.options import Request
-from wan.plan.files import component_files, size_of
-from wan.plan.headers import Held, read_held
+from wan.plan.files import component_files, component_held, size_of
+from wan.plan.headers import Held, held_at
 from wan.plan.work import block_matrices, kept_fp32, parameters, text_layer_params
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -124,7 +124,7 @@ def lora_bytes(request: Request) -> dict[str, int]:
     for flag, chosen in request.sample.loras.items():
         sizes[flag] = 0
         for path in (Path(path) for path, _ in chosen):
-            held = read_held([path]) if path.is_file() else None
+            held = held_at(path) if path.is_file() else None
             exists = path.exists()
             sizes[flag] += 4 * sum(one.weights for one in held) if held else 2 * size_of(path) if exists else 0
     return sizes
@@ -135,7 +135,7 @@ def _transformer(request: Request, spec: EasyDict, part: str, name: str) -> Comp
     total = parameters(spec)["dit"] * itemsize + kept_fp32(spec) * (4 - itemsize)
     dense = Sizes(total, (tuple(count * itemsize for count in block_matrices(spec)),) * layers)
     files = tuple(component_files(request, spec, part))
-    held = read_held(files) if files else None
+    held = component_held(request, spec, part)
     packed = _packed(held, itemsize, layers) if held else None
     largest = spec.dit.dim * max(6 * spec.dit.dim * 4, spec.dit.ffn_dim * itemsize)  # the projection of time is fp32
     return Component(name, files, dense, packed, _load_bytes(files, held, itemsize, total), largest)
@@ -146,7 +146,7 @@ def _encoder(request: Request, spec: EasyDict, part: str, count: int) -> Compone
     layers = spec.text.num_layers if part == "t5" else 0
     blocks = ((text_layer_params(spec) * itemsize,),) * layers if layers else ()
     files = tuple(component_files(request, spec, part))
-    held = read_held(files) if files else None
+    held = component_held(request, spec, part)
     packed = _packed(held, itemsize, layers) if held and part == "t5" else None
     if part == "t5" and held is None and files and 0 < sum(map(size_of, files)) < 0.75 * 2 * count:
         stored = sum(map(size_of, files))  # a `.pth` of half the size: fp8 or int8

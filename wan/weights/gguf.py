@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,7 @@ class GGUFSource(Source):
         self._entries = {entry.name: entry for entry in header.tensors}
         self._check_model()
         infos = {name: TensorInfo(self._shape(entry), _dtype(entry.type)) for name, entry in self._entries.items()}
-        self._mapping: _Mapping | None = None
+        self._mapping: Callable[[], _Mapping | None] = lambda: None  # while blocks in it are in use
         super().__init__([path], infos)
 
     def array(self, key: str) -> list:
@@ -90,8 +91,9 @@ class GGUFSource(Source):
             return None
         start, size_bytes, shape = self._part(name, rows)
         if mapped:
-            self._mapping = self._mapping or _Mapping(self._file)
-            blocks, guard = self._mapping.view(entry)[start : start + size_bytes], self._mapping.check
+            mapping = self._mapping() or _Mapping(self._file)
+            self._mapping = weakref.ref(mapping)
+            blocks, guard = mapping.view(entry)[start : start + size_bytes], mapping.check
             self._in_pieces(self._check_scales, blocks, entry, start)
         else:
             blocks = empty_bytes(size_bytes)

@@ -3,6 +3,7 @@ hub id. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -41,20 +42,25 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Files of each component. Every list can be given to `open_source`."""
+    """Files of each component. Every list can be given to `open_source`; what is missing is [] or None."""
 
     dit: dict[str, list[Path]]  # "model", or "high" and "low"
     vae: list[Path]
     t5: list[Path]
-    tokenizer: Path  # a folder
+    tokenizer: Path | None  # a folder
     clip: list[Path] | None  # only for tasks with an image encoder
     folder: Path | None = None  # the checkpoint's, downloaded if need be; None if single files are all of it
+
+
+class MissingPart(SwanError):
+    """A component that is not in its folder."""
 
 
 def locate(
     ckpt_dir: str | PathLike | None,
     spec: Mapping[str, Any],
     overrides: Mapping[str, str | PathLike] | None = None,
+    partial: bool = False,
 ) -> CheckpointFiles:
     """Find every file that task `spec` needs.
 
@@ -64,6 +70,7 @@ def locate(
     spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip`) and, for two experts,
     `experts` (`low`, `high` folder names).
     overrides: a file or folder for any of "dit" (one expert), "high", "low", "vae", "t5", "tokenizer", "clip".
+    partial: what is missing may be; of a hub id, what is in its cache is found, and nothing is downloaded.
 
     Raises UsageError for a folder or an override that does not exist, SwanError for what is missing in the folder.
     """
@@ -71,18 +78,21 @@ def locate(
     experts = dict(spec.get("experts") or {"model": "."})
     parts = [*experts, "vae", "t5", "tokenizer", *(["clip"] if spec["files"].get("clip") else [])]
     wanted = [part for part in parts if part not in given]
-    root = _resolve(ckpt_dir, spec, wanted) if wanted else None
+    root = _resolve(ckpt_dir, spec, wanted, partial) if wanted else None
     found: dict[str, Any] = {}
     for part in parts:
         if part in given:
             found[part] = given[part] if part == "tokenizer" else _files_at(given[part])
-        else:
+        elif not partial:
             found[part] = _find(root, part, spec)
+        elif root is not None:
+            with contextlib.suppress(MissingPart):
+                found[part] = _find(root, part, spec)
     return CheckpointFiles(
-        dit={name: found[name] for name in experts},
-        vae=found["vae"],
-        t5=found["t5"],
-        tokenizer=found["tokenizer"],
+        dit={name: found.get(name, []) for name in experts},
+        vae=found.get("vae", []),
+        t5=found.get("t5", []),
+        tokenizer=found.get("tokenizer"),
         clip=found.get("clip"),
         folder=root,
     )
@@ -107,9 +117,13 @@ def _check_overrides(overrides: Mapping[str, str | PathLike], spec: Mapping[str,
     return result
 
 
-def _resolve(ckpt_dir: str | PathLike | None, spec: Mapping[str, Any], wanted: Iterable[str]) -> Path:
-    """The checkpoint folder, downloaded if need be."""
+def _resolve(
+    ckpt_dir: str | PathLike | None, spec: Mapping[str, Any], wanted: Iterable[str], partial: bool
+) -> Path | None:
+    """The checkpoint folder, downloaded if need be; or, of a hub id, as it is in the cache, None if it is not."""
     if ckpt_dir is None or not str(ckpt_dir):
+        if partial:
+            return None
         raise UsageError(f"task {spec['name']} needs a checkpoint folder or hub id for: {', '.join(wanted)}")
     folder = Path(ckpt_dir).expanduser()
     if folder.is_dir():
@@ -119,6 +133,8 @@ def _resolve(ckpt_dir: str | PathLike | None, spec: Mapping[str, Any], wanted: I
     hub_id = _HUB_ID.fullmatch(str(ckpt_dir))
     if hub_id is None:
         raise UsageError(f"no such checkpoint folder: {folder} (a hub id would be org/name)")
+    if partial:
+        return _in_cache(hub_id["repo"], hub_id["revision"])
     return _download(hub_id["repo"], hub_id["revision"], spec, list(wanted))
 
 
@@ -135,15 +151,12 @@ def _download(repo: str, revision: str | None, spec: Mapping[str, Any], wanted: 
         raise SwanError(f"no folder {repo} here, and it cannot be had from the hub as {where}: {reason}") from error
 
 
-def in_cache(hub_id: str) -> Path | None:
-    """The folder of a hub id that has been downloaded, perhaps in part; None if none of it has. No network."""
-    match = _HUB_ID.fullmatch(hub_id)
-    if match is None:
-        return None
+def _in_cache(repo: str, revision: str | None) -> Path | None:
+    """The folder of what has been downloaded, perhaps in part; None if nothing has. No network."""
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(match["repo"], revision=match["revision"], local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except Exception:  # not in the cache, or no library for it
         return None
 
@@ -235,8 +248,8 @@ def _files_at(path: Path) -> list[Path]:
     return files
 
 
-def _missing(root: Path, part: str, looked_for: str, limit: int = 12) -> SwanError:
+def _missing(root: Path, part: str, looked_for: str, limit: int = 12) -> MissingPart:
     names = [name + ("/" if os.path.isdir(root / name) else "") for name in visible_names(root)]
     there = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "nothing"
     what = {"model": "the transformer", "high": "the high-noise expert", "low": "the low-noise expert"}.get(part, part)
-    return SwanError(f"{root}: {what} is missing; looked for {looked_for}, found {there}")
+    return MissingPart(f"{root}: {what} is missing; looked for {looked_for}, found {there}")

@@ -1,0 +1,64 @@
+"""The files of a task's models: found once, opened once, and handed on to all that read them. Opening imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from wan.errors import SwanError
+from wan.weights.locate import locate
+from wan.weights.safetensors_header import read_index
+from wan.weights.source import INDEX_SUFFIX, Source, open_source
+
+
+class Checkpoint:
+    """Components by name: "model", or "high" and "low", and "vae", "t5" and perhaps "clip".
+
+    A file is opened when its component is first asked for, and stays open: what was checked is what is read, and a file
+    that has changed since is an error. ckpt_dir, spec, single, partial: see `locate`. hub: whether a run would
+    download what is missing here.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str | PathLike | None,
+        spec: Mapping[str, Any],
+        single: Mapping[str, str | PathLike] | None = None,
+        partial: bool = False,
+    ):
+        self.spec, self.files = spec, locate(ckpt_dir, spec, single, partial)
+        self.hub = partial and bool(ckpt_dir) and not os.path.exists(os.path.expanduser(ckpt_dir))
+        self._single = {"model" if name == "dit" else name for name in single or {}}
+        self._sources: dict[str, Source] = {}
+
+    @property
+    def components(self) -> list[str]:
+        return [*self.files.dit, "vae", "t5", *(["clip"] if self.spec["files"].get("clip") else [])]
+
+    def paths(self, name: str) -> list[Path]:
+        """The files of a component, "dit" too being "model", or the folder of the "tokenizer"; [] where they are
+        missing, or not all there yet of those that a run would download."""
+        name = "model" if name == "dit" else name
+        if name == "tokenizer":
+            return [self.files.tokenizer] if self.files.tokenizer else []
+        paths = self.files.dit[name] if name in self.files.dit else getattr(self.files, name) or []
+        return paths if not self.hub or name in self._single or all(map(_is_whole, paths)) else []
+
+    def source(self, name: str) -> Source:
+        """The tensors of a component. Raises SwanError as `open_source`."""
+        name = "model" if name == "dit" else name
+        if name not in self._sources:
+            self._sources[name] = open_source(self.paths(name))
+        return self._sources[name]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all shards of an index are here; whoever opens a bad one refuses it."""
+    if path.name.endswith(INDEX_SUFFIX):
+        with contextlib.suppress(SwanError):
+            return all(os.path.isfile(path.parent / name) for name in set(read_index(path).values()))
+    return True
