@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.cli import main
-from wan.errors import UsageError
+from wan.errors import SwanError, UsageError
 from wan.options import build_request
 from wan.tasks import REPO, load_task, task_names
 from wan.weights.told import tell_task
@@ -53,10 +53,10 @@ def test_hub_ids_are_known():
 
 
 def test_what_cannot_be_told(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot tell the task of this checkpoint: .*; give --task"):
+    with pytest.raises(SwanError, match=r"no transformer of any task is there, or not all of one; --task says"):
         tell_task(str(tmp_path), {})
     shutil.copy(TINY / "Wan2.1_VAE.pth", tmp_path / "a.pth")
     with pytest.raises(UsageError, match="holds a Wan2.1 VAE .*; give --task"):
         tell_task(None, {"dit": str(tmp_path / "a.pth")})
-    with pytest.raises(UsageError, match="give --task"):
+    with pytest.raises(SwanError, match="org/unknown: no transformer"):
         tell_task("org/unknown", {})

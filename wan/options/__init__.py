@@ -79,7 +79,8 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     options. Raises UsageError or SwanError with one line.
     """
     at = asked(options, world_size)
-    load, sample, output = (check_part(part, at) for part in PARTS.values())
+    load = _check_load(at)
+    sample, output = check_part(Sample, at), check_part(Output, at)
     check_grid(at)
     request = Request(load, sample, output, tuple(at.warnings), tuple(at.notes))
     check_written(request, replayed)
@@ -89,7 +90,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
 def build_load(options: Mapping[str, Any], world_size: int = 1) -> LoadOptions:
     """What an engine loads. Raises as `build_request`, also for an option of a video."""
     _refuse_others(options, "load", "says what a video is like: it is for generate()")
-    return check_part(LoadOptions, asked(options, world_size))
+    return _check_load(asked(options, world_size))
 
 
 def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
@@ -100,6 +101,13 @@ def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     sample = check_part(Sample, at)
     check_grid(at)
     return Request(load, sample, warnings=tuple(at.warnings))
+
+
+def _check_load(at: Asked) -> LoadOptions:
+    load = check_part(LoadOptions, at)
+    if at.untold is not None:  # whatever else is wrong with the files was said first
+        raise at.untold
+    return load
 
 
 def _refuse_others(options: Mapping[str, Any], part: str, why: str) -> None:
@@ -114,7 +122,7 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
     if unknown := sorted(set(given) - set(FLAGS)):
         raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(FLAGS)}")
     get = of_kinds(given, FLAGS)
-    name, files, notes = get["task"], _transformers(get), []
+    name, files, notes, untold = get["task"], _transformers(get), [], None
     if name is None and (files or is_checkpoint(get["ckpt_dir"])):
         from wan.weights.told import tell_task  # which opens files, and imports torch
 
@@ -122,14 +130,13 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
             name = tell_task(get["ckpt_dir"], files)
             notes.append(f"task {name}, told from the checkpoint")
         except SwanError as error:
-            if isinstance(error, UsageError) or world_size == 1:
-                raise
-            # A file of this rank is damaged, which is told to all ranks once they have met.
+            if isinstance(error, UsageError) or world_size == 1:  # else this rank's file is damaged: told to all later
+                untold = error
     spec = load_task(name or DEFAULT_TASK)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():
             get[name] = or_default(get[name], value)
-    return Asked(spec, get, world_size, notes)
+    return Asked(spec, get, world_size, notes, untold=untold)
 
 
 def _transformers(get: Mapping[str, Any]) -> dict[str, str]:

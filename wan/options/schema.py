@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from easydict import EasyDict
 
+from wan.errors import SwanError
 from wan.options.values import of_kind
 
 Part = TypeVar("Part")
@@ -20,7 +21,8 @@ Part = TypeVar("Part")
 @dataclass
 class Asked:
     """What is being checked. get: the given values by flag, each of its kind or None; done: the fields checked so far,
-    of all parts; world_size: processes that make the video together."""
+    of all parts; world_size: processes that make the video together; untold: why the task could not be told from the
+    checkpoint."""
 
     spec: EasyDict
     get: Mapping[str, Any]
@@ -28,6 +30,7 @@ class Asked:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     done: dict[str, Any] = field(default_factory=dict)
+    untold: SwanError | None = None
     _known: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

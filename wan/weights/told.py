@@ -42,8 +42,11 @@ def tell_task(ckpt_dir: str | None, files: Mapping[str, str]) -> str:
         if isinstance(damaged, SwanError):
             raise damaged
     held = [f"{one.describe()} holds {identify(one) or 'no Wan transformer'}" for one in sources.values()]
-    why = "; ".join(held) or "no transformer of any task is there, or not all of one"
-    raise UsageError(f"cannot tell the task of this checkpoint: {why}; give --task")
+    if not held:
+        raise SwanError(
+            f"{ckpt_dir}: no transformer of any task is there, or not all of one; --task says which is looked for"
+        )
+    raise UsageError(f"cannot tell the task of this checkpoint: {'; '.join(held)}; give --task")
 
 
 def _opened(sources: dict[tuple[str, ...], Source | SwanError], paths: list[Path]) -> Source:
