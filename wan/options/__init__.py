@@ -14,10 +14,10 @@ from typing import Any
 
 from wan import __version__
 from wan.errors import UsageError
-from wan.options.files import check_outputs
+from wan.options.files import check_outputs, told_task
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
-from wan.options.names import DEFAULT_TASK, VIDEO_FLAGS
+from wan.options.names import VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
@@ -112,11 +112,12 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
     if unknown := sorted(set(given) - set(FLAGS)):
         raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(FLAGS)}")
     get = of_kinds(given, FLAGS)
-    spec = load_task(get["task"] or DEFAULT_TASK)
+    name, told = (get["task"], "") if get["task"] else told_task(get)
+    spec = load_task(name)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():
             get[name] = or_default(get[name], value)
-    return Asked(spec, get, world_size)
+    return Asked(spec, get, world_size, told)
 
 
 def check_written(request: Request, replayed: str | None = None) -> None:

@@ -20,11 +20,12 @@ Part = TypeVar("Part")
 @dataclass
 class Asked:
     """What is being checked. get: the given values by flag, each of its kind or None; done: the fields checked so far,
-    of all parts; world_size: processes that make the video together."""
+    of all parts; world_size: processes that make the video together; told: how the task was, where it was not given."""
 
     spec: EasyDict
     get: Mapping[str, Any]
     world_size: int = 1
+    told: str = ""
     warnings: list[str] = field(default_factory=list)
     done: dict[str, Any] = field(default_factory=dict)
     _known: dict[str, Any] = field(default_factory=dict)
