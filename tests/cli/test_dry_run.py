@@ -182,6 +182,8 @@ def test_a_hub_id_is_looked_into_where_it_has_been_downloaded(hub, capsys):
 def test_a_hub_id_is_not_downloaded(hub, capsys):
     assert main(["--dry_run", "--json", "--task", "t2v-tiny", "--ckpt_dir", "org/other"]) == 0
     assert all(row["hub"] for row in json.loads(capsys.readouterr().out)["files"])
+    assert main(["--dry_run", "--ckpt_dir", "org/other"]) == 2
+    assert "say with --task what it is" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_here(folder, capsys):

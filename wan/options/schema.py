@@ -21,16 +21,16 @@ Part = TypeVar("Part")
 @dataclass
 class Asked:
     """What is being checked. get: the given values by flag, each of its kind or None; done: the fields checked so far,
-    of all parts; world_size: processes that make the video together; untold: why the task could not be told from the
-    checkpoint."""
+    of all parts; world_size: processes that make the video together; told: how the task was, where it was not given,
+    untold: why it could not be."""
 
     spec: EasyDict
     get: Mapping[str, Any]
     world_size: int = 1
-    notes: list[str] = field(default_factory=list)
+    told: str = ""
+    untold: SwanError | None = None
     warnings: list[str] = field(default_factory=list)
     done: dict[str, Any] = field(default_factory=dict)
-    untold: SwanError | None = None
     _known: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
