@@ -118,8 +118,6 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     spec = load_task(request.load.task)
     quiet = args.quiet or world.rank > 0
     if not quiet:
-        for note in request.notes:
-            print(note, file=sys.stderr)
         for warning in (*notes, *(request.warnings if args.dry_run else ())):  # else the engine tells them
             print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:

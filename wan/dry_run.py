@@ -34,7 +34,8 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     plan = make_plan(request, spec, machine)
     if not is_here:
         plan["notes"].append("this machine has no such device: its rates are assumed, and a run here would be refused")
-    put(json.dumps(plan) if as_json else format_plan(plan))
+    told = f"task: {request.load.task}, {request.load.task_told}\n" if request.load.task_told else ""
+    put(json.dumps(plan) if as_json else told + format_plan(plan))
     if missing := missing_files(plan):
         raise SwanError(f"missing: {', '.join(missing)}")
 

@@ -112,6 +112,8 @@ class WanPipeline:
         notes = check_files(checkpoint)
         pipe = cls(checkpoint, load, parallel)
         pipe.notes += notes
+        if load.task_told:
+            pipe.notes.insert(0, f"task: {load.task}, {load.task_told}")
         return pipe
 
     @classmethod

@@ -81,7 +81,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def marked(page):
+    is_dist = any(words[0] == "torchrun" for words in commands(page))
+    return pytest.param(page, marks=[pytest.mark.dist] if is_dist else [])
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if commands(page)])
 def test_commands_run(page, folder, capsys):
     for words in commands(page):
         if words[0] == "make":  # README's first two, which are run on a fresh clone

@@ -139,6 +139,7 @@ def imported_roots(nodes):
         "wan.tasks",
         "wan.plan",
         "wan.weights.locate",
+        "wan.weights.infer_task",
         "wan.cache",
         "generate",
     ],

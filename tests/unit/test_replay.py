@@ -135,9 +135,8 @@ def test_values_of_any_kind(name):
 
 def test_python_callers_give_the_same_kinds(folder):
     (folder / "weights").mkdir()
-    request = build_request(
-        {"task": "t2v-tiny", "ckpt_dir": folder / "weights", "fps": np.int64(8), "sample_guide_scale": (3,)}
-    )
+    options = {"task": "t2v-tiny", "ckpt_dir": folder / "weights", "fps": np.int64(8), "sample_guide_scale": (3,)}
+    request = build_request(options)
     assert request.load.ckpt_dir == str(folder / "weights") and request.sample.fps == 8
     with pytest.raises(UsageError, match="--t5_cpu must be true or false, not 'yes'"):
         build_request({"t5_cpu": "yes"})

@@ -132,7 +132,7 @@ BAD = [
     ({"vae_tile_px": 100}, "multiple of 8"),
     ({"ckpt_dir": "/no/such/folder"}, "no folder /no/such/folder"),
     ({"ckpt_dir": "red.png"}, "single file"),
-    ({"high": "red.png", "task": "t2v-tiny"}, "no meaning for t2v-tiny"),
+    ({"task": "t2v-tiny", "high": "red.png"}, "no meaning for t2v-tiny"),
     ({"vae": "gone.pth"}, "no file gone.pth"),
     ({"teacache_speed": 1}, "unknown option: teacache_speed"),
 ]

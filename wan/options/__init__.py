@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from os.path import exists
 from typing import Any
 
 from wan import __version__
 from wan.errors import SwanError, UsageError
-from wan.options.files import check_outputs, is_checkpoint
+from wan.options.files import check_outputs, told_task
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
-from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, VIDEO_FLAGS
+from wan.options.names import DEFAULT_TASK, VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
@@ -37,13 +36,12 @@ STORED = tuple(name for name, one in FLAGS.items() if one.stored)
 
 @dataclass(frozen=True)
 class Request:
-    """A video to make, with certain models, and where it goes. warnings, notes: lines to show before the run."""
+    """A video to make, with certain models, and where it goes. warnings: lines to show before the run."""
 
     load: LoadOptions
     sample: Sample
     output: Output | None = None
     warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     def changed(self, **values: Any) -> Request:
         """The same with other values of fields, of whichever part has them."""
@@ -79,9 +77,10 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     options. Raises UsageError or SwanError with one line.
     """
     at = asked(options, world_size)
-    load, sample, output = (check_part(part, at) for part in PARTS.values())
+    load = _check_load(at)
+    sample, output = check_part(Sample, at), check_part(Output, at)
     check_grid(at)
-    request = Request(load, sample, output, tuple(at.warnings), tuple(at.notes))
+    request = Request(load, sample, output, tuple(at.warnings))
     check_written(request, replayed)
     return request
 
@@ -89,7 +88,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
 def build_load(options: Mapping[str, Any], world_size: int = 1) -> LoadOptions:
     """What an engine loads. Raises as `build_request`, also for an option of a video."""
     _refuse_others(options, "load", "says what a video is like: it is for generate()")
-    return check_part(LoadOptions, asked(options, world_size))
+    return _check_load(asked(options, world_size))
 
 
 def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
@@ -100,6 +99,13 @@ def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     sample = check_part(Sample, at)
     check_grid(at)
     return Request(load, sample, warnings=tuple(at.warnings))
+
+
+def _check_load(at: Asked) -> LoadOptions:
+    load = check_part(LoadOptions, at)
+    if at.untold is not None:  # whatever else is wrong with the files was said first
+        raise at.untold
+    return load
 
 
 def _refuse_others(options: Mapping[str, Any], part: str, why: str) -> None:
@@ -114,28 +120,18 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
     if unknown := sorted(set(given) - set(FLAGS)):
         raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(FLAGS)}")
     get = of_kinds(given, FLAGS)
-    name, files, notes = get["task"], _transformers(get), []
-    if name is None and (files or is_checkpoint(get["ckpt_dir"])):
-        from wan.weights.told import tell_task  # which opens files, and imports torch
-
+    name, told, untold = get["task"], "", None
+    if name is None:
         try:
-            name = tell_task(get["ckpt_dir"], files)
-            notes.append(f"task {name}, told from the checkpoint")
+            name, told = told_task(get)
         except SwanError as error:
-            if isinstance(error, UsageError) or world_size == 1:
-                raise
-            # A file of this rank is damaged, which is told to all ranks once they have met.
+            if isinstance(error, UsageError) or world_size == 1:  # else this rank's file is damaged: told to all later
+                untold = error
     spec = load_task(name or DEFAULT_TASK)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():
             get[name] = or_default(get[name], value)
-    return Asked(spec, get, world_size, notes)
-
-
-def _transformers(get: Mapping[str, Any]) -> dict[str, str]:
-    """Single files of the DiT or its experts that exist; what is wrong with others is said later."""
-    flags = {part: part for part in ("dit", "high", "low")} | GGUF_FLAGS
-    return {part: get[flag] for flag, part in flags.items() if part != "t5" and get[flag] and exists(get[flag])}
+    return Asked(spec, get, world_size, told, untold)
 
 
 def check_written(request: Request, replayed: str | None = None) -> None:

@@ -21,7 +21,7 @@ from wan.options.schema import flag_of
 _OWN = {
     *("ckpt_dir", "ckpt_option", *FILE_FLAGS, "image", "image_option", "last_frame", *LORA_FLAGS, "cache"),
     *("vram_bytes", "ram_bytes", "dist_timeout", "seed", "device", *("ulysses_size", "ring_size", "cfg_parallel")),
-    "checkpoint",
+    *("checkpoint", "task_told"),
 }
 _FLAGS = {"width": "size", "height": "size", "image_sha256": "image", "coefficients": "cache_coefficients"}
 _FLAGS |= {"grid": "ulysses_size, --ring_size or --cfg_parallel"}

@@ -16,12 +16,22 @@ from easydict import EasyDict
 
 from wan.errors import UsageError, printable
 from wan.files import open_plain
-from wan.options.names import FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
+from wan.options.names import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
 from wan.options.values import absolute, is_number, of_kind, shown
 from wan.tasks import embedded_checkpoint
+from wan.weights.infer_task import infer_task
 
 # Names by which folders of weights are read: these are not written to, even inside of a folder that holds videos too.
 _OF_CHECKPOINTS = re.compile(r".*\.(safetensors|gguf|pth|pt|bin|ckpt|model)|(.*config|.*index|.*_map|tokenizer)\.json")
+
+
+def told_task(get: Mapping[str, Any]) -> tuple[str, str]:
+    """The task of the transformer that is given, by flags, and how it was told; else the default."""
+    files = {GGUF_FLAGS.get(flag, flag): get[flag] for flag in (*FILE_FLAGS, *GGUF_FLAGS) if get[flag]}
+    folder = get["ckpt_dir"] or ""
+    if {"dit", "high", "low"} & files.keys() or os.path.isdir(folder) or _is_hub_id(folder):
+        return infer_task(folder, files)
+    return DEFAULT_TASK, ""
 
 
 def check_ckpt_dir(spec: EasyDict, value: str | None) -> str:
@@ -36,11 +46,6 @@ def check_ckpt_dir(spec: EasyDict, value: str | None) -> str:
     if os.path.isfile(value):
         raise UsageError(f"--ckpt_dir takes a folder or a hub id; for the single file {value} use --dit, --vae or --t5")
     return absolute(value)
-
-
-def is_checkpoint(value: str | None) -> bool:
-    """Whether it may be one: a folder, or a hub id."""
-    return bool(value) and (os.path.isdir(value) or not os.path.exists(value) and _is_hub_id(value))
 
 
 def _is_hub_id(value: str) -> bool:

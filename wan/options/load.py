@@ -48,6 +48,7 @@ def _flag(help: str, group: str) -> Any:
 class LoadOptions:
     """The models of an engine, with every default filled in and everything checked.
 
+    task_told:   how it was told from the checkpoint; "" where it was given, or is the default
     ckpt_dir:    folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
     checkpoint:  what was found there, once it was looked for: a `wan.weights.checkpoint.Checkpoint`, or None
     dit ... clip: single files given in place of the checkpoint's own, absolute, or None
@@ -65,9 +66,11 @@ class LoadOptions:
         "name",
         "what to make",
         "NAME",
-        f"one of: {', '.join(task_names())}; default {DEFAULT_TASK}, which needs no download",
+        f"one of: {', '.join(task_names())}; default: told from the checkpoint that is given, else {DEFAULT_TASK},"
+        " which needs no download",
         lambda at, given: at.spec.name,
     )
+    task_told: str = derived(lambda at: at.told, compare=False)
     ckpt_dir: str = option(
         "path",
         _WEIGHTS,

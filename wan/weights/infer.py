@@ -89,7 +89,7 @@ def _identify(source: Source) -> str | None:
         return "a LoRA"
     dit = our_shapes(source, "dit")
     if {"patch_embedding.weight", "blocks.0.ffn.0.weight", "head.head.weight"} <= dit.keys():
-        return _describe_dit(source)
+        return describe_dit(source)
     vae = our_shapes(source, "vae")
     if {"encoder.conv1.weight", "conv2.weight"} <= vae.keys():
         conv1, z_dim = vae["encoder.conv1.weight"], vae["conv2.weight"][0]
@@ -115,7 +115,15 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
     Raises SwanError that says what the file holds and what the task needs.
     """
     _check_scales(source)
-    held, wanted = infer_dit_config(source), dict(spec["dit"])
+    if needs := misfits(infer_dit_config(source), spec):
+        raise SwanError(
+            f"{source.describe()}: holds {describe_dit(source)}; task {spec['name']} needs {', '.join(needs)}"
+        )
+
+
+def misfits(held: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    """What the task needs where a transformer has something else, see `infer_dit_config`."""
+    wanted = dict(spec["dit"])
     if len(held.get("vace_layers", ())) == len(wanted.get("vace_layers", ())):
         wanted.pop("vace_layers", None)  # how many is seen, where they go is the task's to say
     compared = [key for key in held if key in wanted and key not in ("num_heads", "clip")]
@@ -123,10 +131,7 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
     wants_clip = bool(spec.get("files", {}).get("clip"))
     if held["clip"] != wants_clip:
         needs.append(f"{'an' if wants_clip else 'no'} image embedding (img_emb)")
-    if needs:
-        raise SwanError(
-            f"{source.describe()}: holds {_describe_dit(source)}; task {spec['name']} needs {', '.join(needs)}"
-        )
+    return needs
 
 
 def check_encoder(source: Source, component: str, spec: Mapping[str, Any]) -> None:
@@ -150,7 +155,8 @@ def _check_scales(source: Source) -> None:
     check_scales(source)
 
 
-def _describe_dit(source: Source) -> str:
+def describe_dit(source: Source) -> str:
+    """A transformer in words."""
     held = infer_dit_config(source)
     release = _RELEASES.get((held["model_type"], held["clip"], held["dim"]))
     name = release or f"a Wan {held['model_type']} transformer"

@@ -82,7 +82,7 @@ def locate(
     found: dict[str, Any] = {}
     for part in parts:
         if part in given:
-            found[part] = given[part] if part == "tokenizer" else _files_at(given[part])
+            found[part] = given[part] if part == "tokenizer" else files_at(given[part])
         elif not partial:
             found[part] = _find(root, part, spec)
         elif root is not None:
@@ -239,7 +239,8 @@ def _find_tokenizer(root: Path, spec: Mapping[str, Any]) -> Path:
     raise _missing(root, "tokenizer", f"{looked_for} with {' or '.join(TOKENIZER_FILES)}")
 
 
-def _files_at(path: Path) -> list[Path]:
+def files_at(path: Path) -> list[Path]:
+    """A weight file that was named, or those of a folder."""
     if not path.is_dir():
         return [path]
     files = weight_files(path)

@@ -182,7 +182,7 @@ def _open_path(path: Path) -> Source:
 
 def open_container(path: Path) -> Source:
     """One file, as its container has it."""
-    kind = _sniff(path)
+    kind = sniff(path)
     if kind == "index":
         from wan.weights.safetensors_file import open_index
 
@@ -200,7 +200,7 @@ def open_container(path: Path) -> Source:
     return SafetensorsSource(path)
 
 
-def _sniff(path: Path) -> str:
+def sniff(path: Path) -> str:
     """Container of a file by its first bytes: "safetensors", "index", "pth" or "gguf"."""
     with OpenedFile(path).open() as file:
         head = file.read(512)
