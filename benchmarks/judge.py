@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
     background: str | None
 
 
-class _Object(NamedTuple):
+class Object(NamedTuple):
     color: str | None
     shape: str | None
     x: float
@@ -48,20 +48,29 @@ class _Object(NamedTuple):
 
 def judge(frames: np.ndarray, min_overlap: float = MIN_OVERLAP) -> Verdict:
     """The words for a clip, uint8 [T, H, W, 3] RGB. A shape must overlap its ideal outline by `min_overlap`."""
+    found = objects(frames, min_overlap)
+    return Verdict(
+        color=_majority([one.color for one in found.values()], len(frames)),
+        shape=_majority([one.shape for one in found.values()], len(frames)),
+        direction=_direction(found, *frames.shape[:3]),
+        background=_nearest(_background(frames.astype(np.float32)), BACKGROUNDS),
+    )
+
+
+def objects(frames: np.ndarray, min_overlap: float = MIN_OVERLAP) -> dict[int, Object]:
+    """The object of each frame of a clip that has one, with its place in pixels."""
     pixels = frames.astype(np.float32)
-    edge = np.ones(frames.shape[1:3], bool)
-    edge[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = False
-    background = np.median(pixels[:, edge].reshape(-1, 3), axis=0)
+    background = _background(pixels)
     rows = _striped_rows(pixels)
     stripe = _stripe(pixels[rows], background) if _is_striped(rows) else background
     found = ((time, _find_object(frame, background, stripe, min_overlap)) for time, frame in enumerate(pixels))
-    objects = {time: one for time, one in found if one}
-    return Verdict(
-        color=_majority([one.color for one in objects.values()], len(frames)),
-        shape=_majority([one.shape for one in objects.values()], len(frames)),
-        direction=_direction(objects, *frames.shape[:3]),
-        background=_nearest(background, BACKGROUNDS),
-    )
+    return {time: one for time, one in found if one}
+
+
+def _background(pixels: np.ndarray) -> np.ndarray:
+    edge = np.ones(pixels.shape[1:3], bool)
+    edge[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = False
+    return np.median(pixels[:, edge].reshape(-1, 3), axis=0)
 
 
 def has_stripes(frames: np.ndarray) -> bool:
@@ -92,7 +101,7 @@ def _stripe(rows: np.ndarray, background: np.ndarray) -> np.ndarray:
     return np.median(columns[unlike[-len(columns) // 4 :]], axis=0)
 
 
-def _find_object(frame: np.ndarray, background: np.ndarray, stripe: np.ndarray, min_overlap: float) -> _Object | None:
+def _find_object(frame: np.ndarray, background: np.ndarray, stripe: np.ndarray, min_overlap: float) -> Object | None:
     """The largest thing in a frame, float32 [H, W, 3], that is neither background nor stripe nor a mixture of them.
 
     `stripe` is `background` where there is none.
@@ -115,7 +124,7 @@ def _find_object(frame: np.ndarray, background: np.ndarray, stripe: np.ndarray, 
     y, x = np.mgrid[: frame.shape[0], : frame.shape[1]] + 0.5
     area = coverage.sum()
     center_x, center_y = float((coverage * x).sum() / area), float((coverage * y).sum() / area)
-    return _Object(
+    return Object(
         _nearest(color, COLORS), _shape(coverage, x - center_x, y - center_y, min_overlap), center_x, center_y
     )
 
@@ -136,7 +145,7 @@ def _shape(coverage: np.ndarray, x: np.ndarray, y: np.ndarray, min_overlap: floa
     return best if overlaps[best] >= min_overlap else None
 
 
-def _direction(objects: Mapping[int, _Object], num_frames: int, height: int, width: int) -> str | None:
+def _direction(objects: Mapping[int, Object], num_frames: int, height: int, width: int) -> str | None:
     """Sign and axis of the displacement over the clip, by a straight line through the centres."""
     if len(objects) < 2 or 2 * len(objects) <= num_frames:
         return None

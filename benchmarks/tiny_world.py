@@ -6,6 +6,8 @@ are right, and the seconds a clip takes (the first one loads the models).
 
 With `--task i2v-tiny` each clip begins from a picture, and `first_frame_psnr_db` is how well its first frame keeps it.
 
+With `--task vace-tiny` it makes 32 clips from parts of others, see tiny_world_vace.py.
+
 With `--lora`, `--lora_high`, `--lora_low` and `--preset`, which are those of generate.py, it judges what they make;
 where there is a LoRA, `stripes` is the rate of clips with a striped background, which no prompt asks for. The
 comparisons of the embedded LoRAs are made by tiny_world_lora.py.
@@ -41,7 +43,7 @@ from wan.pipeline import WanPipeline
 from wan.tasks import load_task, preset_names
 
 TASK = "t2v-tiny"
-TASKS = (TASK, "i2v-tiny")
+TASKS = (TASK, "i2v-tiny", "vace-tiny")
 CASES_PER_HALF = 32
 WORDS = ("color", "shape", "direction")
 LORA_FLAGS = ("lora", "lora_high", "lora_low")
@@ -229,6 +231,12 @@ def _main(argv: Sequence[str] | None) -> int:
             raise UsageError(f"--gguf-types is for {TASK}")
         return tiny_world_gguf.main(args)
     options = {name: getattr(args, name) for name in (*LORA_FLAGS, "preset") if getattr(args, name)}
+    if args.task == "vace-tiny":
+        from benchmarks import tiny_world_vace
+
+        if options:
+            raise UsageError(f"--{next(iter(options))} is not for {args.task}")
+        return tiny_world_vace.main(args)
     outcomes, request = run(args.clips, args.steps, args.ckpt_dir, task=args.task, **options)
     text = json.dumps(report(outcomes, request), indent=1)
     print(text)

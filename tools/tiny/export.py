@@ -47,9 +47,15 @@ def export_i2v(trained: Path, folder: Path) -> None:
     Image.fromarray(picture(clip, width, height)).save(folder / spec.image, optimize=True)
 
 
+def export_vace(trained: Path, folder: Path) -> None:
+    """The branch that `train_vace` wrote, in bf16. The rest of the transformer is t2v-tiny's."""
+    _export_dit(torch.load(trained / "vace.pth", weights_only=True), load_task("vace-tiny"), folder)
+
+
 def _export_dit(weights: dict[str, torch.Tensor], spec, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     save_file(stored, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     config = {key: value for key, value in spec.dit.items() if key not in ("patch_size", "clip")}
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", **config}, indent=2) + "\n")
+    config = {"_class_name": "VaceWanModel" if spec.kind == "vace" else "WanModel", **config}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

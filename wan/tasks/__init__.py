@@ -68,7 +68,7 @@ SCHEMA: dict[str, Any] = {
         "num_layers": int,
         "num_buckets": int,
     },
-    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str},
+    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "base?": str},
     "experts?": {"low": str, "high": str},
     "sampling": {
         "steps": int,

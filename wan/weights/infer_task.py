@@ -80,7 +80,15 @@ def _of_folder(ckpt_dir: str, specs: Sequence[Any]) -> str:
                 f"{ckpt_dir}: not here to be looked into: say with --task what it is: {', '.join(task_names())}"
             )
         locate(ckpt_dir, next(spec for spec in specs if "experts" not in spec))  # says what is missing
-    looks = {files: _look(files) for *_, files in found}
+    looks, faults = {}, []
+    for *_, files in found:
+        try:
+            looks[files] = _look(files)
+        except SwanError as error:  # a branch alone, to tasks that know nothing of its base
+            faults.append(error)
+    if not looks:
+        raise faults[0]
+    found = [one for one in found if one[2] in looks]
     fits = [(whole, spec, files) for whole, spec, files in found if not misfits(looks[files][1], spec)]
     for is_whole, has_two in ((True, True), (True, False), (False, True)):
         some = {spec.name: files for whole, spec, files in fits if (whole, "experts" in spec) == (is_whole, has_two)}

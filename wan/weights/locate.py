@@ -67,8 +67,8 @@ def locate(
     ckpt_dir: a folder in the layout of the official code, diffusers, LightX2V or mlx-video, or a hub id
     `org/name[@revision]`, which is downloaded (or found in the cache) by huggingface_hub. None if `overrides` name
     everything.
-    spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip`) and, for two experts,
-    `experts` (`low`, `high` folder names).
+    spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip`; `base`: the rest of a
+    transformer of which the folder has a part) and, for two experts, `experts` (`low`, `high` folder names).
     overrides: a file or folder for any of "dit" (one expert), "high", "low", "vae", "t5", "tokenizer", "clip".
     partial: what is missing may be; of a hub id, what is in its cache is found, and nothing is downloaded.
 
@@ -177,6 +177,9 @@ def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
         return _find_tokenizer(root, spec)
     if part == "model":
         found = _root_dit(root, spec)
+        base = root / spec["files"].get("base", "")
+        if found and base.is_file():  # of a folder that has the branch alone
+            found = [base, *found]
         looked_for = "diffusion_pytorch_model*.safetensors"
     elif part in ("high", "low"):
         folder = root / spec["experts"][part]
