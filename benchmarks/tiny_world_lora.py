@@ -139,7 +139,8 @@ def _main(argv: Sequence[str] | None) -> int:
         rows.append(figures(row, made))
         made[row[0]] = row[1]
         print(json.dumps(rows[-1]), file=sys.stderr)
-    result = {"clips": args.clips, "rows": rows, "device": row[2].device, "dtype": row[2].dtype, "machine": machine()}
+    load = row[2].load
+    result = {"clips": args.clips, "rows": rows, "device": load.device, "dtype": load.dtype, "machine": machine()}
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

@@ -27,7 +27,7 @@ COMMON = {
     "cache_device": Option(
         "name", "auto", "where residuals are kept: auto (default: with the model), cpu, cuda, cuda:N"
     ),
-    "cache_coefficients": Option("file", None, "coefficients measured by benchmarks.calibrate"),
+    "cache_coefficients": Option("file", None, "coefficients measured by wan.calibrate"),
     "cache_trace": Option("file", None, "write every decision to this file, for python -m wan.cache.report"),
     "cache_force": Option("flag", False, f"allow a cache in runs of fewer than {MIN_STEPS} steps"),
 }
@@ -109,7 +109,7 @@ def check_coefficients(options: Mapping[str, Any], model: str | None, experts: t
         found = found.get(key, {})
     if lacking := [expert for expert in experts if expert not in found.get(by_expert, {})]:
         whose = f"expert {lacking[0]} of " if len(experts) > 1 else ""
-        how = "measure them with python -m benchmarks.calibrate and give --cache_coefficients FILE"
+        how = "measure them with python -m wan.calibrate and give --cache_coefficients FILE"
         raise ValueError(f"no {' '.join(path)} coefficients are known for {whose}{model or 'this model'}; {how}")
     return found
 

@@ -104,9 +104,17 @@ class Signals:
             return
         self._raised_at = -math.inf
         # Not from here: the handler would run in this very call.
-        timer = threading.Timer(AGAIN_S, signal.raise_signal, [self.received])
+        timer = threading.Timer(AGAIN_S, _interrupt_main_thread, [self.received])
         timer.daemon = True
         timer.start()
+
+
+def _interrupt_main_thread(signum: int) -> None:
+    """A signal of another thread would be handled by the main one, but not wake it where it sleeps or waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signum)
+    else:  # Windows
+        signal.raise_signal(signum)
 
 
 _current: Signals | None = None

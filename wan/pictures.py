@@ -55,6 +55,22 @@ def read_image(path: str | Path | Image.Image) -> np.ndarray:
             raise SwanError(f"cannot read image {printable(path)}: {one_line(error)}") from error
 
 
+def is_picture(path: str | Path) -> bool:
+    """Whether a file begins as one of the formats that hold a single picture. A GIF is taken for a video."""
+    from PIL import Image
+
+    Image.init()
+    with open_plain(path) as file:
+        head = file.read(32)
+    accepts = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN and name != "GIF")
+    return any(accept(head) for accept in accepts if accept)
+
+
+def most_pixels(size_bytes: int) -> int:
+    """The most pixels that a file of this size may claim."""
+    return min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size_bytes))
+
+
 def image_sha256(path: str | Path | Image.Image) -> str:
     """SHA-256 of an image file, as it lies on the disk, or of the pixels of one in memory. Raises as `read_image` for
     what is no plain file."""
@@ -113,7 +129,7 @@ def _decode(file: BinaryIO) -> np.ndarray:
     with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         width, height = image.size
         size = os.fstat(file.fileno()).st_size
-        most = min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size))
+        most = most_pixels(size)
         if width * height > most:  # looked at before any pixel is decoded
             raise SwanError(
                 f"{width}x{height} are more than {most:,} pixels, the most for {size:,} bytes: make it smaller"

@@ -105,7 +105,7 @@ def test_coefficients_that_are_not_known(model):
     assert (
         f"no teacache embedding coefficients are known for expert high of {model or 'this model'}; measure" in message
     )
-    assert "benchmarks.calibrate" in message and "\n" not in message
+    assert "wan.calibrate" in message and "\n" not in message
 
 
 def test_coefficients_from_a_file(tmp_path):

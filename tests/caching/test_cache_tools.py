@@ -15,11 +15,12 @@ from wan.cache.coefficients import read_coefficients, write_coefficients
 from wan.cache.options import PREDICTORS
 from wan.cache.telemetry import Decision, Telemetry
 
-from benchmarks import cache_overhead, cache_quality, calibrate
+from benchmarks import cache_overhead, cache_quality
 from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.judge import judge
 from benchmarks.peers import DIT
 from tools.tiny.world import render
+from wan import calibrate
 from wan.options import build_request
 from wan.tasks import load_task, task_names
 

@@ -54,7 +54,17 @@ def fails(checkpoint, out, capsys):
     """fails(*flags) runs the task on the checkpoint and returns the one line it ended with, after the exit code."""
 
     def run(*flags, code=1):
-        args = ["--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png"), *flags]
+        args = [
+            "--task",
+            "t2v-tiny",
+            "--ckpt_dir",
+            str(checkpoint),
+            *QUICK,
+            "--quiet",
+            "--save_file",
+            str(out / "a.png"),
+            *flags,
+        ]
         assert main(args) == code
         printed, line = capsys.readouterr()
         assert printed == "" and line.startswith("error: ") and line.count("\n") == 1, line
@@ -70,7 +80,12 @@ def replace(path, content):
 
 
 def test_the_checkpoint_works_when_left_alone(checkpoint, out):
-    assert main(["--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png")]) == 0
+    assert (
+        main(
+            ["--task", "t2v-tiny", "--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png")]
+        )
+        == 0
+    )
     assert [file.name for file in out.iterdir()] == ["a.png"]
 
 
@@ -104,7 +119,12 @@ def test_renamed_file_is_missing(fails, checkpoint, file):
 def test_renamed_transformer_is_found(checkpoint, out):
     """It is the only file that can be one."""
     (checkpoint / DIT).rename(checkpoint / "my_model.safetensors")
-    assert main(["--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png")]) == 0
+    assert (
+        main(
+            ["--task", "t2v-tiny", "--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png")]
+        )
+        == 0
+    )
 
 
 def test_two_files_under_each_others_names(fails, checkpoint):
@@ -229,7 +249,12 @@ def test_full_disk_while_saving(checkpoint, out, capsys, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr("os.replace", full)
-    assert main(["--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png")]) == 1
+    assert (
+        main(
+            ["--task", "t2v-tiny", "--ckpt_dir", str(checkpoint), *QUICK, "--quiet", "--save_file", str(out / "a.png")]
+        )
+        == 1
+    )
     kept = out / "a.png.latents.safetensors"
     line = f"error: cannot write {out / 'a.png'}: No space left on device; the latents are kept in {kept}\n"
     assert capsys.readouterr() == ("", line)

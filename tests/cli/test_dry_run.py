@@ -65,12 +65,12 @@ def test_a_transformer_of_another_task(folder, capsys):
 
 def test_a_text_encoder_in_place_of_the_transformer(folder, capsys):
     export_gguf(open_source(locate(folder, SPEC).t5), folder.parent / "t5.gguf", "Q8_0")
-    code, err = both(capsys, "--ckpt_dir", folder, "--gguf", "t5.gguf")
+    code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder, "--gguf", "t5.gguf")
     assert code == 1 and "t5.gguf: not a Wan transformer" in err and "looks like a T5 encoder" in err
 
 
 def test_a_vae_in_place_of_the_text_encoder(folder, capsys):
-    code, err = both(capsys, "--ckpt_dir", folder, "--t5", locate(folder, SPEC).vae[0])
+    code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder, "--t5", locate(folder, SPEC).vae[0])
     assert code == 1 and "internal error" not in err and "T5" in err
 
 
@@ -78,18 +78,18 @@ def test_a_file_that_is_cut_short(folder, capsys):
     export_gguf(open_source(folder / "diffusion_pytorch_model.safetensors"), folder.parent / "a.gguf", "Q8_0")
     whole = (folder.parent / "a.gguf").read_bytes()
     (folder.parent / "a.gguf").write_bytes(whole[:-1000])
-    code, err = both(capsys, "--ckpt_dir", folder, "--gguf", "a.gguf")
+    code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder, "--gguf", "a.gguf")
     assert code == 1 and "a.gguf: truncated, expected" in err
     [vae] = locate(folder, SPEC).vae
     vae.write_bytes(vae.read_bytes()[:-1000])
-    code, err = both(capsys, "--ckpt_dir", folder)
+    code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder)
     assert code == 1 and vae.name in err
 
 
 def test_a_lora_of_another_width(folder, capsys):
     name = "diffusion_model.blocks.0.self_attn.q.lora_"
     save_file({f"{name}A.weight": torch.ones(4, 5120), f"{name}B.weight": torch.ones(5120, 4)}, "14b.safetensors")
-    code, err = both(capsys, "--ckpt_dir", folder, "--lora", "14b.safetensors")
+    code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder, "--lora", "14b.safetensors")
     assert code == 1 and "14b.safetensors" in err and "5120" in err
 
 
@@ -106,10 +106,10 @@ def test_a_missing_shard(folder, capsys, has_index):
     if has_index:
         index = {"weight_map": {name: shard for shard, half in zip(shards, halves) for name in half}}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert main(["--dry_run", "--ckpt_dir", str(folder)]) == 0
+    assert main(["--dry_run", "--task", "t2v-tiny", "--ckpt_dir", str(folder)]) == 0
     capsys.readouterr()
     (folder / shards[1]).unlink()
-    code, err = both(capsys, "--ckpt_dir", folder)
+    code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder)
     assert code == 1 and (
         "1 of 2 shards are missing" in err if has_index else "patch_embedding" in err or "lacks" in err
     )
@@ -124,7 +124,7 @@ def test_a_tensor_that_is_missing(folder, capsys):
         tensors = torch.load(path, weights_only=True) if is_pth else load_file(path)
         del tensors[sorted(name for name in tensors if "1" in name)[-1]]
         torch.save(tensors, path) if is_pth else save_file(tensors, path)
-        code, err = both(capsys, "--ckpt_dir", folder)
+        code, err = both(capsys, "--task", "t2v-tiny", "--ckpt_dir", folder)
         assert code == 1 and path.name in err and "missing" in err
         path.write_bytes(whole)
 
@@ -133,7 +133,7 @@ def test_all_that_is_wrong_is_told(folder, capsys):
     files = locate(folder, SPEC)
     for path in (*files.vae, *files.t5):
         path.write_bytes(b"<html>")
-    assert main(["--dry_run", "--ckpt_dir", str(folder)]) == 1
+    assert main(["--dry_run", "--task", "t2v-tiny", "--ckpt_dir", str(folder)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("a web page, not weights") == 2 and err.count("\n") == 1
 
@@ -142,7 +142,7 @@ def test_all_that_is_missing_is_told(folder, capsys):
     files = locate(folder, SPEC)
     for path in (*files.vae, *files.t5):
         path.unlink()
-    assert main(["--dry_run", "--ckpt_dir", str(folder)]) == 1
+    assert main(["--dry_run", "--task", "t2v-tiny", "--ckpt_dir", str(folder)]) == 1
     out, err = capsys.readouterr()
     assert out.count("MISSING") == 2 and err.startswith("error: missing: ") and err.count("\n") == 1
 
@@ -166,15 +166,15 @@ def hub(folder, monkeypatch):
 
 
 def test_a_hub_id_is_looked_into_where_it_has_been_downloaded(hub, capsys):
-    assert main(["--dry_run", "--json", "--ckpt_dir", "org/tiny"]) == 0
+    assert main(["--dry_run", "--json", "--task", "t2v-tiny", "--ckpt_dir", "org/tiny"]) == 0
     rows = json.loads(capsys.readouterr().out)["files"]
     assert all(row["bytes"] and not row["hub"] for row in rows)
     [vae] = locate(hub, SPEC).vae
     vae.write_bytes(vae.read_bytes()[:1000])
-    assert main(["--dry_run", "--ckpt_dir", "org/tiny"]) == 1
+    assert main(["--dry_run", "--task", "t2v-tiny", "--ckpt_dir", "org/tiny"]) == 1
     assert vae.name in capsys.readouterr().err
     vae.unlink()  # the rest is still to come
-    assert main(["--dry_run", "--json", "--ckpt_dir", "org/tiny"]) == 0
+    assert main(["--dry_run", "--json", "--task", "t2v-tiny", "--ckpt_dir", "org/tiny"]) == 0
     rows = {row["component"]: row for row in json.loads(capsys.readouterr().out)["files"]}
     assert rows["vae"]["hub"] and rows["vae"]["bytes"] is None and not rows["dit"]["hub"]
 
@@ -189,7 +189,9 @@ def test_a_hub_id_is_not_downloaded(hub, capsys):
 def test_a_gpu_that_is_not_here(folder, capsys):
     if torch.cuda.is_available():
         pytest.skip("it is")
-    assert main(["--dry_run", "--ckpt_dir", str(folder), "--device", "cuda", "--vram_gb", "8"]) == 0
+    assert (
+        main(["--dry_run", "--task", "t2v-tiny", "--ckpt_dir", str(folder), "--device", "cuda", "--vram_gb", "8"]) == 0
+    )
     out = capsys.readouterr().out
     assert "8.0 GB of GPU memory" in out and "this machine has no such device" in out and "rates assumed" in out
 

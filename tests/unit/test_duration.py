@@ -209,17 +209,18 @@ def test_the_bar_counts_from_where_it_begins_and_shows_the_estimate_before(capsy
     from wan.distributed.signals import Signals
 
     from wan.cli import _Progress
+    from wan.engine import _Stages
 
     plan = {"seconds": {"encode_text": 60, "load": 60, "denoise": 7200, "decode": 60}}
     with _Progress(False, types.SimpleNamespace(stage=""), Signals()) as progress:
-        progress.expect(plan)
-        progress("load", 0, 1)
-        progress("load", 1, 1)
-        progress("denoise", 2, 4)
+        stages = _Stages(progress, plan)
+        stages("load", 0, 1)
+        stages("load", 1, 1)
+        stages("denoise", 2, 4)
         assert progress.bar.format_dict["elapsed"] < 30  # loading is not in it
         before = capsys.readouterr().err
-        progress("denoise", 3, 4)
-        progress("denoise", 4, 4)
+        stages("denoise", 3, 4)
+        stages("denoise", 4, 4)
     after = capsys.readouterr().err
     assert "load: 100%" in before and "denoise:  50%" in before and "about 1 h left, by the plan" in before
     assert "about" not in after.split("\r")[-1] and "denoise: 100%" in after

@@ -24,7 +24,7 @@ LAYERS = [
     ("wan.denoise", "wan.experts", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview"),
     ("wan.engine",),
-    ("wan.cli", "wan.convert", "wan.compat", "wan.__main__"),
+    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.__main__"),
     ("generate",),
 ]
 

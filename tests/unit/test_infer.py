@@ -1,5 +1,7 @@
 """Telling what a file holds from its shapes."""
 
+import json
+
 import pytest
 
 from tests.unit.weight_helpers import ShapeSource, manifest
@@ -61,6 +63,24 @@ def test_released_shapes_pass_their_task_and_give_its_config(name):
     check_dit(source, spec)
     config = infer_dit_config(source)
     assert {key: value for key, value in spec.dit.items() if key in config}.items() <= config.items()
+
+
+def test_where_hints_of_vace_go_is_told_by_a_config_else_they_are_spread(tmp_path):
+    source, spec = ShapeSource(manifest("vace-14B")), load_task("vace-14B")
+    assert infer_dit_config(source)["vace_layers"] == [0, 5, 10, 15, 20, 25, 30, 35]
+    spec.dit.vace_layers = [0, 1, 2, 3, 4, 5, 6, 7]
+    check_dit(source, spec)
+    spec.dit.vace_layers = [0, 1]
+    with pytest.raises(SwanError, match=r"needs vace_layers \[0, 1\]"):
+        check_dit(source, spec)
+    for told, wanted in (
+        ([0, 1, 2, 3, 4, 5, 6, 39], [0, 1, 2, 3, 4, 5, 6, 39]),
+        ([0, -1], None),
+        ([0] * 7 + [40], None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"vace_layers": told}))
+        source.paths = [tmp_path / "a.safetensors"]
+        assert infer_dit_config(source)["vace_layers"] == (wanted or [0, 5, 10, 15, 20, 25, 30, 35])
 
 
 @pytest.mark.parametrize(

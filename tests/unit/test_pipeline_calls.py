@@ -49,7 +49,7 @@ OTHERS = [
     ("ram_gb", {"ram_gb": 100}),
     ("gguf_mode", {"gguf_mode": "stream"}),
     ("t5_cpu", {"t5_cpu": True}),
-    ("ckpt_dir", {"ckpt_dir": str(TINY.parent / "tiny_i2v")}),
+    ("ckpt_dir", {"task": "t2v-tiny", "ckpt_dir": str(TINY.parent / "tiny_i2v")}),
     ("task", {"task": "i2v-tiny"}),
 ]
 

@@ -104,6 +104,16 @@ def test_branch_and_base_may_lie_in_two_files(files, tmp_path):
     assert torch.equal(predict(load(paths)), predict(load(files / "fp32.safetensors")))
 
 
+@pytest.mark.parametrize("ops", ["cpu", "gpu", "reference", None])
+def test_it_runs_on_the_meta_device(ops):
+    """Which has the memory plan see what a device would compute, by that device's chains."""
+    with torch.device("meta"), torch.inference_mode():
+        model = WanModel(**SPEC.dit, ops=ops).to(torch.bfloat16)
+        inputs = {"vace_context": torch.empty(1, 96, 2, 4, 6), "vace_context_scale": 1.0}
+        out = model(torch.empty(1, 16, 2, 4, 6), torch.tensor([5], device="cpu"), torch.empty(1, 5, 32), **inputs)
+    assert out.shape == (1, 16, 2, 4, 6) and out.is_meta
+
+
 # LoRAs
 
 MODULES = ("blocks.1.self_attn.q", "vace_blocks.0.self_attn.q", "vace_blocks.1.ffn.0", "vace_blocks.0.before_proj")

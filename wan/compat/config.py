@@ -33,7 +33,7 @@ _FIXED = {
 _TOLD_BY_THE_FILE = (
     *("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "use_ggml_ops", "dequant_dtype", "patch_dtype"),
     *("dict_mapping", "transformer_subpath", "transformer_low_noise_model_subpath"),
-    *("transformer_high_noise_model_subpath", "cross_attn_type"),
+    *("transformer_high_noise_model_subpath", "cross_attn_type", "vace_layers", "vace_in_dim", "vace_in_channels"),
 )
 
 

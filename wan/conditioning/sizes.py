@@ -6,7 +6,6 @@ Sizes are (height, width) in pixels. The arithmetic is the reference's, floor fo
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,15 +77,17 @@ def vace_size(
     return rows * multiple, columns * multiple, (latents - 1) * TEMPORAL_STRIDE + 1
 
 
-def frame_ids(times: Sequence[float], count: int) -> list[int]:
+def frame_ids(times: Sequence[float], end: float, count: int) -> list[int]:
     """Which frames a video of `count` frames takes, evenly from the first one to the middle of the last one.
 
-    times: when each frame begins, in any unit.
+    times: when each frame begins; end: when the last one ends, in the same unit. A time between two frames is that of
+    the earlier one. Begins are compared in fp32, as officially: on the border of two frames the rounding decides.
     """
-    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
-    until = times[-1] + step / 2 - times[0]
-    wanted = [times[0] + until * at / max(1, count - 1) for at in range(count)]
-    return [max(0, bisect_right(times, one) - 1) for one in wanted]
+    import numpy as np
+
+    begins = np.array(times, np.float32)
+    wanted = np.linspace(0, np.array([times[-1], end], np.float32).mean(), count)
+    return np.maximum(np.searchsorted(begins.astype(np.float64), wanted) - 1, 0).tolist()
 
 
 class Margins(NamedTuple):

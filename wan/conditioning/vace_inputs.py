@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.conditioning.sizes import Margins, frame_ids
+from wan.conditioning.sizes import Margins, cover_size, frame_ids
 from wan.video import VideoFile
 
 GREY = 128  # of what is to be made anew, in a source video that says nothing there
@@ -51,8 +51,7 @@ def stacked(frames: Iterable[Tensor], count: int, height: int, width: int) -> Te
 def cover(frame: np.ndarray, height: int, width: int) -> Tensor:
     """uint8 [H, W, 3] -> [3, height, width]: bicubic on whole grey levels, rounded after each of its two passes."""
     pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None]
-    scale = max(height / frame.shape[0], width / frame.shape[1])
-    size = round(frame.shape[0] * scale), round(frame.shape[1] * scale)
+    size = cover_size(height, width, *frame.shape[:2])
     if size != frame.shape[:2]:
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
@@ -74,7 +73,7 @@ def reference(image: np.ndarray, height: int, width: int) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
     if pixels.shape[1:] != (height, width):
         scale = min(height / pixels.shape[1], width / pixels.shape[2])
-        size = int(pixels.shape[1] * scale), int(pixels.shape[2] * scale)
+        size = max(1, int(pixels.shape[1] * scale)), max(1, int(pixels.shape[2] * scale))
         small = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
         top, left = (height - size[0]) // 2, (width - size[1]) // 2
         pixels = torch.ones(3, height, width)
@@ -84,8 +83,7 @@ def reference(image: np.ndarray, height: int, width: int) -> Tensor:
 
 def source(video: VideoFile, mask: VideoFile | None, num_frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Frames and mask of a source video. Without a mask all is made anew, after what the video shows (a control)."""
-    count = len(video) if mask is None or len(mask) == 1 else min(len(video), len(mask))
-    ids = frame_ids(video.times[:count], num_frames)
+    ids = frame_ids(video.times, video.end, num_frames)
     frames = as_frames(read_frames(video, ids, height, width))
     if mask is None:
         return frames, torch.ones(1, num_frames, height, width)
@@ -105,7 +103,7 @@ def outpainted(video: VideoFile, margins: Margins, num_frames: int, height: int,
     top, left = round(margins.top * height / pixels_h), round(margins.left * width / pixels_w)
     inner_h, inner_w = round(video.height * height / pixels_h), round(video.width * width / pixels_w)
     inner_h, inner_w = min(inner_h, height - top), min(inner_w, width - left)
-    ids = frame_ids(video.times, num_frames)
+    ids = frame_ids(video.times, video.end, num_frames)
     pixels = torch.full((num_frames, 3, height, width), GREY, dtype=torch.uint8)
     pixels[:, :, top : top + inner_h, left : left + inner_w] = read_frames(video, ids, inner_h, inner_w)
     mask = torch.ones(1, num_frames, height, width)

@@ -13,11 +13,11 @@ from numbers import Real
 from typing import Any
 
 from wan import __version__
-from wan.errors import UsageError
+from wan.errors import SwanError, UsageError
 from wan.options.files import check_outputs, told_task
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
-from wan.options.names import VIDEO_FLAGS
+from wan.options.names import DEFAULT_TASK, VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
@@ -77,7 +77,8 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     options. Raises UsageError or SwanError with one line.
     """
     at = asked(options, world_size)
-    load, sample, output = (check_part(part, at) for part in PARTS.values())
+    load = _check_load(at)
+    sample, output = check_part(Sample, at), check_part(Output, at)
     check_grid(at)
     request = Request(load, sample, output, tuple(at.warnings))
     check_written(request, replayed)
@@ -87,7 +88,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
 def build_load(options: Mapping[str, Any], world_size: int = 1) -> LoadOptions:
     """What an engine loads. Raises as `build_request`, also for an option of a video."""
     _refuse_others(options, "load", "says what a video is like: it is for generate()")
-    return check_part(LoadOptions, asked(options, world_size))
+    return _check_load(asked(options, world_size))
 
 
 def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
@@ -98,6 +99,13 @@ def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     sample = check_part(Sample, at)
     check_grid(at)
     return Request(load, sample, warnings=tuple(at.warnings))
+
+
+def _check_load(at: Asked) -> LoadOptions:
+    load = check_part(LoadOptions, at)
+    if at.untold is not None:  # whatever else is wrong with the files was said first
+        raise at.untold
+    return load
 
 
 def _refuse_others(options: Mapping[str, Any], part: str, why: str) -> None:
@@ -112,12 +120,18 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
     if unknown := sorted(set(given) - set(FLAGS)):
         raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(FLAGS)}")
     get = of_kinds(given, FLAGS)
-    name, told = (get["task"], "") if get["task"] else told_task(get)
-    spec = load_task(name)
+    name, told, untold = get["task"], "", None
+    if name is None:
+        try:
+            name, told = told_task(get)
+        except SwanError as error:
+            if isinstance(error, UsageError) or world_size == 1:  # else this rank's file is damaged: told to all later
+                untold = error
+    spec = load_task(name or DEFAULT_TASK)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():
             get[name] = or_default(get[name], value)
-    return Asked(spec, get, world_size, told)
+    return Asked(spec, get, world_size, told, untold)
 
 
 def check_written(request: Request, replayed: str | None = None) -> None:

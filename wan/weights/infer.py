@@ -123,7 +123,9 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
 
 def misfits(held: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
     """What the task needs where a transformer has something else, see `infer_dit_config`."""
-    wanted = spec["dit"]
+    wanted = dict(spec["dit"])
+    if len(held.get("vace_layers", ())) == len(wanted.get("vace_layers", ())):
+        wanted.pop("vace_layers", None)  # how many is seen, where they go is the task's to say
     compared = [key for key in held if key in wanted and key not in ("num_heads", "clip")]
     needs = [f"{key} {wanted[key]}" for key in compared if held[key] != wanted[key]]
     wants_clip = bool(spec.get("files", {}).get("clip"))
@@ -164,7 +166,7 @@ def describe_dit(source: Source) -> str:
 def _vace_layers(source: Source, hints: int, layers: int) -> list[int]:
     """The blocks that get a hint of VACE, in order."""
     told = config_beside(source).get("vace_layers")
-    if isinstance(told, list) and len(told) == hints and all(type(one) is int and one < layers for one in told):
+    if isinstance(told, list) and len(told) == hints and all(type(one) is int and 0 <= one < layers for one in told):
         return told
     return list(range(0, layers, -(-layers // max(hints, 1))))[:hints]
 

@@ -122,6 +122,8 @@ def _resolve(
 ) -> Path | None:
     """The checkpoint folder, downloaded if need be; or, of a hub id, as it is in the cache, None if it is not."""
     if ckpt_dir is None or not str(ckpt_dir):
+        if partial:
+            return None
         raise UsageError(f"task {spec['name']} needs a checkpoint folder or hub id for: {', '.join(wanted)}")
     folder = Path(ckpt_dir).expanduser()
     if folder.is_dir():

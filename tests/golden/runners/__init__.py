@@ -19,6 +19,7 @@ RUNNERS = [
     (preprocess.matches_i2v, preprocess.run_i2v),
     (preprocess.matches_flf2v, preprocess.run_flf2v),
     (preprocess.matches_ti2v, preprocess.run_ti2v),
+    (preprocess.matches_vace, preprocess.run_vace),
 ]
 
 

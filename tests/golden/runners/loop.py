@@ -15,8 +15,9 @@ from tests.golden.runners import vae as vae_runner
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import image_condition
 from wan.conditioning.latent import first_frame_condition
-from wan.conditioning.sizes import i2v_size, latent_shape, ti2v_size
+from wan.conditioning.sizes import frame_ids, i2v_size, latent_shape, ti2v_size, vace_size
 from wan.conditioning.vace import vace_condition
+from wan.conditioning.vace_inputs import as_frames, as_mask, cover, reference
 from wan.denoise import denoise
 from wan.models.dit.sequence import Times
 from wan.solvers import Solver, make_solver
@@ -57,8 +58,31 @@ def run(case: Case) -> list[Check]:
     if _is_vace(case):
         video = _vae(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
         context, wanted = condition.context[0], case.tensors["outputs/vace_context"]
+        checks += _vace_pixels(case)
         checks.append(close("vace_context", context, wanted, VAE_TOLERANCE))
         checks.append(close("video", video, case.tensors["outputs/video"], VIDEO_TOLERANCE))
+    return checks
+
+
+def _vace_pixels(case: Case) -> list[Check]:
+    """What is made of the source, its mask and the references of a case. One grey level is allowed."""
+    generate, expected, checks = case.meta["generate"], case.group("outputs"), []
+    if "inputs/src_video" in case.tensors:
+        source, frames = generate["source"], case.tensors["inputs/src_video"].numpy()
+        count, img_h, img_w, _ = frames.shape
+        height, width, length = vace_size(source["area"], source["seq_len"], count, img_h, img_w)
+        ids = frame_ids([at / source["fps"] for at in range(count)], count / source["fps"], length)
+        checks.append(exact("frame ids", ids, case.meta["derived"]["frame_ids"]))
+        pixels = torch.stack([cover(frames[at], height, width) for at in ids])
+        checks.append(close("frames", as_frames(pixels), expected["frames"], 1 / 127.5))
+        if "inputs/src_mask" in case.tensors:
+            masks = [mask[..., None].repeat(3, -1) for mask in case.tensors["inputs/src_mask"].numpy()]
+            pixels = torch.stack([cover(masks[at], height, width) for at in ids])
+            checks.append(close("mask", as_mask(pixels), expected["mask"], 1 / 255))
+    height, width = expected["video"].shape[2:]
+    for at, image in enumerate(case.listed("inputs/ref_image") or ()):
+        pixels = reference(image.numpy(), height, width)
+        checks.append(close(f"ref_pixels.{at}", pixels, expected[f"ref_pixels.{at}"], 1e-5))
     return checks
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing cases: image -> size, pixels, masks and noise of i2v, flf2v and ti2v."""
+"""Preprocessing cases: image -> size, pixels, masks and noise of i2v, flf2v, ti2v and vace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tests.golden.checks import Check, close, exact
 from wan.conditioning.condition import Condition
 from wan.conditioning.image import conditioning_video, crop_last, frame_mask, resize, to_pixels
 from wan.conditioning.latent import FrameCondition, cover
-from wan.conditioning.sizes import i2v_size, latent_shape, ti2v_size
+from wan.conditioning.sizes import frame_ids, i2v_size, latent_shape, ti2v_size, vace_size
+from wan.conditioning.vace import mask_channels
 
 TOLERANCE = 1e-4
 
@@ -28,6 +29,10 @@ def matches_ti2v(case: Case) -> bool:
     # s2v cases have the same images and pixels, but neither a mask nor a multiple-of-32 size in their rows
     rows = case.meta.get("args", {}).get("rows", [])
     return _has(case, "inputs/image_u8_", "outputs/pixels_") and bool(rows) and all("ow" in row for row in rows)
+
+
+def matches_vace(case: Case) -> bool:
+    return _has(case, "inputs/mask", "outputs/mask_latent") and "video_rows" in case.meta.get("args", {})
 
 
 def run_i2v(case: Case) -> list[Check]:
@@ -92,6 +97,23 @@ def run_ti2v(case: Case) -> list[Check]:
             {f"pixels_{tag}": cover(image, height, width), f"mask2_{tag}": condition.restore(torch.ones(shape))},
         )
         checks += _tokens(case, tag, condition) + _noise(case, tag, shape)
+    return checks
+
+
+def run_vace(case: Case) -> list[Check]:
+    checks = []
+    for index, row in enumerate(case.meta["args"]["video_rows"]):
+        count, fps = row["n_frames"], row["fps"]
+        size = vace_size(row["area"], row["seq_len"], count, row["in_h"], row["in_w"])
+        checks.append(exact(f"size_{index}", size, (row["out_h"], row["out_w"], row["n_out"])))
+        ids = frame_ids([frame / fps for frame in range(count)], count / fps, size[2])
+        checks.append(exact(f"first_ids_{index}", ids[: len(row["first_ids"])], row["first_ids"]))
+        checks.append(exact(f"last_ids_{index}", ids[-len(row["last_ids"]) :], row["last_ids"]))
+    for key in case.tags("outputs/mask_latent"):
+        wanted = case.tensors[f"outputs/mask_latent{key}"]
+        latent = mask_channels(case.tensors["inputs/mask"], *wanted.shape[2:])
+        references = wanted.new_zeros(wanted.shape[0], wanted.shape[1] - latent.shape[1], *wanted.shape[2:])
+        checks.append(close(f"mask_latent{key}", torch.cat([references, latent], 1), wanted, 0.0))
     return checks
 
 

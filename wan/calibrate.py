@@ -1,6 +1,6 @@
 """Measures the coefficients that cache policies need, on any checkpoint that the pipeline loads.
 
-    python -m benchmarks.calibrate --task t2v-1.3B --ckpt_dir DIR --out coefficients.json
+    python -m wan.calibrate --task t2v-1.3B --ckpt_dir DIR --out coefficients.json
     python generate.py --task t2v-1.3B --ckpt_dir DIR --magcache --cache_coefficients coefficients.json
 
 Videos are made without a cache, and the residual r = h_N - h_0 of the block loop is compared from step to step, in the
@@ -28,11 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
 from wan.cache import NoCache, StepContext
 from wan.cache.coefficients import read_coefficients, write_coefficients
-
-from benchmarks.cache_cases import TASKS, tiny_cases
-from benchmarks.tiny_world import CASES_PER_HALF
 from wan.command import Parser, run_command
 from wan.errors import SwanError, UsageError
 from wan.options import Request, build_request, check_device
@@ -48,6 +46,16 @@ PROMPTS = (
     "Waves break on a rocky shore at dusk, seen from a slowly moving camera.",
     "A woman in a red coat crosses a busy street in the rain.",
     "A paper boat drifts down a small stream through a forest.",
+)
+TINY_PROMPTS = (  # of the embedded models
+    "a blue triangle moving left on a white background",
+    "a red circle moving right on a black background",
+    "a green square moving up on a gray background",
+    "a yellow circle moving down on a black background",
+    "a purple triangle moving right on a white background",
+    "a red square moving left on a gray background",
+    "a blue circle moving up on a white background",
+    "a green triangle moving down on a black background",
 )
 PASSED_ON = (  # flags with the names and meanings that they have in generate.py
     *("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode"),
@@ -184,21 +192,16 @@ def make_requests(args: argparse.Namespace, folder: str) -> list[Request]:
     options["device"] = check_device(args.device or "auto")
     options["offload_model"] = args.offload_model == "true"
     options["save_file"] = str(Path(folder, "unused.mp4"))
-    if args.prompts is None and args.image is None and args.task in TASKS:
-        # The last of the clips; cache_quality judges the first.
-        count = min(args.runs, 2 * CASES_PER_HALF)
-        own = [case.options for case in tiny_cases(args.task, 2 * CASES_PER_HALF - count, count, folder)]
-    else:
-        own = [{"prompt": prompt} for prompt in _prompts(args.prompts)]
+    prompts = _prompts(args.prompts, bool(load_task(args.task).get("checkpoint")))
     return [
-        build_request(options | own[index % len(own)] | {"seed": args.seed + index})
+        build_request(options | {"prompt": prompts[index % len(prompts)], "seed": args.seed + index})
         for index in range(args.runs)
     ]  # fmt: skip
 
 
-def _prompts(path: str | None) -> list[str]:
+def _prompts(path: str | None, is_tiny: bool) -> list[str]:
     if path is None:
-        return list(PROMPTS)
+        return list(TINY_PROMPTS if is_tiny else PROMPTS)
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -222,7 +225,7 @@ def _others(out: Path, name: str) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m benchmarks.calibrate",
+        prog="python -m wan.calibrate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -261,11 +264,11 @@ def _main(argv: Sequence[str] | None) -> int:
     one = requests[0].sample
     size = f"{one.width}x{one.height}, {one.frame_num} frames"
     how = f"{one.steps} steps, {one.solver}, shift {one.shift:g}, {size}"
-    source = f"benchmarks.calibrate on {spec.name}: mean of {len(runs)} runs of {how}"
+    source = f"wan.calibrate on {spec.name}: mean of {len(runs)} runs of {how}"
     entry = coefficients(runs, source)
     print(table(runs, entry))
     try:
-        write_coefficients(out, others | {name: entry}, "Measured by python -m benchmarks.calibrate.")
+        write_coefficients(out, others | {name: entry}, "Measured by python -m wan.calibrate.")
     except OSError as error:
         raise SwanError(f"--out: cannot write {out}: {error.strerror or error}") from error
     print(f"{source}\nwritten to {out} as {name}")
