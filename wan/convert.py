@@ -21,17 +21,16 @@ from typing import TYPE_CHECKING, Any
 from wan.command import Parser, put, run_command, run_process
 from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError
-from wan.files import visible_files
-from wan.weights.locate import MLX_FILES
+from wan.tasks import load_task, task_names
+from wan.weights.locate import CheckpointFiles, locate
 from wan.weights.recipes import RECIPES
-from wan.weights.source import WEIGHT_SUFFIXES, Source, open_source, weight_files
+from wan.weights.source import Source, open_source, weight_files
 
 if TYPE_CHECKING:
     from wan.weights.export import Value
 
 COMPONENTS = ("dit", "high", "low", "t5")
-_EXPERTS = {"high": "high_noise_model", "low": "low_noise_model"}
-_DIFFUSERS = {"dit": "transformer", "high": "transformer", "low": "transformer_2", "t5": "text_encoder"}
+_NOWHERE = "--checkpoint-dir: no such file or folder: {} (a model of the hub: download it first)"
 _DTYPES = ("float16", "float32", "bfloat16")
 _FOLDER_FLAGS = ("output_dir", "dtype", "model_version", "quantize", "bits", "group_size")
 _MLX_FLAGS = ("quantize", "bits", "group_size")
@@ -193,15 +192,30 @@ def find_parts(checkpoint: Path) -> dict[str, list[Path]]:
         from wan.weights.export import component_of
 
         return {component_of(open_source(checkpoint)): [checkpoint]}
-    parts = ("high", "low") if _has_experts(checkpoint) else ("dit",)
+    if not checkpoint.is_dir():
+        raise UsageError(_NOWHERE.format(checkpoint))
+    files = _located(checkpoint)
+    parts = ["dit"] if "model" in files.dit else sorted(files.dit)
     found = {part: find_weights(checkpoint, part) for part in parts}
-    for part, pattern in (("t5", "models_t5*"), ("vae", "Wan*_VAE*")):
-        folder, mlx = checkpoint / _DIFFUSERS.get(part, part), checkpoint / MLX_FILES[part]
-        files = [path for path in visible_files(checkpoint, pattern) if path.suffix in WEIGHT_SUFFIXES]
-        files = files or (weight_files(folder) if folder.is_dir() else [])
-        if files := files or ([mlx] if mlx.is_file() else []):
-            found[part] = files
-    return found
+    return found | {part: paths for part in ("t5", "vae") if (paths := getattr(files, part))}
+
+
+def _located(folder: Path) -> CheckpointFiles:
+    """What generate.py would take from it for the task of which most is there."""
+    found, problems = [], []
+    for name in task_names():
+        try:
+            found.append(locate(folder, load_task(name), partial=True))
+        except SwanError as error:
+            problems.append(error)
+
+    def rank(one: CheckpointFiles) -> tuple[int, bool]:
+        return sum(map(bool, (*one.dit.values(), one.vae, one.t5))), all(one.dit.values())
+
+    most = max(found, key=rank, default=None)
+    if problems and (most is None or not any(most.dit.values())):
+        raise problems[0]  # several files to choose from
+    return most
 
 
 def _find_copies(checkpoint: Path) -> dict[str, Path]:
@@ -213,11 +227,6 @@ def _find_copies(checkpoint: Path) -> dict[str, Path]:
         if (checkpoint / name).is_dir():
             found.setdefault(_TOKENIZERS[0], checkpoint / name)
     return found
-
-
-def _has_experts(folder: Path) -> bool:
-    names = (*_EXPERTS.values(), _DIFFUSERS["low"], MLX_FILES["high"], MLX_FILES["low"])
-    return any((folder / name).exists() for name in names)
 
 
 def _check_output(name: str, overwrite: bool) -> Path:
@@ -246,32 +255,16 @@ def find_weights(checkpoint: str | Path, component: str | None = None) -> list[P
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UsageError(f"--checkpoint-dir: no such file or folder: {path} (a model of the hub: download it first)")
-    part = component or "dit"
-    if part == "dit" and _has_experts(path):
+        raise UsageError(_NOWHERE.format(path))
+    files, part = _located(path), component or "dit"
+    if part == "dit" and len(files.dit) == 2:
         raise UsageError(f"--checkpoint-dir: {path} holds two experts; choose with --component high or low")
-    t5 = visible_files(path, "models_t5*") if part == "t5" else []
-    found = [one for one in t5 if one.suffix in WEIGHT_SUFFIXES]
-    folders = [path / _EXPERTS[part]] if part in _EXPERTS else []
-    folders.append(path / _DIFFUSERS[part])
-    mlx = path / MLX_FILES["model" if part == "dit" else part]
-    found = found or ([mlx] if mlx.is_file() else [])
-    for folder in folders:
-        found = found or (weight_files(folder) if folder.is_dir() else [])
-    if not found and part not in _EXPERTS:
-        found = _top_weights(path)
+    found = files.t5 if part == "t5" else files.dit.get("model" if part == "dit" else part)
+    if not found and part in ("dit", "t5") and not any((*files.dit.values(), files.vae, files.t5)):
+        found = weight_files(path)  # a folder of this component alone
     if not found:
-        looked_for = " and ".join(f"{folder.name}/" for folder in folders)
-        raise SwanError(f"{path}: no weights for {part}; looked in it and for {looked_for}")
+        raise SwanError(f"{path}: no weights for {part} in it")
     return found
-
-
-def _top_weights(folder: Path) -> list[Path]:
-    """The transformer of an official folder, where other components lie beside it; else all weights of the folder."""
-    for pattern in ("*.safetensors.index.json", "diffusion_pytorch_model*.safetensors"):
-        if found := visible_files(folder, pattern):
-            return found
-    return weight_files(folder)
 
 
 def _find_tokenizer(given: str | None, source: Source, component: str, quiet: bool) -> dict[str, Value]:

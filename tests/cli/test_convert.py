@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tests.unit.tiny_checkpoint import dit_state, shrunk, t5_state, write_checkpoint
 from tests.unit.weight_helpers import DictSource
-from wan.convert import find_weights, main, tokenizer_metadata
+from wan.convert import find_parts, find_weights, main, tokenizer_metadata
 from wan.errors import SwanError, UsageError
 from wan.files import atomic
 from wan.weights.export import export_gguf
@@ -195,11 +195,24 @@ def test_layouts(tmp_path):
     assert found("diffusers2", "low") == ["diffusers2/transformer_2/a.safetensors"]
     with pytest.raises(UsageError, match="two experts"):
         find_weights(tmp_path / "diffusers2")
-    with pytest.raises(SwanError, match="no weights for low; looked in it and for low_noise_model/ and transformer_2/"):
+    with pytest.raises(SwanError, match="no weights for low in it"):
         find_weights(tmp_path / "diffusers", "low")
 
     write("comfy/wan.gguf")
     assert found("comfy") == ["comfy/wan.gguf"]
+
+    # As generate.py has it: official names first, and a transformer of any name beside them.
+    write(*(f"mixed/{name}" for name in ("my.safetensors", "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")))
+    write("mixed/models_t5_umt5-xxl-enc-bf16.pth", "mixed/models_t5_umt5-xxl-enc-fp8.safetensors")
+    parts = find_parts(tmp_path / "mixed")
+    official = {"dit": "my.safetensors", "vae": "Wan2.1_VAE.pth", "t5": "models_t5_umt5-xxl-enc-bf16.pth"}
+    assert {part: [path.name for path in paths] for part, paths in parts.items()} == {
+        part: [name] for part, name in official.items()
+    }
+    assert parts["t5"] == find_weights(tmp_path / "mixed", "t5") and parts["dit"] == find_weights(tmp_path / "mixed")
+    write("mixed/other.safetensors")
+    with pytest.raises(SwanError, match="cannot tell which file is the transformer"):
+        find_parts(tmp_path / "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -481,6 +494,14 @@ def test_what_somebody_put_there_is_not_deleted(checkpoint, written, tmp_path, c
         *("--checkpoint-dir", checkpoint, "--output-dir", written, *FP8),
     )
     assert contents(tmp_path) == before
+
+
+def test_what_file_managers_leave_is_no_obstacle(checkpoint, written, capsys):
+    for name in (".DS_Store", "Thumbs.db", "google/.DS_Store"):
+        (written / name).parent.mkdir(exist_ok=True)
+        (written / name).write_bytes(b"left")
+    assert to_folder(checkpoint, written, *FP8) == 0
+    assert not (written / ".DS_Store").exists()
 
 
 def test_a_folder_with_our_names_that_we_did_not_write(checkpoint, tmp_path, capsys):

@@ -108,7 +108,10 @@ def test_two_experts(tmp_path, capsys, monkeypatch):
     "flags, message",
     [
         (["--gguf", "no.gguf"], "--gguf: no file no.gguf"),
-        (["--gguf_high", "a.gguf"], "--gguf_high has no meaning for t2v-tiny; single files it takes: --dit"),
+        (
+            ["--task", "t2v-tiny", "--gguf_high", "a.gguf"],
+            "--gguf_high has no meaning for t2v-tiny; single files it takes: --dit",
+        ),
         (["--gguf", "a.gguf", "--dit", "a.gguf"], "--dit and --gguf both name a file"),
         (["--gguf", "a.safetensors"], "a.safetensors is not a GGUF file; for other formats use --dit"),
         (["--gguf", "."], ". is not a GGUF file"),

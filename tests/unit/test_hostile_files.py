@@ -1,5 +1,6 @@
 """Files that somebody else made: where they are, what they are, and whether they stay what they were."""
 
+import argparse
 import io
 import json
 import os
@@ -7,7 +8,9 @@ import socket
 import struct
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -275,13 +278,32 @@ def test_tensors_that_are_no_plain_memory(tmp_path, tensor, match):
     refused(tmp_path / "x.pth", match)
 
 
+def test_one_shard_spelled_in_two_ways(tmp_path):
+    (tmp_path / "sub").mkdir()
+    save_file(TENSORS, tmp_path / "sub" / "1.safetensors")
+    index = write_index(tmp_path, {"a.weight": "sub//1.safetensors", "b": "./sub/1.safetensors"})
+    assert set(open_source(index).keys()) == set(TENSORS)
+
+
 def test_many_tensors_in_one_storage(tmp_path):
     """Each lies within the file, and all of them do not."""
     big = torch.zeros(10_000)
     torch.save({str(index): big for index in range(50)}, tmp_path / "x.pth")
     refused(tmp_path / "x.pth", "views of the same memory")
-    torch.save({"shared": big, "tied": big}, tmp_path / "x.pth")
-    assert len(open_source(tmp_path / "x.pth").keys()) == 2
+    torch.save({"shared": big, "tied": big, "a head too": big}, tmp_path / "x.pth")
+    assert len(open_source(tmp_path / "x.pth").keys()) == 3
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_of_every_protocol(tmp_path, protocol, zipped):
+    """With what trainers keep beside weights, which is not looked at."""
+    beside = {"loss": np.float64(0.5), "at": np.arange(3), "args": argparse.Namespace(lr=1e-4, out=Path("x"))}
+    how = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save({"state_dict": TENSORS, **beside, "rest": {"c": beside}}, tmp_path / "x.pth", **how)
+    source = open_source(tmp_path / "x.pth")
+    assert set(source.keys()) == set(TENSORS)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
 
 
 class Call:

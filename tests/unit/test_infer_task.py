@@ -114,7 +114,6 @@ def test_what_cannot_be_told(tmp_path, monkeypatch):
             UsageError,
             "org/unknown: not here to be looked into: say with --task what it is: flf2v-14B",
         ),
-        ("", {"dit": "none.gguf"}, UsageError, "--dit: no file none.gguf"),
         (str(tmp_path), {}, SwanError, "31 layers); no task has such a transformer"),
         ("", {"dit": str(dit)}, SwanError, "31 layers); no task has such a transformer"),
         ("", {"low": f"{TINY}/diffusion_pytorch_model.safetensors"}, SwanError, "no task of two experts has such"),

@@ -27,9 +27,9 @@ _OF_CHECKPOINTS = re.compile(r".*\.(safetensors|gguf|pth|pt|bin|ckpt|model)|(.*c
 
 def told_task(get: Mapping[str, Any]) -> tuple[str, str]:
     """The task of the transformer that is given, by flags, and how it was told; else the default."""
-    files = {GGUF_FLAGS.get(flag, flag): get[flag] for flag in (*FILE_FLAGS, *GGUF_FLAGS) if get[flag]}
+    files = {part: path for part in ("dit", "high", "low") if (path := _file(get, part))}
     folder = get["ckpt_dir"] or ""
-    if {"dit", "high", "low"} & files.keys() or os.path.isdir(folder) or _is_hub_id(folder):
+    if files or os.path.isdir(folder) or _is_hub_id(folder):
         return infer_task(folder, files)
     return DEFAULT_TASK, ""
 
@@ -55,16 +55,26 @@ def _is_hub_id(value: str) -> bool:
 
 def check_file(spec: EasyDict, get: Mapping[str, Any], part: str) -> str | None:
     """The single file in place of the checkpoint's own for a component, absolute, by the flag of either name."""
-    names = (part, *(name for name, its in GGUF_FLAGS.items() if its == part))
-    flags = {flag: get[flag] for flag in names if get[flag]}
-    if not flags:
-        return None
-    flag, path = next(iter(flags.items()))
+    flag = next((flag for flag in _flags(part) if get[flag]), None)
     parts = ["vae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"]), *spec.files]
-    if part not in parts:
+    if flag and part not in parts:
         usable = (one for one in (*FILE_FLAGS, *GGUF_FLAGS) if GGUF_FLAGS.get(one, one) in parts)
         usable = ", ".join(f"--{one}" for one in usable)
         raise UsageError(f"--{flag} has no meaning for {spec.name}; single files it takes: {usable}")
+    return _file(get, part)
+
+
+def _flags(part: str) -> list[str]:
+    """That name a file for a component."""
+    return [part, *(name for name, its in GGUF_FLAGS.items() if its == part)]
+
+
+def _file(get: Mapping[str, Any], part: str) -> str | None:
+    """`check_file`, whatever the task."""
+    flags = {flag: get[flag] for flag in _flags(part) if get[flag]}
+    if not flags:
+        return None
+    flag, path = next(iter(flags.items()))
     if not os.path.exists(path):
         raise UsageError(f"--{flag}: no file {path}")
     if flag == "tokenizer" and not os.path.isdir(path):

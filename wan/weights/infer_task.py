@@ -26,13 +26,11 @@ def infer_task(ckpt_dir: str, files: Mapping[str, str]) -> tuple[str, str]:
     """(name of the task, how it was told). ckpt_dir: a folder or hub id; files: single files in place of the folder's,
     by "dit", or "high" and "low"; one of all these is there.
 
-    The task is one whose YAML has these shapes. Raises UsageError where there is none or there are several, SwanError
-    for files that are no transformer.
+    The task is one whose YAML has these shapes. Raises UsageError where it cannot be told, SwanError for files that are
+    no transformer, or that of no task.
     """
     for part in ("dit", "high", "low"):
         if part in files:
-            if not os.path.exists(files[part]):
-                raise UsageError(f"--{part}: no file {files[part]}")
             return _of_file(Path(files[part]), has_two=part != "dit"), f"told from {files[part]}"
     specs = [load_task(name) for name in task_names()]
     by_name = [spec.name for spec in specs if ckpt_dir.partition("@")[0] in spec.get("hub", ())]

@@ -69,6 +69,9 @@ _OTHER_TENSORS = {
 }
 _HARMLESS = ("collections.Counter", "torch.device", "torch.serialization._get_layout", "_codecs.encode")
 _HARMLESS += tuple(f"builtins.{name}" for name in ("bytearray", "set", "complex"))
+_HARMLESS += ("argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.dtype", "numpy.ndarray")
+_NUMPY = ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+_HARMLESS += tuple(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _NUMPY)
 _DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex128 complex64 complex32"
 _DTYPES += " uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
 _DTYPES += " quint8 qint8 qint32 quint4x2 quint2x4 float4_e2m1fn_x2 strided sparse_coo sparse_csr"

@@ -33,6 +33,7 @@ _OF_STORAGE = {
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _SPARSE = 16  # a view is read with all that lies between its elements, which may be so many times as much
 _MAX_ELEMENTS = 1 << 60
+_MOST_NAMES = 3  # of one tensor, as of a T5's table of tokens: what is read may be so many times the file
 _MAX_WRAPPERS = 3  # dicts around a state dict
 
 
@@ -80,7 +81,7 @@ def read_header(opened: OpenedFile) -> dict[str, TensorView]:
     except Exception as error:  # a damaged pickle can raise anything
         raise SwanError(f"{path}: damaged or truncated ({opened.size_bytes:,} bytes): {one_line(error)}") from None
     taken = sum(_read_bytes(view) for view in views.values())
-    if taken > 2 * opened.size_bytes:
+    if taken > _MOST_NAMES * opened.size_bytes:
         much = f"its tensors would take {taken:,} bytes, and it has {opened.size_bytes:,}"
         raise SwanError(f"{path}: {much}: they are views of the same memory; save copies of them (.clone())")
     return views

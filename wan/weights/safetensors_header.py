@@ -73,7 +73,7 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or not _is_below(name):
             told = f"{name[:200]!r}" if isinstance(name, str) else f"a {type(name).__name__}"
             raise SwanError(f"{path}: {tensor} is said to be in {told}, which is no file name below this folder")
-    return shard_of
+    return {tensor: PurePosixPath(name).as_posix() for tensor, name in shard_of.items()}  # a//b is a/b
 
 
 def _is_below(name: str) -> bool:

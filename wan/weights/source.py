@@ -215,7 +215,8 @@ def sniff(path: Path) -> str:
     # Before pickles: a header's length may begin as they do.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") + 8 <= os.path.getsize(path):
         return "safetensors"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # torch.save: zip archive since 1.6, pickle stream before
+    # torch.save: a zip archive since 1.6, a row of pickles before.
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "pth"
     if path.name.endswith(INDEX_SUFFIX):
         return "index"

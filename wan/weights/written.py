@@ -22,6 +22,7 @@ from wan.weights.safetensors_header import read_header
 
 _KEY = "swan_files"
 _TENSORS_KEY = "swan_tensors"
+_OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # who write them again
 _START_BYTES = 1 << 20  # of a file are looked at: some hold gigabytes
 
 
@@ -84,6 +85,7 @@ def _walk(folder: Path) -> list[str]:
     found = []
     for path, folders, files in os.walk(folder, onerror=fail):
         links = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        files = [name for name in files if name not in _OF_FILE_MANAGERS]
         is_empty = not folders and not files and Path(path) != folder
         found += [Path(path, name).relative_to(folder).as_posix() for name in (*files, *links, *[""] * is_empty)]
     return found
