@@ -125,6 +125,7 @@ class Board:
 
     def __init__(self, store: Store, rank: int, size: int):
         self.rank, self.size, self._store = rank, size, store
+        self.has_place = False  # this process is the one of its rank
         store.compare_set("failure", "", "")  # there from now on: who reads a key that is not there waits for it
 
     def arrive(self) -> None:
@@ -135,6 +136,7 @@ class Board:
         token = secrets.token_hex(8)
         if self._store.compare_set(f"who/{self.rank}", "", token).decode() != token:
             raise RuntimeError(f"another process has RANK {self.rank} too")
+        self.has_place = True
         self.beat(0)
         self._store.add("arrived", 1)
 
@@ -291,7 +293,8 @@ class Watchdog:
         self._pulse.stop()
         # The job is over for this process: a store that is gone by now has nobody left to tell.
         with contextlib.suppress(RuntimeError):
-            self._ask(lambda: self._board.beat(GONE))
+            if self._board.has_place:  # else it is another process's to say
+                self._ask(lambda: self._board.beat(GONE))
             if self._hosted and self._board.rank == 0:
                 self._ask(lambda: self._board.wait_for_others(FAREWELL_S), FAREWELL_S)
 

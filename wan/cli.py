@@ -28,6 +28,7 @@ from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError, one_line
 from wan.options import FLAGS, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
+from wan.options.names import VIDEO_FLAGS
 from wan.options.replay import replay_options
 from wan.tasks import load_task
 from wan.weights.checkpoint import Checkpoint
@@ -179,7 +180,7 @@ def run(
         if world.rank == 0:
             world.at_failure = kept
         try:
-            video = engine.make(request, on_event=progress, preview_every=output.preview_every if output.preview else 0)
+            video = engine.make(request, on_event=progress, preview_every=output.preview_every if preview else 0)
             peaks = parallel.gather_objects(_peak_memory(engine.device))
             if world.rank > 0:
                 return {}
@@ -222,6 +223,8 @@ def _compare_files(world: World, checkpoint: Checkpoint, request: Request) -> No
     found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := tokenizer / name).is_file()]
     for flag, chosen in request.sample.loras.items():
         found |= {f"--{flag} number {number}": [Path(path)] for number, (path, _) in enumerate(chosen, 1)}
+    found |= {f"--{flag}": [Path(path)] for flag in VIDEO_FLAGS if (path := getattr(request.sample, flag))}
+    found |= {f"--src_ref_images number {at}": [Path(one)] for at, one in enumerate(request.sample.src_ref_images, 1)}
     try:
         world.agree({name: file_fact(paths) for name, paths in found.items()})
     except Disagreement as error:

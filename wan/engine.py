@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,7 +63,7 @@ class Video:
 
     def save(self, path: str | Path) -> Path:
         """Write an mp4, or one frame as PNG, with the settings inside. Raises UsageError or SwanError; atomic."""
-        path = Path(check_save_file(str(path), len(self.frames)))
+        path = Path(check_save_file(os.fspath(path) or ".", len(self.frames)))
         self.write(path)
         return path
 
@@ -103,7 +104,7 @@ class Engine:
         self._pipe.keeps = load.residency != "stage"
         self._loras: dict[str, LoraChoice] = {}
         self._preview: Preview | None = None
-        self._turn = threading.Lock()
+        self._turn, self._owner = threading.Lock(), 0  # the thread whose turn it is
         self._is_closed = False
 
     @property
@@ -159,6 +160,7 @@ class Engine:
         preview_every: int = 0,
     ) -> Video:
         """`generate`, for options that were checked."""
+        _check_call(on_event, cancel, preview_every)
         tell = on_event or (lambda event: None)
         with self._my_turn(cancel) as check:
             pipe = self._pipe
@@ -195,9 +197,10 @@ class Engine:
 
     def close(self) -> None:
         """The last call: gives all memory back."""
-        with self._turn:
-            self._is_closed = True
-            self._pipe.release()
+        if not self._is_closed:
+            with self._my_turn(None):
+                self._pipe.release()
+                self._is_closed = True
 
     def __enter__(self) -> Engine:
         return self
@@ -213,14 +216,18 @@ class Engine:
             if cancel is not None and cancel.is_set():
                 raise Cancelled("cancelled")
 
+        if self._owner == threading.get_ident():
+            raise UsageError("the engine is at work on this call: it cannot be called from its own on_event")
         while not self._turn.acquire(timeout=_POLL_SECONDS):
             check()
+        self._owner = threading.get_ident()
         try:
             if self._is_closed:
                 raise UsageError("the engine is closed: make another one")
             check()
             yield check
         finally:
+            self._owner = 0
             self._turn.release()
 
     def _shows(self, tell: Callable[[Event], object], every: int) -> Callable[[StepContext, Tensor], None]:
@@ -232,6 +239,15 @@ class Engine:
                 tell(Event("preview", "denoise", ctx.step + 1, ctx.steps, frames=self._preview(clean[0])))
 
         return show
+
+
+def _check_call(on_event: Any, cancel: Any, preview_every: Any) -> None:
+    if on_event is not None and not callable(on_event):
+        raise UsageError(f"on_event must be a function of one event, not {on_event!r:.100}")
+    if cancel is not None and not hasattr(cancel, "is_set"):
+        raise UsageError(f"cancel must be a threading.Event, not {cancel!r:.100}")
+    if isinstance(preview_every, bool) or not isinstance(preview_every, int) or preview_every < 0:
+        raise UsageError(f"preview_every must be a whole number of steps, 0 for none, not {preview_every!r:.100}")
 
 
 class _Stages:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 MAX_PIXELS = 100_000_000
 PLAIN_PIXELS, PIXELS_PER_BYTE = 20_000_000, 1_000  # what a few bytes may claim; deflate saves no more than that
+_STDERR = threading.Lock()
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits
 
 
@@ -71,6 +73,14 @@ def most_pixels(size_bytes: int) -> int:
     return min(MAX_PIXELS, max(PLAIN_PIXELS, PIXELS_PER_BYTE * size_bytes))
 
 
+def frames_of_image(path: str | Path) -> int:
+    """Of an image file that can be read. Pages of a TIFF are frames, too; the second view of a camera's MPO is none."""
+    from PIL import Image
+
+    with _opened(path) as file, _unheard(), Image.open(file) as image:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
 def image_sha256(path: str | Path | Image.Image) -> str:
     """SHA-256 of an image file, as it lies on the disk, or of the pixels of one in memory. Raises as `read_image` for
     what is no plain file."""
@@ -105,9 +115,12 @@ class _Reader(io.BufferedReader):
 
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
-    """Decoders print to stderr, through Python or, as libtiff does, from C. A failure is one line, and ours."""
+    """Decoders print to stderr, through Python or, as libtiff does, from C. A failure is one line, and ours.
+
+    One at a time: stderr is of the whole process, and a second thread would keep what the first one has put there.
+    """
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
+    with _STDERR, warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
         warnings.simplefilter("ignore")
         try:
             stderr = os.dup(2)

@@ -328,7 +328,7 @@ class WanPipeline:
                     cache=self.cache,
                     parallel=self.parallel,
                     on_step=on_step,
-                    on_clean=on_clean,
+                    on_clean=on_clean and (lambda ctx, clean: on_clean(ctx, clean[:, :, condition.extra_frames :])),
                 )
         finally:
             if self.placement.offload != "none" and not self.keeps:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import open_plain
-from wan.pictures import MAX_PIXELS, is_picture, most_pixels, read_image
+from wan.pictures import MAX_PIXELS, frames_of_image, is_picture, most_pixels, read_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +100,9 @@ def open_video(path: Any) -> VideoFile:
         path = os.path.abspath(path)
     if not isinstance(path, str) or is_picture(path):
         height, width, _ = read_image(path).shape
+        if isinstance(path, str) and (count := frames_of_image(path)) > 1:
+            told = f"{printable(path)}: an animated picture of {count} frames, of which only the first would be seen"
+            raise SwanError(f"{told}: make it a video, or save that frame alone")
         return VideoFile(path, width, height, (0.0,), 1 / _USUAL_FPS)
     with _opened(path) as (container, stream):
         first = next(container.decode(stream), None)

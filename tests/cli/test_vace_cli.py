@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.judge import judge
 from benchmarks.tiny_world_vace import all_cases, appears, kept_psnr, make_case
@@ -29,6 +30,9 @@ def folder(tmp_path, monkeypatch):
     write(tmp_path / "five.avi", ramp(5), "ffv1", "bgr0")
     still(tmp_path / "half.png", np.repeat([[[0]], [[255]]], 24, axis=0).repeat(64, 1).repeat(3, 2).astype(np.uint8))
     still(tmp_path / "wide.png", ramp(1, 96, 32)[0])
+    still(tmp_path / "thin.png", np.zeros((2, 1000, 3), np.uint8))
+    frames = [Image.fromarray(frame) for frame in ramp(3)]
+    frames[0].save(tmp_path / "moves.webp", save_all=True, append_images=frames[1:])
     (tmp_path / "text.mp4").write_text("no video\n")
     sound(tmp_path / "sound.mp4")
     return tmp_path
@@ -53,7 +57,7 @@ MIXES = {
     "margins": ({"src_video": "five.avi", "outpaint": "0,0,32,0"}, (5, 32, 64)),
     "extension": ({"extend": "five.avi"}, (9, 48, 48)),
     "ends": ({"image": "wide.png", "last_frame": "half.png"}, (9, 32, 64)),
-    "references": ({"src_ref_images": "wide.png,half.png"}, (9, 48, 48)),
+    "references": ({"src_ref_images": "wide.png, half.png"}, (9, 48, 48)),
     "all": ({"src_video": "nine.avi", "src_mask": "nine.avi", "src_ref_images": "wide.png"}, (9, 48, 48)),
 }
 
@@ -94,6 +98,23 @@ def test_the_command_line(folder, capsys):
     assert (len(video), video.width, video.height) == (5, 64, 32)
 
 
+def test_previews_show_the_video_alone(makes):
+    previews = []
+    makes(src_ref_images="wide.png,half.png", preview_every=1, on_event=lambda event: previews.append(event.frames))
+    assert {len(frames) for frames in previews if frames is not None} == {3}
+
+
+def test_a_replay_asks_for_all_references_at_once(folder, capsys):
+    flags = ["--task", "vace-tiny", "--prompt", PROMPT, "--sample_steps", "1", "--size", "48x48", "--frame_num", "5"]
+    assert main([*flags, "--src_ref_images", "wide.png,half.png", "--save_file", "a.mp4", "--quiet"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["--replay", "a.mp4", "--save_file", "b.mp4", "--quiet"]) == 2
+    both = f"{folder / 'wide.png'},{folder / 'half.png'}"
+    assert f"add --src_ref_images {both}" in capsys.readouterr().err
+    assert main(["--replay", "a.mp4", "--src_ref_images", both, "--save_file", "b.mp4", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == first["sha256"]
+
+
 BAD = {
     ("--src_video", "sound.mp4"): (1, "it has sound, but no picture"),
     ("--src_video", "text.mp4"): (1, "damaged, cut off, or of a format that is not known"),
@@ -103,6 +124,12 @@ BAD = {
     ("--src_ref_images", "wide.png,text.mp4"): (1, "cannot read image"),
     ("--context_scale", "much"): (2, "--context_scale must be a number, not 'much'"),
     ("--src_video", "nine.avi", "--extend", "five.avi"): (2, "--src_video and --extend both say"),
+    ("--src_video", "nine.avi", "--outpaint", "9999,9999,9999,9999"): (2, "--outpaint leaves nothing of a source"),
+    ("--src_video", "nine.avi", "--outpaint", "1.5,0,0,0"): (2, "--outpaint must be four numbers"),
+    ("--src_video", "moves.webp"): (1, "an animated picture of 3 frames"),
+    ("--extend", "half.png", "--last_frame", "thin.png"): (2, "--last_frame: 1000x2 is too unlike"),
+    ("--src_ref_images", "wide.png,"): (2, "--src_ref_images is an empty path"),
+    ("--src_video", ""): (2, "--src_video is an empty path"),
     ("--task", "t2v-tiny", "--src_video", "nine.avi"): (2, "--src_video is for vace tasks"),
 }
 

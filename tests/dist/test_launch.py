@@ -390,3 +390,19 @@ def test_consequences_are_told_from_causes(message, secondary):
 def test_import_without_torch():
     command = "import sys, wan.distributed.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=REPO).returncode == 0
+
+
+def test_a_second_process_of_a_rank_takes_no_place():
+    """Nor does it say that the rank is gone, when it leaves."""
+    from torch.distributed import HashStore
+
+    from wan.distributed.watchdog import Board, Watchdog
+
+    store = HashStore()
+    boards = [Board(store, 1, 2) for _ in range(2)]
+    boards[0].arrive()
+    with pytest.raises(RuntimeError, match="another process has RANK 1 too"):
+        boards[1].arrive()
+    for board, beat in ((boards[1], "0"), (boards[0], "gone")):
+        Watchdog(board, False, 1.0, lambda: "start", lambda: None).farewell()
+        assert store.get("beat/1").decode() == beat

@@ -160,7 +160,7 @@ def train_expert(out: Path, spec, expert: str, data, texts: Texts, log, steps: i
     first, spent, total = 0, 0.0, 0.0
     state_file = out / f"i2v_{expert}_state.pth"
     if resume and state_file.is_file():
-        state = torch.load(state_file, weights_only=False)
+        state = torch.load(state_file, weights_only=True)
         for name, one in saved.items():
             one.load_state_dict(state[name])
         first, spent = state["step"], state["seconds"]

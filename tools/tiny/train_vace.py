@@ -205,7 +205,8 @@ def train(
     kept = out / "vace_examples.pth"
     if not (resume and kept.is_file()):
         torch.save(examples(load_vae(files, base, torch.float32), random.Random(seed), clips), kept)
-    data = torch.load(kept, weights_only=False)
+    with torch.serialization.safe_globals([Clip, Examples]):
+        data = torch.load(kept, weights_only=True)
     model = build(load_dit(files.dit["model"], base), spec)
     branch = nn.ModuleDict({name: getattr(model, name) for name in ("vace_patch_embedding", "vace_blocks")})
     average = copy.deepcopy(branch).requires_grad_(False)
@@ -214,7 +215,7 @@ def train(
     first, spent, total = 0, 0.0, 0.0
     state_file = out / "vace_state.pth"
     if resume and state_file.is_file():
-        state = torch.load(state_file, weights_only=False)
+        state = torch.load(state_file, weights_only=True)
         for name, one in saved.items():
             one.load_state_dict(state[name])
         first, spent = state["step"], state["seconds"]

@@ -17,7 +17,7 @@ from wan.errors import SwanError, UsageError
 from wan.options.files import check_outputs, told_task
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
-from wan.options.names import DEFAULT_TASK, VIDEO_FLAGS
+from wan.options.names import DEFAULT_TASK, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
@@ -60,7 +60,15 @@ class Request:
         low, high = sample.guide_scale
         values["sample_guide_scale"] = low if low == high else [low, high]
         stored = {name: value for name in STORED if _is_storable(value := values.get(name))}
-        return {"swan": __version__, **stored, "image_sha256": sample.image_sha256}
+        memory = [name for name in (*STORED_PICTURES, *VIDEO_FLAGS, "src_ref_images") if _in_memory(values[name])]
+        kept = {"in_memory": memory} if memory else {}
+        return {"swan": __version__, **stored, "image_sha256": sample.image_sha256, **kept}
+
+
+def _in_memory(value: Any) -> bool:
+    """Whether it is a picture without a file, or a list with one."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return any(part is not None and not isinstance(part, str) for part in parts)
 
 
 def _is_storable(value: Any) -> bool:
@@ -77,8 +85,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     options. Raises UsageError or SwanError with one line.
     """
     at = asked(options, world_size)
-    load = _check_load(at)
-    sample, output = check_part(Sample, at), check_part(Output, at)
+    load, sample, output = (check_part(part, at) for part in PARTS.values())
     check_grid(at)
     request = Request(load, sample, output, tuple(at.warnings))
     check_written(request, replayed)
@@ -87,13 +94,13 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
 
 def build_load(options: Mapping[str, Any], world_size: int = 1) -> LoadOptions:
     """What an engine loads. Raises as `build_request`, also for an option of a video."""
-    _refuse_others(options, "load", "says what a video is like: it is for generate()")
-    return _check_load(asked(options, world_size))
+    _refuse_others(options, "load")
+    return check_part(LoadOptions, asked(options, world_size))
 
 
 def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     """A video of an engine, which nothing is written for. Raises as `build_request`, also for an option of loading."""
-    _refuse_others(options, "sample", "says what is loaded: it is for Engine()")
+    _refuse_others(options, "sample")
     at = asked({**options, "task": load.task})
     at.done["grid"] = load.grid
     sample = check_part(Sample, at)
@@ -101,17 +108,15 @@ def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     return Request(load, sample, warnings=tuple(at.warnings))
 
 
-def _check_load(at: Asked) -> LoadOptions:
-    load = check_part(LoadOptions, at)
-    if at.untold is not None:  # whatever else is wrong with the files was said first
-        raise at.untold
-    return load
-
-
-def _refuse_others(options: Mapping[str, Any], part: str, why: str) -> None:
+def _refuse_others(options: Mapping[str, Any], part: str) -> None:
+    why = {
+        "load": "says what is loaded: it is for Engine()",
+        "sample": "says what a video is like: it is for generate()",
+        "output": "says what is written: see Video.save(), and preview_every of generate()",
+    }
     for name in options:
-        if PART_OF.get(name, part) != part:
-            raise UsageError(f"{name} {why}")
+        if (other := PART_OF.get(name, part)) != part:
+            raise UsageError(f"{name} {why[other]}")
 
 
 def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
@@ -120,18 +125,18 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
     if unknown := sorted(set(given) - set(FLAGS)):
         raise UsageError(f"unknown option: {', '.join(unknown)}; options: {', '.join(FLAGS)}")
     get = of_kinds(given, FLAGS)
-    name, told, untold = get["task"], "", None
+    name, told = get["task"], ""
     if name is None:
         try:
             name, told = told_task(get)
         except SwanError as error:
             if isinstance(error, UsageError) or world_size == 1:  # else this rank's file is damaged: told to all later
-                untold = error
+                raise
     spec = load_task(name or DEFAULT_TASK)
     if get["preset"] is not None:
         for name, value in load_preset(get["preset"], spec).items():
             get[name] = or_default(get[name], value)
-    return Asked(spec, get, world_size, told, untold)
+    return Asked(spec, get, world_size, told)
 
 
 def check_written(request: Request, replayed: str | None = None) -> None:

@@ -14,12 +14,13 @@ from easydict import EasyDict
 from wan import __version__
 from wan.files import open_plain
 from wan.options import Request
-from wan.options.names import CACHE_FILES, FILE_FLAGS, LORA_FLAGS
+from wan.options.names import CACHE_FILES, FILE_FLAGS, LORA_FLAGS, VIDEO_FLAGS
 from wan.options.schema import flag_of
 
 # Each machine may have its own: paths (what lies there is compared by `file_fact`), memory, patience, a random seed.
 _OWN = {
-    *("ckpt_dir", "ckpt_option", *FILE_FLAGS, "image", "image_option", "last_frame", *LORA_FLAGS, "cache"),
+    *("ckpt_dir", "ckpt_option", *FILE_FLAGS, *LORA_FLAGS, "cache"),
+    *("image", "image_option", "last_frame", *VIDEO_FLAGS, "src_ref_images"),
     *("vram_bytes", "ram_bytes", "dist_timeout", "seed", "device", *("ulysses_size", "ring_size", "cfg_parallel")),
     *("checkpoint", "task_told"),
 }

@@ -16,6 +16,7 @@ CACHE_FILES = ("cache_coefficients", "cache_trace")
 MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
 LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
 MAX_CHARS = {"text": 10_000, "name": 200, "path": 4_096}  # by kind; of a prompt models read 512 tokens at most
+MAX_PICTURES = 100  # of one option
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 AREA_BELOW_720P = 832 * 624  # px

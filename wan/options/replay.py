@@ -54,6 +54,8 @@ def replay_options(
         options.pop(GGUF_FLAGS[flag], None)
     if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings
         options = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
+    if lost := [name for name in settings.get("in_memory", []) if name not in given]:
+        raise UsageError(f"the video was made from a picture in memory, which is in no file: give it with --{lost[0]}")
     named = {name: value for name, value in options.items() if name not in given}
     home = embedded_checkpoint(spec)
     _check_files(named, hashes, str(home) if home else None, files)
@@ -65,7 +67,7 @@ def replay_options(
 
 def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The options and the hashes of pictures that settings hold, each of the kind that it should be."""
-    unused = sorted(printable(name) for name in set(settings) - {*STORED, "swan", "image_sha256"})
+    unused = sorted(printable(name) for name in set(settings) - {*STORED, "swan", "image_sha256", "in_memory"})
     if unused and warnings is not None:
         warnings.append(f"not taken from the video: {', '.join(unused)[:200]}")
     options = {name: settings[name] for name in STORED if settings.get(name) is not None}
@@ -73,9 +75,10 @@ def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[di
         options = {name: of_kind(value, name, FLAGS[name].kind) for name, value in options.items()}
     except UsageError as error:
         raise SwanError(f"the settings in the video are damaged: {error}") from error
-    hashes = settings.get("image_sha256", {})
+    hashes, memory = settings.get("image_sha256", {}), settings.get("in_memory", [])
     wrong = [flag for flag in LORA_FLAGS if not all(isinstance(pair, list) for pair in options.get(flag, []))]
     wrong += [] if isinstance(hashes, dict) else ["image_sha256"]
+    wrong += [] if isinstance(memory, list) and all(one in STORED for one in memory) else ["in_memory"]
     if wrong:
         raise SwanError(f"the settings in the video are damaged: {wrong[0]} is not what Swan writes there")
     return options, hashes
@@ -94,7 +97,7 @@ def _check_files(named: Mapping[str, Any], hashes: Mapping[str, str], home: str 
             proven = flag in STORED_PICTURES and flag in hashes and not path.startswith(_NETWORK)
             if is_hub or not (allowed or proven or _is_inside(path, home)):
                 text = shlex.quote(printable(":".join([path, *map(str, strength)])))
-                missing.append((printable(path), f"--{flag} {text}", is_hub))
+                missing.append((printable(path.split(",")[0]), f"--{flag} {text}", is_hub))
     if missing:
         flags = " ".join(flag for _, flag, _ in missing[:MOST_SHOWN]) + " ..." * (len(missing) > MOST_SHOWN)
         also = "" if all(is_hub for *_, is_hub in missing) else ", or --replay_files to use all files that it names"
@@ -102,9 +105,9 @@ def _check_files(named: Mapping[str, Any], hashes: Mapping[str, str], home: str 
 
 
 def _parts(flag: str, value: Any) -> list[list[Any]]:
-    """[path] or [path, strength] of each file that an option names."""
+    """[path] or [path, strength] of each file that an option names, as the flag takes it."""
     if flag == "src_ref_images":
-        return [[path] for path in value]
+        return [[",".join(value)]]
     return value if flag in LORA_FLAGS else [[value]]
 
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from easydict import EasyDict
 
-from wan.errors import SwanError
 from wan.options.values import of_kind
 
 Part = TypeVar("Part")
@@ -21,14 +20,12 @@ Part = TypeVar("Part")
 @dataclass
 class Asked:
     """What is being checked. get: the given values by flag, each of its kind or None; done: the fields checked so far,
-    of all parts; world_size: processes that make the video together; told: how the task was, where it was not given,
-    untold: why it could not be."""
+    of all parts; world_size: processes that make the video together; told: how the task was, where it was not given."""
 
     spec: EasyDict
     get: Mapping[str, Any]
     world_size: int = 1
     told: str = ""
-    untold: SwanError | None = None
     warnings: list[str] = field(default_factory=list)
     done: dict[str, Any] = field(default_factory=dict)
     _known: dict[str, Any] = field(default_factory=dict)

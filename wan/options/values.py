@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import UsageError
-from wan.options.names import MAX_CHARS
+from wan.options.names import MAX_CHARS, MAX_PICTURES
 
 QUOTES = "'\""
 MAX_FP32 = 3.4e38  # what is computed with is held in fp32
@@ -37,8 +37,12 @@ def of_kind(value: Any, flag: str, kind: str) -> Any:
     if value is None:
         return None
     if kind == "pictures":
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-        return [of_kind(part, flag, "picture") for part in parts]
+        parts = value if isinstance(value, (list, tuple)) else value.split(",") if isinstance(value, str) else [value]
+        if len(parts) > MAX_PICTURES or any(part is None for part in parts):
+            raise UsageError(f"--{flag} must be 1 to {MAX_PICTURES} pictures, not {shown(value)}")
+        return [of_kind(part.strip() if isinstance(part, str) else part, flag, "picture") for part in parts]
+    if kind == "picture" and isinstance(value, str) and not value:
+        raise UsageError(f"--{flag} is an empty path")
     if kind == "picture" and not isinstance(value, (str, os.PathLike)):
         return _picture(value, flag)
     kind = {"picture": "path", "file": "path", "bool": "flag", "whole": "number"}.get(kind, kind)

@@ -50,18 +50,25 @@ class Vace(Kind):
             video, margins = inputs["src_video"], inputs.get("outpaint", Margins(0, 0, 0, 0))
             height, width = video.height + margins.top + margins.bottom, video.width + margins.left + margins.right
             tokens = area // multiple**2 * latent_frames(frames)
+            pixels_h, pixels_w = height, width
             height, width, frames = vace_size(area, tokens, len(video), height, width, multiple=multiple)
+            if min(video.height * height / pixels_h, video.width * width / pixels_w) < 1:
+                raise UsageError(f"--outpaint leaves nothing of a source of {video.width}x{video.height} to be seen")
             return width, height, frames
-        clips = [inputs[name] for name in ("extend", "last_frame") if name in inputs]
+        clips = {name: inputs[name] for name in ("extend", "last_frame") if name in inputs}
         if not clips:
             return *size, frames
-        if sum(map(len, clips)) >= frames:
-            told = f"{sum(map(len, clips))} frames are given of a video of {frames}"
+        first, given = next(iter(clips.values())), sum(map(len, clips.values()))
+        if given >= frames:
+            told = f"{given} of a video's frames are given, and --frame_num is {frames}"
             raise UsageError(f"{told}: nothing is left to make; give a larger --frame_num or a shorter clip")
         tokens = area // multiple**2 * latent_frames(frames)
-        height, width, _ = vace_size(area, tokens, frames, clips[0].height, clips[0].width, multiple=multiple)
-        for clip in clips:
-            cover_size(height, width, clip.height, clip.width)  # raises where it would take a giant to cover it
+        height, width, _ = vace_size(area, tokens, frames, first.height, first.width, multiple=multiple)
+        for name, clip in clips.items():
+            try:  # it may take a giant to cover it
+                cover_size(height, width, clip.height, clip.width)
+            except UsageError as error:
+                raise UsageError(f"--{name}: {error}") from error
         return width, height, frames
 
     def extra_frames(self, sample: Any) -> int:
@@ -96,9 +103,10 @@ def _margins(value: Any) -> Margins:
     parts = value.replace(",", " ").split() if isinstance(value, str) else value
     try:
         margins = Margins(*map(int, parts))
-        if min(margins) < 0 or not any(margins) or max(margins) > _MOST_MARGIN:
+        is_whole = list(margins) == list(map(float, parts))
+        if not is_whole or min(margins) < 0 or not any(margins) or max(margins) > _MOST_MARGIN:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"--outpaint must be {allowed}, not {str(value)[:100]!r}") from None
     return margins
 
