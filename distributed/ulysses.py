@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from wan.distributed.grid import split
 from wan.distributed.shards import Group
@@ -39,5 +38,5 @@ def to_tokens(x_BTGD: Tensor, heads: int, lengths: Sequence[int], group: Group) 
 
 def _exchange(sent: Tensor, sent_sizes: list[int], sizes: list[int], group: Group) -> tuple[Tensor, ...]:
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, sent_sizes, group=group.handle)
+    group.all_to_all(received, sent, sizes, sent_sizes)
     return received.split(sizes)

@@ -8,26 +8,47 @@ tiny model, the same formulas run on whole tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def slice_rows(x: Tensor) -> int:
-    """How many rows of `x` `[N, ...]` a chain handles at a time: 512 KiB in fp32 on a CPU, else 64 MiB."""
-    elements = 1 << 17 if x.device.type == "cpu" else 1 << 24
-    return max(1, elements // max(1, x[0].numel()))
+_counted_for: ContextVar[str | None] = ContextVar("counted_for", default=None)
+
+
+@contextmanager
+def counted_for(device_type: str) -> Iterator[None]:
+    """While memory and work are counted: tensors on the meta device go the way of those on `device_type`, and of the
+    slices of a chain, which are alike, the first one alone is run."""
+    token = _counted_for.set(device_type)
+    try:
+        yield
+    finally:
+        _counted_for.reset(token)
+
+
+def _is_on_cpu(x: Tensor) -> bool:
+    return (_counted_for.get() if x.device.type == "meta" else x.device.type) == "cpu"
+
+
+def slices(x: Tensor, held: int = 1) -> Iterator[slice]:
+    """The rows of `x` `[N, ...]` that a chain handles at a time: 512 KiB in fp32 on a CPU, else 64 MiB, of all that it
+    holds, which is `held` times as much as a slice."""
+    elements = 1 << 17 if _is_on_cpu(x) else 1 << 24
+    rows = max(1, elements // max(1, x[0].numel()) // held)
+    stop = rows if x.device.type == "meta" and _counted_for.get() else len(x)
+    return (slice(start, start + rows) for start in range(0, stop, rows))
 
 
 def _in_slices(x: Tensor, chain: Callable[..., Tensor], *rowwise: Tensor) -> Tensor:
     """`chain(x, *rowwise)` over the rows of `x` `[N, ...]`, in fp32; in place where autograd is off."""
     if torch.is_grad_enabled():
         return chain(x.float(), *rowwise).to(x.dtype)
-    rows = slice_rows(x)
-    for start in range(0, x.shape[0], rows):
-        part = slice(start, start + rows)
+    for part in slices(x):
         x[part] = chain(x[part].float(), *(other[part] for other in rowwise))
     return x
 
@@ -62,7 +83,7 @@ def norm_rope(x_BLC: Tensor, weight_C: Tensor, eps: float, head_dim: int, rope_L
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form. May overwrite `x`. torch's own bf16 kernel on a CPU is some ten times slower than this."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype == torch.float32:
+    if torch.is_grad_enabled() or not _is_on_cpu(x) or x.dtype == torch.float32:
         return F.gelu(x, approximate="tanh")
 
     def chain(x: Tensor) -> Tensor:  # x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
@@ -79,7 +100,7 @@ def modulated_norm(x_BLC: Tensor, shift_RC: Tensor, scale_RC: Tensor, segments: 
     The scale rides on the norm's own weight and bias, so this is one fused kernel a segment.
     """
     weight_RC, bias_RC = 1 + scale_RC.float(), shift_RC.float()
-    has_kernel = x_BLC.dtype == torch.float32 or x_BLC.device.type == "cpu"  # GPUs have none for bf16 beside fp32
+    has_kernel = x_BLC.dtype == torch.float32 or _is_on_cpu(x_BLC)  # GPUs have none for bf16 beside fp32
     norm = _norm if has_kernel else norm_in_slices
     parts = [
         norm(part, weight_RC[row], bias_RC[row], eps)
@@ -94,9 +115,8 @@ def _norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
 
 def norm_in_slices(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
     """LayerNorm with fp32 weights in fp32, in the type of `x`, where no kernel takes both."""
-    out, rows = torch.empty_like(x_NC), max(1, slice_rows(x_NC) // 2)  # a slice and its norm
-    for start in range(0, len(x_NC), rows):
-        part = slice(start, start + rows)
+    out = torch.empty_like(x_NC)
+    for part in slices(x_NC, held=2):  # and its norm
         out[part] = _norm(x_NC[part].float(), weight_C, bias_C, eps)
     return out
 
@@ -113,9 +133,8 @@ def gated_add(x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor, segments: list[tupl
 def _gated(x_NC: Tensor, y_NC: Tensor, gate_C: Tensor) -> Tensor:
     if x_NC.dtype == torch.float32:
         return torch.addcmul(x_NC, y_NC, gate_C)
-    out, rows = torch.empty_like(x_NC), max(1, slice_rows(x_NC) // 2)  # a slice of x and of y
-    for start in range(0, len(x_NC), rows):
-        part = slice(start, start + rows)
+    out = torch.empty_like(x_NC)
+    for part in slices(x_NC, held=2):  # of x and of y
         out[part] = x_NC[part].float().addcmul_(y_NC[part].float(), gate_C)
     return out
 
