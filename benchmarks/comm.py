@@ -131,15 +131,8 @@ def count(case: Case, model: WanModel, parallel: Parallel, grid: Grid, rank: int
     """A forward of a model of one layer, and with cfg the exchange of the branches."""
     tally = Tally(grid, rank)
     model.parallel, model.attention = parallel, BackEnd(lambda *qkv: _flash(*qkv)[0], _flash)
-    block = model.blocks[0]
-    hooks = [
-        block.register_forward_pre_hook(lambda *_: setattr(tally, "place", "layer")),
-        block.register_forward_hook(lambda *_: setattr(tally, "place", "rest")),
-    ]
-    with tally:
+    with tally, tally.places({model.blocks[0]: "layer"}):
         parallel.branches(prediction(case, model), ("cond", "uncond")[: grid.cfg])
-    for hook in hooks:
-        hook.remove()
     return tally
 
 

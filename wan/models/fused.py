@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _counted_for: ContextVar[str | None] = ContextVar("counted_for", default=None)
 
 

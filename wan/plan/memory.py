@@ -1,4 +1,4 @@
-"""Peak bytes of each stage of a run, on the device and in the machine's memory, for a given placement. No torch.
+"""Peak bytes of each stage of a run, on the device and in the machine's memory, for a given placement.
 
 The peak of a stage is what it keeps, and the larger of what loading and what computing needs besides.
 """
@@ -15,22 +15,23 @@ from easydict import EasyDict
 
 from wan.cache.options import policy_of
 from wan.conditioning.sizes import latent_shape
+from wan.denoise import experts_of, scale_of
 from wan.distributed.grid import split
-from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
+from wan.plan import runs
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES
+from wan.plan.runs import DTYPES
 from wan.plan.weights import (
     HEAP_BYTES,
-    ITEMSIZE,
     Component,
     as_gguf,
+    component,
     components,
     expert_names,
     lora_bytes,
     share,
-    vae_component,
 )
-from wan.plan.work import high_noise_steps
 from wan.request import Request
+from wan.solvers import make_solver
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
 GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
@@ -56,9 +57,9 @@ class Workload:
             return other
         known = dict(self.components)
         if "vae_dtype" in fields:
-            known["vae"] = vae_component(other.request, self.spec)
+            known["vae"] = component(other.request, self.spec, "vae")
         for name, kind in (gguf or {}).items():
-            known[name] = as_gguf(known[name], self.spec, kind, other.request.dtype)
+            known[name] = as_gguf(known[name], kind, other.request.t5_dtype if name == "t5" else other.request.dtype)
         other.__dict__.update(components=known, loras=self.loras)  # in place of what `cached_property` would find
         return other
 
@@ -88,12 +89,26 @@ class Workload:
         return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
 
     @cached_property
+    def expert_of_step(self) -> list[str]:
+        request = self.request
+        how = {"steps": request.steps, "shift": request.shift, "denoising_step_list": request.denoising_step_list}
+        timesteps = make_solver(request.solver, **how).timesteps.tolist()
+        return experts_of(timesteps, self.spec.get("boundary"), request.boundary_step_index)
+
+    @property
+    def forwards(self) -> int:
+        """Of the DiT in the whole run: two a step with guidance."""
+        scales = [scale_of(name, self.request.guide_scale) for name in self.expert_of_step]
+        return sum(1 if scale == 1 else 2 for scale in scales)
+
+    @cached_property
+    def forward_flops(self) -> runs.Forward:
+        return runs.forward_flops(self.spec, self.latent)
+
+    @cached_property
     def experts(self) -> list[str]:
         """The networks that have steps: of two, one may have none, and is never loaded."""
-        names, high = expert_names(self.spec), high_noise_steps(self.request, self.spec)
-        if len(names) == 1 or 0 < high < self.request.steps:
-            return names
-        return names[:1] if high else names[1:]
+        return [name for name in expert_names(self.spec) if name in self.expert_of_step]
 
     @cached_property
     def loras(self) -> dict[str, int]:
@@ -104,7 +119,7 @@ class Workload:
 
     def cache_bytes(self) -> tuple[int, bool]:
         """(bytes, whether they are on the device) of what a cache keeps while the network runs."""
-        options, itemsize = self.request.cache, ITEMSIZE[self.request.dtype]
+        options, itemsize = self.request.cache, DTYPES[self.request.dtype].itemsize
         if not options:
             return 0, True
         policy = policy_of(options)
@@ -125,54 +140,49 @@ class Workload:
         request = self.request
         return [request.prompt] + [request.negative_prompt] * (self.branches == 2 or request.grid.cfg == 2)
 
-    @cached_property
-    def activations(self) -> dict[str, tuple[int, int]]:
-        """Stage -> bytes on a CPU and on a GPU."""
-        request, spec = self.request, self.spec
-        itemsize = ITEMSIZE[request.dtype]
-        texts = self.prompts
-        # Not tokenized here; no token is shorter than a letter, and the end has one of its own.
-        words = min(spec.dit.text_len, max(map(len, texts)) + 2)
-        text = text_bytes(spec, len(texts), words, ITEMSIZE[request.t5_dtype])
-        # Sample, noise, two predictions and the solver's history in fp32; the input with its condition.
-        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * spec.dit.in_dim // spec.vae.z_dim)
-        hidden = [dit_bytes(spec, self.tokens, self.all_tokens, itemsize, on_cpu) for on_cpu in (True, False)]
-        decoding = self._vae_bytes(decode_values, spec.vae_stride[1]) + self._video_bytes(4)
-        found = {
-            "encode_text": (text, text),
-            "denoise": (hidden[0] + latents, hidden[1] + latents),
-            "decode": (decoding, decoding),
-        }
-        if "encode_image" in self.stages:
-            # The video that is encoded, as it is given and cut up for the encoder.
-            video = self._video_bytes(4 + ITEMSIZE[request.vae_dtype])
-            encoding = self._vae_bytes(encode_values, 1) + video
-            looking = clip_bytes(2 if request.last_image else 1) if "clip" in self.components else 0
-            found["encode_image"] = (max(encoding, looking), max(encoding, looking))
-        return found
+    @property
+    def text_tokens(self) -> int:
+        """Of the longest prompt, at most: it is not tokenized here; no token is shorter than a letter, and the end has
+        one of its own."""
+        return min(self.spec.dit.text_len, max(map(len, self.prompts)) + 2)
 
-    def _video_bytes(self, value_bytes: int) -> int:
+    @property
+    def image_frames(self) -> int:
+        """Of the video that an image is encoded in."""
+        return 1 if self.spec.kind == "ti2v" else self.request.frame_num
+
+    def encoding(self, device: str) -> runs.Count:
+        """Of the image, by the VAE, with the video that it is encoded in."""
         request = self.request
-        tiles = 2 if self._tile(1) else 1  # blended in a video of their own
-        return 3 * request.frame_num * request.width * request.height * value_bytes * tiles
-
-    def _tile(self, stride: int) -> int:
-        """Side of a tile in units of `stride` px; 0 if the picture is not cut up."""
-        tile = self.request.vae_tile_px or 0
-        return tile // stride if tile and max(self.request.width, self.request.height) > tile else 0
-
-    def _vae_bytes(self, values, stride: int) -> int:
-        """Of one chunk. Processes share the rows, where there are enough of them."""
-        tile = self._tile(stride)
-        rows, columns = (
-            min(tile or side, side) for side in (self.request.height // stride, self.request.width // stride)
+        size = self.image_frames, request.height, request.width
+        return runs.encoding(
+            self.spec.vae, *size, request.vae_dtype, device, request.vae_tile_px or 0, request.grid.size
         )
-        cells, ranks = rows * stride // self.spec.vae_stride[1], self.request.grid.size
-        if 1 < ranks <= cells:
-            halo = 2 * self.spec.vae_stride[1] // stride if stride > 1 else 2
-            rows = split(cells, ranks)[0] * self.spec.vae_stride[1] // stride + halo
-        is_single = self.request.frame_num == 1
-        return values(self.spec.vae, rows, columns, is_single) * ITEMSIZE[self.request.vae_dtype]
+
+    def decoding(self, device: str) -> runs.Count:
+        request = self.request
+        how = request.vae_dtype, device, request.vae_tile_px or 0, request.grid.size
+        return runs.decoding(self.spec.vae, self.latent, *how)
+
+    def text_encoding(self) -> runs.Count:
+        return runs.text_encoding(self.spec.text, len(self.prompts), self.text_tokens, self.request.t5_dtype)
+
+    def looking(self) -> runs.Count:
+        """Of the image, by CLIP."""
+        return runs.image_looking(2 if self.request.last_image else 1, self.request.dtype)
+
+    def working_bytes(self, stage: str, device: str) -> int:
+        """What a stage holds at most beside weights, where it computes."""
+        request = self.request
+        if stage == "encode_text":
+            return self.text_encoding().peak
+        if stage == "denoise":
+            is_guided = any(scale != 1 for scale in request.guide_scale)
+            how = request.dtype, device, request.grid, request.solver, is_guided, request.image is not None
+            return runs.denoising_bytes(self.spec, self.latent, *how)
+        if stage == "decode":
+            return self.decoding(device).peak
+        return max(self.encoding(device).peak, self.looking().peak if "clip" in self.components else 0)
 
 
 def memory_by_stage(load: Workload, device: str, placement) -> dict[str, dict[str, int]]:
@@ -201,8 +211,8 @@ class _Held:
 
     def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
         """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
-        load, cpu_work, gpu_work = self.load, *self.load.activations[stage]
-        work = cpu_work if self.on_cpu else gpu_work
+        load = self.load
+        work = load.working_bytes(stage, "cpu" if self.on_cpu else "cuda")
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
@@ -218,7 +228,7 @@ class _Held:
             before["device"] -= load.components["vae"].dense.total  # it is there already
         keeps = {where: before[where] + own[where] for where in own}
         models = [load.components[name] for name in names]
-        loading = max(one.load_bytes + (0 if self.on_cpu else one.largest) for one in models)
+        loading = max(one.reading.beside if self.on_cpu else one.reading.largest for one in models)
         self._leave(names)
         return keeps, work, loading
 
@@ -250,7 +260,7 @@ class _Held:
             return own, work if self.on_cpu else 0
         if placement.text == "stream":
             # One layer at a time, of which the embedding is the largest.
-            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.t5_dtype]
+            embedding = load.components["t5"].reading.largest
             return {"device": embedding, "ram": whole + tokenizer}, work
         return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
 

@@ -32,18 +32,25 @@ class Tally(TorchDispatchMode):
         super().__init__()
         self.flops: Counter[tuple[str, str]] = Counter()
         self.live = self.peak = 0
-        self.place = "rest"
+        self._places = ["rest"]
         self._storages: dict[int, weakref.ref] = {}
+
+    @property
+    def place(self) -> str:
+        return self._places[-1]
 
     @contextmanager
     def places(self, named: Mapping[nn.Module, str]) -> Iterator[None]:
         """While this is open, what is computed within a module has the place of that name."""
 
         def enter(place: str) -> Callable[..., None]:
-            return lambda *_: setattr(self, "place", place)
+            return lambda *_: self._places.append(place)
+
+        def leave(*_: Any) -> None:
+            self._places.pop()
 
         hooks = [module.register_forward_pre_hook(enter(name)) for module, name in named.items()]
-        hooks += [module.register_forward_hook(enter("rest")) for module in named]
+        hooks += [module.register_forward_hook(leave) for module in named]
         try:
             yield
         finally:
