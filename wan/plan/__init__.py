@@ -1,7 +1,7 @@
 """The plan of a run: files, work, memory and what lies where. Printed by --dry_run, followed by every run.
 
-Work, parameters and memory are those of the models themselves, on the meta device; see `benchmarks.plan_memory` for what
-is measured.
+Work, parameters and memory are those of the models themselves, on the meta device; `benchmarks.plan_memory` has them
+beside what is measured.
 """
 
 from wan.plan.decide import choose, measure, settle_dtype

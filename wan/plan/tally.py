@@ -1,4 +1,4 @@
-"""What a network computes and holds, counted while it runs on the meta device, where it takes neither time nor memory."""
+"""What a network computes and holds, counted while it runs on the meta device, where that takes no memory."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class Tally(TorchDispatchMode):
         self._places = ["rest"]
         self._storages: dict[int, weakref.ref] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the compiler would be imported, half a second's work, though there is nothing to compile
+
     @property
     def place(self) -> str:
         return self._places[-1]
@@ -67,9 +71,7 @@ class Tally(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = args[0] if _is_in_place(func) and args[0].is_meta else func(*args, **kwargs)  # nothing to be done
-        if func in (aten.convolution.default, aten._convolution.default):
-            out = _as_convolved(args[0], out)
+        out = _result(func, args, kwargs)
         self.count(func, args, kwargs, out)
         return out
 
@@ -100,6 +102,38 @@ class Tally(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, let_go)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _result(func, args, kwargs: dict[str, Any]) -> Any:
+    """What `func` gives. On the meta device most of its time goes into telling the shape, so that is told once."""
+    if _is_in_place(func) and args[0].is_meta:
+        return args[0]
+    if func.is_view or func._schema.is_mutable or len(func._schema.returns) != 1:
+        return func(*args, **kwargs)
+    asked = (func, _form(args), _form(tuple(kwargs.items())))
+    if asked not in _forms:
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor) or not out.is_meta:
+            return out
+        if func in (aten.convolution.default, aten._convolution.default):
+            out = _as_convolved(args[0], out)
+        if len(_forms) == _MOST_FORMS:
+            _forms.clear()
+        _forms[asked] = out.shape, out.stride(), out.dtype
+        return out
+    shape, stride, dtype = _forms[asked]
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+_forms: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+_MOST_FORMS = 20_000
+
+
+def _form(value: Any) -> Any:
+    """What the result's shape depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_form, value)) if isinstance(value, (list, tuple)) else value
 
 
 @cache

@@ -97,7 +97,7 @@ class ModelWeights:
         return self._model
 
     def reads(self) -> Iterator[tuple[int, int]]:
-        """Of each weight, in the order in which `fill` reads them: bytes that are read, and bytes that become of them."""
+        """Of each weight, in the order in which `fill` reads them: bytes that are read, and what becomes of them."""
         for slot in self._slots:
             name = slot.stored if isinstance(slot.stored, str) else slot.stored.name
             info, kind, target = (
