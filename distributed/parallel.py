@@ -49,7 +49,13 @@ class Parallel:
     def imagined(cls, cfg: int = 1, ring: int = 1, ulysses: int = 1) -> Parallel:
         """The first of so many processes that are not there, see `shards.Imagined`."""
         one = cls()
-        sizes = {"cfg": cfg, "ring": ring, "ulysses": ulysses, "sequence": ring * ulysses, "world": cfg * ring * ulysses}
+        sizes = {
+            "cfg": cfg,
+            "ring": ring,
+            "ulysses": ulysses,
+            "sequence": ring * ulysses,
+            "world": cfg * ring * ulysses,
+        }
         for axis, size in sizes.items():
             setattr(one, axis, Imagined(count=size) if size > 1 else ALONE)
         return one

@@ -144,7 +144,8 @@ def _is_in_place(func) -> bool:
 @cache
 def _is_composite(func) -> bool:
     """Whether it is made of others, as those that inference mode hands on whole."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    key = "CompositeImplicitAutograd"
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _as_convolved(x: Tensor, out: Tensor) -> Tensor:
