@@ -1,4 +1,4 @@
-"""The files of a run: where they are, how large, and two that contradict each other. No torch."""
+"""The files of a run: where they are, how large, and two that contradict each other."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
-from wan.files import read_json, visible_files
-from wan.plan.headers import is_gguf, read_held
+from wan.files import open_plain, read_json, visible_files
 from wan.request import Request
 from wan.weights.locate import in_cache, locate
 from wan.weights.safetensors_header import read_index
+from wan.weights.source import open_source
 
 
 def find_files(request: Request, spec: EasyDict) -> list[dict[str, Any]]:
@@ -115,10 +115,17 @@ class _Without:
         self.ckpt_dir, self.ckpt_option, self.files = request.ckpt_dir, request.ckpt_option, files
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file begins as a GGUF file does."""
+    with contextlib.suppress(SwanError, OSError), open_plain(path) as file:
+        return file.read(4) == b"GGUF"
+    return False
+
+
 def _is_quantised(paths: list[Path]) -> bool:
-    held = read_held(paths)
-    if held is not None and any(one.itemsize == 0 for one in held):
-        return True
+    with contextlib.suppress(SwanError):
+        if open_source(paths).is_quantized():
+            return True
     with contextlib.suppress(SwanError):
         config = read_json(paths[0].parent / "config.json")
         return isinstance(config, dict) and "quantization" in config
