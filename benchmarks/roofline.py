@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from wan.distributed.grid import Grid
 from wan.distributed.parallel import Parallel
+
+from wan.plan import tally as counting
+from wan.plan.tally import FLASH
 
 # Collectives and what they are for. No step has an all-reduce but the votes of a cache.
 AXES = {
@@ -39,7 +40,6 @@ AXES = {
     "allgather_": "guidance",
     "allreduce_": "vote",
 }
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 # Allocations, and views that their schema does not call so: no pass over memory.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "alias"}
 
@@ -118,14 +118,14 @@ class Transfer:
     behind: int = 0
 
 
-class Tally(TorchDispatchMode):
-    """What one rank does: `work[place]`, FLOPs ("matmul", "attention") and bytes read and written by all other
-    operations ("memory"), and `transfers[place]`. place: "layer", or "rest" for all that is not in a block."""
+class Tally(counting.Tally):
+    """What one rank does: `flops`, `passes[place]`, bytes read and written by all other operations, and
+    `transfers[place]`. place: "layer", or "rest" for all that is not in a block."""
 
     def __init__(self, grid: Grid, rank: int):
         super().__init__()
-        self.grid, self.rank, self.place = grid, rank, "rest"
-        self.work: dict[str, Counter[str]] = {"layer": Counter(), "rest": Counter()}
+        self.grid, self.rank = grid, rank
+        self.passes: Counter[str] = Counter()
         self.transfers: dict[str, list[Transfer]] = {"layer": [], "rest": []}
         self._leaving: Transfer | None = None
 
@@ -133,13 +133,22 @@ class Tally(TorchDispatchMode):
         """Bytes along an axis, of one layer or outside of layers."""
         return sum(sum(one.sent.values()) for part in self.transfers.values() for one in part if one.axis == axis)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def count(self, func, args, kwargs: dict[str, Any], out: Any) -> None:
         if func.namespace == "c10d":
-            self._transfer(func.overloadpacket.__name__, args)
-        else:
-            self._compute(func, args, kwargs or {}, out)
-        return out
+            return self._transfer(func.overloadpacket.__name__, args)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if any(tensor.device.type != "meta" for tensor in tensors):  # timesteps, the table of rotations
+            return None
+        before = self.flops.total()
+        super().count(func, args, kwargs, out)
+        packet, flops = func.overloadpacket, self.flops.total() - before
+        if packet is FLASH and self._leaving is not None:
+            self._leaving.behind, self._leaving = flops, None
+        if not flops and not func.is_view and packet.__name__ not in FREE:
+            if packet is torch.ops.aten.copy_:  # does not read what it overwrites
+                tensors = tensors[1:]
+            self.passes[self.place] += sum(tensor.nbytes for tensor in tensors)
+        return None
 
     def _transfer(self, name: str, args: Sequence[Any]) -> None:
         if name == "recv_":  # counted where it is sent
@@ -160,21 +169,6 @@ class Tally(TorchDispatchMode):
         transfer = Transfer(AXES[name], ranks, sent, received)
         self.transfers[self.place].append(transfer)
         self._leaving = transfer if name == "send" else None
-
-    def _compute(self, func, args, kwargs: dict[str, Any], out: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-        packet, work = func.overloadpacket, self.work[self.place]
-        if any(tensor.device.type != "meta" for tensor in tensors):  # timesteps, the table of rotations
-            return
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
-            work["attention" if packet is FLASH else "matmul"] += flops
-            if packet is FLASH and self._leaving is not None:
-                self._leaving.behind, self._leaving = flops, None
-        elif not func.is_view and packet.__name__ not in FREE:
-            if packet is torch.ops.aten.copy_:  # does not read what it overwrites
-                tensors = tensors[1:]
-            work["memory"] += sum(tensor.nbytes for tensor in tensors)
 
 
 # Seconds
@@ -198,9 +192,9 @@ def step_seconds(tally: Tally, layers: int, gpu: str, efficiency: float = 1.0, w
     forwards = 1 if tally.grid.cfg == 2 else 2
     compute = memory = exposed = hidden = 0.0
     for place, times in (("layer", layers * forwards), ("rest", forwards)):
-        work = tally.work[place]
-        compute += times * (work["matmul"] / MATMUL + work["attention"] / ATTENTION)
-        memory += times * work["memory"] / CONSTANTS[f"memory {gpu}"][0]
+        products, attention = (tally.flops[place, kind] for kind in ("matmul", "attention"))
+        compute += times * (products / MATMUL + attention / ATTENTION)
+        memory += times * tally.passes[place] / CONSTANTS[f"memory {gpu}"][0]
         for transfer in tally.transfers[place]:
             seconds = transfer_seconds(transfer, tally.rank)
             covered = min(seconds, transfer.behind / ATTENTION / efficiency)

@@ -8,7 +8,6 @@ calls give what they were given, and the layer pads by itself.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from wan.distributed.shards import ALONE, Group, Shards
 
@@ -61,18 +60,17 @@ class RowShards(Shards):
             (self.group.rank - 1, x.narrow(dim, 0, before), own.narrow(dim, 0, after)),
             (self.group.rank + 1, x.narrow(dim, before + size, after), own.narrow(dim, size - before, before)),
         )
-        transfers, arrivals = [], []
+        sent, received, arrivals = [], [], []
         for neighbour, halo, edge in seams:
             if not 0 <= neighbour < self.group.size:
                 halo.zero_()
                 continue
-            peer, handle = self.group.global_rank(neighbour), self.group.handle
             if edge.numel():
-                transfers.append(dist.P2POp(dist.isend, edge.contiguous(), peer, handle))
+                sent.append((neighbour, edge.contiguous()))
             if halo.numel():
                 arrivals.append((halo, torch.empty_like(halo, memory_format=torch.contiguous_format)))
-                transfers.append(dist.P2POp(dist.irecv, arrivals[-1][1], peer, handle))
-        for transfer in dist.batch_isend_irecv(transfers):
+                received.append((neighbour, arrivals[-1][1]))
+        for transfer in self.group.exchange(sent, received):
             transfer.wait()
         for halo, arrived in arrivals:
             halo.copy_(arrived)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from wan.distributed.ring import ring_attention
-from wan.distributed.shards import ALONE, Group, Shards
+from wan.distributed.shards import ALONE, Group, Imagined, Shards
 from wan.distributed.ulysses import to_heads, to_tokens
 
 
@@ -45,6 +45,21 @@ class Parallel:
         self.ring, self.ulysses = _group(self.mesh, "ring"), _group(self.mesh, "ulysses")
         self.world = Group(dist.group.WORLD)
 
+    @classmethod
+    def imagined(cls, cfg: int = 1, ring: int = 1, ulysses: int = 1) -> Parallel:
+        """The first of so many processes that are not there, see `shards.Imagined`."""
+        one = cls()
+        sizes = {
+            "cfg": cfg,
+            "ring": ring,
+            "ulysses": ulysses,
+            "sequence": ring * ulysses,
+            "world": cfg * ring * ulysses,
+        }
+        for axis, size in sizes.items():
+            setattr(one, axis, Imagined(count=size) if size > 1 else ALONE)
+        return one
+
     # The tokens
 
     def tokens(self, count: int) -> TokenShards:
@@ -65,7 +80,7 @@ class Parallel:
             raise ValueError(f"{len(names)} branches on {self.cfg.size} parts of the ranks")
         mine = compute(names[self.cfg.rank]).contiguous()
         results = [torch.empty_like(mine) for _ in names]
-        dist.all_gather(results, mine, group=self.cfg.handle)
+        self.cfg.gather_each(results, mine)
         return results
 
     def exchange(self, values: tuple[float, ...]) -> list[tuple[float, ...]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from wan.distributed.shards import Group
 
@@ -29,9 +28,7 @@ def ring_attention(
         if turn < group.size - 1:
             B, _, H, D = k_BLHD.shape
             arriving = part_2BMHD.new_empty(2, B, lengths[(group.rank - turn - 1) % group.size], H, D)
-            send = dist.P2POp(dist.isend, part_2BMHD, group.global_rank(group.rank + 1), group.handle)
-            receive = dist.P2POp(dist.irecv, arriving, group.global_rank(group.rank - 1), group.handle)
-            transfers = dist.batch_isend_irecv([send, receive])
+            transfers = group.exchange([(group.rank + 1, part_2BMHD)], [(group.rank - 1, arriving)])
         part_out, part_lse = attention(q_BLHD, *part_2BMHD)
         out, lse = merge(out, lse, part_out, part_lse)
         for transfer in transfers:

@@ -5,6 +5,7 @@ Nothing is padded where it is computed with, so any length goes on any number of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,58 @@ class Group:
         dist.all_reduce(sums, group=self.handle)
         return tuple(sums.tolist())
 
+    def all_gather(self, out: Tensor, x: Tensor) -> None:
+        """`x` of all members, equally long, one after the other along the first axis of `out`."""
+        _all_gather(out, x, group=self.handle)
+
+    def gather_each(self, outs: list[Tensor], x: Tensor) -> None:
+        """`x` of each member, alike."""
+        dist.all_gather(outs, x, group=self.handle)
+
+    def all_to_all(self, out: Tensor, x: Tensor, sizes: list[int], sent_sizes: list[int]) -> None:
+        """Places of `x` to each member, and of `out` from each."""
+        dist.all_to_all_single(out, x, sizes, sent_sizes, group=self.handle)
+
+    def exchange(self, sent: Sequence[Message], received: Sequence[Message]) -> list[dist.Work]:
+        """Tensors to and from members, on their way until the results have been waited for."""
+        ways = [(dist.isend, sent), (dist.irecv, received)]
+        calls = [
+            dist.P2POp(way, tensor, self.global_rank(rank), self.handle)
+            for way, messages in ways
+            for rank, tensor in messages
+        ]
+        return dist.batch_isend_irecv(calls)
+
+
+Message = tuple[int, Tensor]  # with the number of the member that it goes to or comes from
+
+
+@dataclass(frozen=True)
+class Imagined(Group):
+    """Number 0 of so many processes that are not there: nothing travels. For counting what one of them needs."""
+
+    count: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.count
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    def all_gather(self, out: Tensor, x: Tensor) -> None:
+        pass
+
+    def gather_each(self, outs: list[Tensor], x: Tensor) -> None:
+        pass
+
+    def all_to_all(self, out: Tensor, x: Tensor, sizes: list[int], sent_sizes: list[int]) -> None:
+        pass
+
+    def exchange(self, sent: Sequence[Message], received: Sequence[Message]) -> list[dist.Work]:
+        return []
+
 
 ALONE = Group()
 
@@ -68,6 +121,6 @@ class Shards:
         sent = part.new_zeros(longest, *part.shape[1:])
         sent[: len(part)] = part
         all_parts = sent.new_empty(self.group.size * longest, *part.shape[1:])
-        _all_gather(all_parts, sent, group=self.group.handle)
+        self.group.all_gather(all_parts, sent)
         parts = [one[: size * scale] for one, size in zip(all_parts.split(longest), self.sizes, strict=True)]
         return torch.cat(parts).movedim(0, dim).contiguous()

@@ -1,6 +1,7 @@
 """The plan's numbers against the published tables and the real checkpoints' sizes."""
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -8,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from wan.distributed.grid import Grid
 
 from wan.errors import UsageError
+from wan.models.dit import WanModel
 from wan.options import build_request
 from wan.plan import (
     Machine,
@@ -26,15 +29,16 @@ from wan.plan import (
     parameters,
     start_lines,
 )
+from wan.plan.runs import build, decoding, denoising_bytes
 from wan.plan.transfers import exposed_seconds
-from wan.tasks import load_task, task_names
+from wan.tasks import load_task
 
-# TFLOP of one forward: tokens, linear, self-attention, cross-attention, total
+# TFLOP of one forward: latent, linear, self-attention, cross-attention, total
 WORK = [
-    ("t2v-1.3B", 32_760, 82, 198, 3, 283),
-    ("t2v-14B", 32_760, 785, 879, 14, 1678),
-    ("t2v-14B", 75_600, 1810, 4682, 32, 6523),
-    ("ti2v-5B", 27_280, 238, 274, 5, 517),
+    ("t2v-1.3B", (16, 21, 60, 104), 82, 198, 3, 283),
+    ("t2v-14B", (16, 21, 60, 104), 785, 879, 14, 1678),
+    ("t2v-14B", (16, 21, 90, 160), 1810, 4682, 32, 6523),
+    ("ti2v-5B", (48, 31, 44, 80), 238, 274, 5, 517),
 ]
 # Parameters of the real state dicts
 PARAMETERS = {
@@ -48,9 +52,9 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("task, tokens, linear, self_attention, cross, total", WORK)
-def test_work_matches_the_table(task, tokens, linear, self_attention, cross, total):
-    work = forward_flops(load_task(task), tokens)
+@pytest.mark.parametrize("task, latent, linear, self_attention, cross, total", WORK)
+def test_work_matches_the_table(task, latent, linear, self_attention, cross, total):
+    work = forward_flops(load_task(task), latent).by_kind()
     assert work["linear"] / 1e12 == pytest.approx(linear, rel=0.01)
     assert work["self_attention"] / 1e12 == pytest.approx(self_attention, rel=0.01)
     assert round(work["cross_attention"] / 1e12) == cross
@@ -63,21 +67,8 @@ def test_parameters_are_those_of_the_checkpoints(task):
     assert counts["dit"] == PARAMETERS[task]
     assert counts["text"] == 5_680_910_336
     assert counts["vae"] == (704_688_668 if task == "ti2v-5B" else 126_892_531)
-    assert counts.get("clip", 0) == (632_076_800 if task in ("i2v-14B", "flf2v-14B") else 0)
-
-
-@pytest.mark.parametrize("task", task_names())
-def test_parameters_are_those_of_our_models(task):
-    import torch
-
-    from wan.models.dit import WanModel
-    from wan.models.vae import WanVAE
-
-    spec = load_task(task)
-    with torch.device("meta"):
-        models = {"dit": WanModel(**spec.dit), "vae": WanVAE(**spec.vae)}
-    for component, model in models.items():
-        assert sum(weight.numel() for weight in model.parameters()) == parameters(spec)[component]
+    # But for the projection to the space of texts, which nobody reads.
+    assert counts.get("clip", 0) == (632_076_800 - 1280 * 1024 if task in ("i2v-14B", "flf2v-14B") else 0)
 
 
 CPU = Machine("cpu", 1 << 40, None, 1e11)
@@ -195,35 +186,32 @@ def write_gguf(path, tensors, keys=()):
     return path
 
 
+def dit_shapes(spec):
+    """Name -> shape of all tensors of the DiT."""
+    return {name: list(one.shape) for name, one in build("dit", spec.dit).state_dict().items()}
+
+
 def matrices(spec):
-    """Name -> shape of the matrices of the DiT's blocks."""
-    dit, shapes = spec.dit, {}
-    for block in range(dit.num_layers):
-        for attention in ("self_attn", "cross_attn"):
-            for one in "qkvo":
-                shapes[f"blocks.{block}.{attention}.{one}.weight"] = [dit.dim, dit.dim]
-        shapes[f"blocks.{block}.ffn.0.weight"] = [dit.ffn_dim, dit.dim]
-        shapes[f"blocks.{block}.ffn.2.weight"] = [dit.dim, dit.ffn_dim]
-    return shapes
+    """Of these, the matrices of the blocks."""
+    return {name: one for name, one in dit_shapes(spec).items() if name.startswith("blocks.") and len(one) == 2}
 
 
-def rest(spec):
-    shapes = matrices(spec)
-    return parameters(spec)["dit"] - sum(rows * columns for rows, columns in shapes.values())
+def others(spec):
+    """And the rest, as they are stored in BF16 files: name -> (shape as GGUF has it, type, bytes)."""
+    packed = matrices(spec)
+    return {name: (one[::-1], 30, 2 * math.prod(one)) for name, one in dit_shapes(spec).items() if name not in packed}
 
 
 @pytest.mark.parametrize("scheme, bits", [("Q8_0", 8.5), ("Q4_K", 4.5), ("fp8", 8), ("int8", 8), ("affine4", 5)])
 def test_packed_weights_count_as_stored(tmp_path, monkeypatch, scheme, bits):
     spec = load_task("t2v-1.3B")
-    shapes, outside = matrices(spec), rest(spec)
+    shapes, outside = matrices(spec), others(spec)
     if scheme.startswith("Q"):
         kind = {"Q8_0": 8, "Q4_K": 12}[scheme]
         tensors = {name: ([c, r], kind, int(r * c * bits / 8)) for name, (r, c) in shapes.items()}
-        path = write_gguf(
-            tmp_path / "model.gguf", tensors | {"other.bias": ([outside], 1, 2 * outside)}, keys=["a", "b"]
-        )
+        path = write_gguf(tmp_path / "model.gguf", tensors | outside, keys=["a", "b"])
     else:
-        tensors = {"other.bias": ("BF16", [outside], 2)}
+        tensors = {name: ("BF16", shape[::-1], 2) for name, (shape, _, _) in outside.items()}
         for name, (rows, columns) in shapes.items():
             if scheme == "affine4":
                 tensors[name] = ("U32", [rows, columns // 8], 4)
@@ -236,10 +224,10 @@ def test_packed_weights_count_as_stored(tmp_path, monkeypatch, scheme, bits):
         path = write_safetensors(tmp_path / "model.safetensors", tensors)
     request, spec = request_of(tmp_path, monkeypatch, task="t2v-1.3B", dit=str(path), gguf_mode="stream")
     component = Workload(request, spec).components["model"]
-    packed = sum(rows * columns for rows, columns in shapes.values()) * bits / 8
-    packed += 16 * sum(rows for rows, _ in shapes.values()) * (scheme in ("fp8", "int8"))  # a scale, and what pads rows
-    assert component.packed.total == pytest.approx(packed + 2 * outside, rel=2e-3)
-    assert sum(map(sum, component.packed.blocks)) == pytest.approx(packed, rel=2e-3)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    stays = sum((4 if WanModel.keep_fp32(name) else 2) * size // 2 for name, (_, _, size) in outside.items())
+    assert component.packed.total == pytest.approx(weights * bits / 8 + stays, rel=0.01)  # rows are padded
+    assert sum(map(sum, component.packed.blocks)) == pytest.approx(weights * bits / 8, rel=0.01)
     assert component.packed.unpacked == 2 * spec.dit.dim * spec.dit.ffn_dim
     assert len(component.packed.blocks) == spec.dit.num_layers and len(set(component.packed.blocks)) == 1
     stream, resident = (
@@ -274,14 +262,30 @@ def test_dense_weights_are_those_of_our_model(tmp_path, monkeypatch, task):
     assert sizes.blocks == (tuple(matrices.values()),) * spec.dit.num_layers
 
 
-@pytest.mark.parametrize("version", ["t2v-1.3B", "ti2v-5B"])
-def test_activations_of_the_vae_grow_with_the_picture(version):
-    from wan.plan.activations import decode_values
+@pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B"])
+def test_activations_of_the_vae_grow_with_the_picture_and_with_the_video(task):
+    vae = load_task(task).vae
 
-    vae = load_task(version).vae
-    later, first = (decode_values(vae, 32, 32, is_first) for is_first in (False, True))
-    assert first < later
-    assert decode_values(vae, 64, 64) == pytest.approx(4 * later, rel=1e-6)
+    def peak(frames, rows=32):
+        return decoding(vae, (vae.z_dim, frames, rows, 32), "fp32", "cpu").peak
+
+    assert peak(1) < peak(2)
+    assert peak(2, rows=64) == pytest.approx(2 * peak(2), rel=0.01)
+    assert peak(21) - peak(20) == peak(20) - peak(19) == peak(5) - peak(4) > 0  # of these the last two ran
+    assert peak(21) < 1.2 * peak(4)
+
+
+def test_what_processes_share_is_counted_for_each():
+    spec = load_task("t2v-14B")
+
+    def peak(device="cpu", **grid):
+        return denoising_bytes(spec, (16, 21, 60, 104), "bf16", device, Grid(**grid), "unipc", True, False)
+
+    assert peak(ulysses=4) < peak() and peak(ring=4) < peak()
+    assert 0.95 * peak() < peak(cfg=2) <= peak()
+    assert peak("cuda") > peak("cpu")  # where GELU is not in place
+    halves = [decoding(spec.vae, (16, 3, 60, 104), "fp32", "cpu", ranks=ranks).peak for ranks in (1, 2)]
+    assert 0.5 < halves[1] / halves[0] < 0.6
 
 
 def test_caches_count(tmp_path, monkeypatch):
@@ -365,7 +369,7 @@ def test_an_expert_without_a_step_takes_no_memory(tmp_path, monkeypatch, boundar
 def test_quantised_weights_stay_packed_where_memory_is_short(tmp_path, monkeypatch):
     spec = load_task("t2v-14B")
     tensors = {name: ([c, r], 8, r * c // 32 * 34) for name, (r, c) in matrices(spec).items()}
-    path = write_gguf(tmp_path / "model.gguf", tensors | {"other.bias": ([rest(spec)], 1, 2 * rest(spec))})
+    path = write_gguf(tmp_path / "model.gguf", tensors | others(spec))
     request, spec = request_of(tmp_path, monkeypatch, task="t2v-14B", size="832*480", gguf=str(path))
     assert choose(request, spec, gpu(80)).packed == {"t5": "", "model": "resident"}
     assert (
@@ -452,16 +456,20 @@ def dit_tensors(spec, name):
     tensors = {
         one: stored(*shape, one.endswith((".v.weight", "ffn.2.weight")), name) for one, shape in matrices(spec).items()
     }
-    return tensors | {"other.bias": ([rest(spec)], 1, 2 * rest(spec))}
+    return tensors | others(spec)
 
 
 def text_tensors(spec, name):
-    text, tensors = spec.text, {}
+    text, tensors = spec.text, {"enc.output_norm.weight": ([spec.text.dim], 0, 4 * spec.text.dim)}
     shapes = {one: (text.dim_attn, text.dim) for one in ("attn_q", "attn_k", "attn_v", "attn_o")}
     shapes |= {one: (text.dim_ffn, text.dim) for one in ("ffn_gate", "ffn_up")} | {"ffn_down": (text.dim, text.dim_ffn)}
     for layer in range(text.num_layers):
         for one, shape in shapes.items():
             tensors[f"enc.blk.{layer}.{one}.weight"] = stored(*shape, one in ("attn_v", "ffn_down"), name)
+        for one in ("attn_norm", "ffn_norm"):
+            tensors[f"enc.blk.{layer}.{one}.weight"] = ([text.dim], 0, 4 * text.dim)
+        bias = [text.num_heads, text.num_buckets]
+        tensors[f"enc.blk.{layer}.attn_rel_b.weight"] = (bias, 0, 4 * math.prod(bias))
     return tensors | {"token_embd.weight": stored(text.vocab, text.dim, True, name)}
 
 
@@ -474,14 +482,14 @@ def test_a_gguf_file_that_is_not_there_yet_is_planned_as_it_will_be(tmp_path, mo
     there = Workload(*request_of(tmp_path, monkeypatch, task="t2v-14B", **paths))
     for name in ("t5", "model"):
         wanted, found = there.components[name].packed, asked.components[name].packed
-        assert found.total == pytest.approx(wanted.total, rel=0.06)
+        assert found.total == pytest.approx(wanted.total, rel=0.01)
         assert found.unpacked == wanted.unpacked
-        assert sum(found.blocks[0]) == pytest.approx(sum(wanted.blocks[0]), rel=0.06)
+        assert sum(found.blocks[0]) == pytest.approx(sum(wanted.blocks[0]), rel=0.01)
 
 
 def test_where_nothing_fits_it_says_how_much_is_needed(tmp_path, monkeypatch):
     line, _ = refused(tmp_path, monkeypatch, vram=1.5, task="t2v-14B")
-    assert "; it does not fit in any way: with " in line and "it still needs 2.2 GB of GPU memory to denoise" in line
+    assert "; it does not fit in any way: with " in line and "it still needs 2.1 GB of GPU memory to denoise" in line
     assert all(one in line for one in ("--vae_dtype bf16", "--t5_cpu", "--size 416*240", "--gguf dit-Q4_K_M.gguf"))
 
 
@@ -667,14 +675,6 @@ def test_plans_are_plain_data_and_read_well(tmp_path, monkeypatch, machine):
     assert ("transfers " in text) == (placement.offload == "block") and ("assumed" in text)
     assert 3 <= len(lines) <= 5 and all("\n" not in line for line in lines)
     assert lines[0].startswith("placement: offload")
-
-
-def test_types_that_do_not_stay_packed():
-    from wan.plan.headers import _GGUF_SLOW
-    from wan.quant.blocks import UNPACK
-    from wan.quant.ggml import BY_NAME
-
-    assert set(_GGUF_SLOW) == {name for name, one in BY_NAME.items() if one.torch_name is None} - set(UNPACK)
 
 
 def test_nothing_is_streamed_to_mps(tmp_path, monkeypatch):

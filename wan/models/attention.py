@@ -87,7 +87,7 @@ def _sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
 def _sdpa_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
     """By the kernels behind `scaled_dot_product_attention`, which does not hand out what they know."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     elif q.device.type == "cuda" and q.dtype != torch.float32:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]

@@ -117,29 +117,44 @@ def load_text_encoder(
 
 def empty_text_encoder(source: Source) -> nn.Module:
     """UMT5 of the shapes in `source`, on the meta device. Raises SwanError if that is no T5 encoder."""
-    from transformers import UMT5Config, UMT5EncoderModel
-
     shapes = our_shapes(source, "t5")
     attention = "encoder.block.0.layer.0.SelfAttention"
     try:
         vocab, dim = shapes["shared.weight"]
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-        config = UMT5Config(
-            vocab_size=vocab,
-            d_model=dim,
-            d_kv=shapes[f"{attention}.q.weight"][0] // heads,
-            d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-            num_layers=count(shapes, "encoder.block."),
+        return text_model(
+            vocab=vocab,
+            dim=dim,
+            dim_attn=shapes[f"{attention}.q.weight"][0],
+            dim_ffn=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
             num_heads=heads,
-            relative_attention_num_buckets=buckets,
-            relative_attention_max_distance=128,
-            feed_forward_proj="gated-gelu",
-            layer_norm_epsilon=1e-6,
-            dropout_rate=0.0,
-            attn_implementation="eager",
+            num_layers=count(shapes, "encoder.block."),
+            num_buckets=buckets,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise _unfit(source, "a UMT5 encoder", error) from None
+
+
+def text_model(
+    vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int
+) -> nn.Module:
+    """UMT5 on the meta device, of the shape that a task file has under `text`."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=vocab,
+        d_model=dim,
+        d_kv=dim_attn // num_heads,
+        d_ff=dim_ffn,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        relative_attention_num_buckets=num_buckets,
+        relative_attention_max_distance=128,
+        feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=1e-6,
+        dropout_rate=0.0,
+        attn_implementation="eager",
+    )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
@@ -164,29 +179,48 @@ def load_clip_encoder(
 
 def empty_clip_encoder(source: Source, num_heads: int | None = None) -> nn.Module:
     """CLIP's image encoder of the shapes in `source`, on the meta device. Raises SwanError if that is none."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     shapes = our_shapes(source, "clip")
     try:
         dim, _, _, patch_px = shapes["embeddings.patch_embedding.weight"]
         tokens = shapes["embeddings.position_embedding.weight"][-2]
-        config = CLIPVisionConfig(
-            hidden_size=dim,
-            intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            num_hidden_layers=count(shapes, "encoder.layers."),
-            num_attention_heads=num_heads or _clip_heads(source, dim),
-            image_size=math.isqrt(tokens - 1) * patch_px,
-            patch_size=patch_px,
-            hidden_act="gelu",
-            layer_norm_eps=1e-5,
+        return clip_model(
+            dim=dim,
+            dim_ffn=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+            num_layers=count(shapes, "encoder.layers."),
+            num_heads=num_heads or _clip_heads(source, dim),
+            image_px=math.isqrt(tokens - 1) * patch_px,
+            patch_px=patch_px,
         )
     except (KeyError, ValueError, IndexError) as error:
         raise _unfit(source, "a CLIP image encoder", error) from None
+
+
+def clip_model(
+    dim: int = 1280,
+    dim_ffn: int = 5120,
+    num_layers: int = 32,
+    num_heads: int = 16,
+    image_px: int = 224,
+    patch_px: int = 14,
+) -> nn.Module:
+    """CLIP's image encoder on the meta device; by default ViT-H/14, Wan's."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=dim,
+        intermediate_size=dim_ffn,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        image_size=image_px,
+        patch_size=patch_px,
+        hidden_act="gelu",
+        layer_norm_eps=1e-5,
+    )
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     model = getattr(model, "vision_model", model)  # transformers 4 wraps it once more
     if "position_ids" in model.embeddings._buffers:  # transformers 4; on the meta device it has no values
-        model.embeddings.position_ids = torch.arange(tokens).unsqueeze(0)
+        model.embeddings.position_ids = torch.arange((image_px // patch_px) ** 2 + 1).unsqueeze(0)
     return model
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.distributed.halo import WHOLE, RowShards
-from wan.models.ops.sliced import slice_rows
+from wan.models.ops.sliced import slices
 
 _ROWS = 2  # the axis of the rows
 
@@ -53,12 +53,11 @@ class RMSNorm(nn.Module):
         gamma = gamma.float() * math.sqrt(x.shape[-1])
         # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
         for source, target in zip(x.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
-            rows = slice_rows(source)
-            for x_NC, y_NC in zip(source.split(rows), target.split(rows), strict=True):
-                y = x_NC.to(torch.float32, copy=True)
+            for part in slices(source):
+                y = source[part].to(torch.float32, copy=True)
                 norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
                 y.mul_(norm.reciprocal_()).mul_(gamma)
-                y_NC.copy_(F.silu(y, inplace=True) if silu else y)
+                target[part].copy_(F.silu(y, inplace=True) if silu else y)
         return out
 
 

@@ -1,7 +1,7 @@
-"""The plan of a run: files, work, memory and what lies where. Printed by --dry_run, followed by every run. No torch.
+"""The plan of a run: files, work, memory and what lies where. Printed by --dry_run, followed by every run.
 
-Work and parameters are exact counts from the shapes in the task file; memory is an estimate, see
-`benchmarks.plan_memory`. Only `measure` imports torch.
+Work, parameters and memory are those of the models themselves, on the meta device; `benchmarks.plan_memory` has them
+beside what is measured.
 """
 
 from wan.plan.decide import choose, measure, settle_dtype
@@ -10,8 +10,9 @@ from wan.plan.machine import Machine, free_ram, look
 from wan.plan.make import make_plan
 from wan.plan.memory import Workload
 from wan.plan.placement import Placement, resident_indices
+from wan.plan.runs import forward_flops
 from wan.plan.text import duration, format_plan, start_lines
-from wan.plan.work import forward_flops, high_noise_steps, parameters
+from wan.plan.weights import parameters
 
 __all__ = [
     "Machine",
@@ -24,7 +25,6 @@ __all__ = [
     "format_plan",
     "forward_flops",
     "free_ram",
-    "high_noise_steps",
     "look",
     "make_plan",
     "measure",

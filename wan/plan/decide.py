@@ -1,4 +1,4 @@
-"""The choice of a placement and, where nothing fits, what would: changes tried together. No torch."""
+"""The choice of a placement and, where nothing fits, what would: changes tried together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wan.plan.memory import Workload
 from wan.plan.placement import MARGIN, Decision, Placement, excess, fitting, least
 from wan.plan.smaller import smaller_frames, smaller_sizes
 from wan.plan.text import gigabytes
-from wan.plan.weights import GGUF_BITS, Component, expert_names
+from wan.plan.weights import GGUF_TYPES, Component, expert_names
 
 if TYPE_CHECKING:
     import torch
@@ -206,7 +206,7 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
         yield change("--vae_dtype bf16", "vae_dtype", vae_dtype="bf16")
     if request.sample.cache:
         yield change(f"no {_cache_flags(request)}", "cache", cache={})
-    for kind in GGUF_BITS:
+    for kind in GGUF_TYPES:
         yield from _gguf_changes(load, kind)
     for frames in smaller_frames(request):
         yield change(f"--frame_num {frames}", "frames", frame_num=frames)

@@ -1,5 +1,4 @@
-"""How long the stages of a run take, estimated from what there is to compute and to read, and what would take less.
-No torch."""
+"""How long the stages of a run take, estimated from what there is to compute and to read, and what would take less."""
 
 from __future__ import annotations
 
@@ -10,23 +9,13 @@ from easydict import EasyDict
 
 from wan.cache.options import check_coefficients, check_options
 from wan.options import Request
-from wan.plan.files import size_of
 from wan.plan.machine import CPU_FLOPS, Machine
 from wan.plan.memory import Workload
 from wan.plan.placement import Placement, fitting, least
+from wan.plan.runs import text_encoding
 from wan.plan.smaller import smaller_frames, smaller_sizes
 from wan.plan.transfers import transfers
-from wan.plan.weights import expert_names
-from wan.plan.work import (
-    clip_flops,
-    decode_flops,
-    encode_flops,
-    forward_flops,
-    high_noise_steps,
-    parameters,
-    text_flops,
-    tiled_flops,
-)
+from wan.plan.weights import count_parameters, expert_names
 from wan.tasks import load_preset, load_task, preset_names, task_names
 
 # What a stage reaches of the rate of one large product of matrices in its type. CPU: measured, two cores of Zen 4, fp32
@@ -35,70 +24,43 @@ from wan.tasks import load_preset, load_task, preset_names, task_names
 # H200 that decodes 81 frames at 480p in 14.5 s in fp32, where convolutions use TF32, and in 4.8 s in bf16.
 _REACHED = {
     "cpu": {"dit": 0.85, "text": 0.8, "vae fp32": 1.0, "vae bf16": 1.0},
-    "gpu": {"dit": 0.5, "text": 0.3, "vae fp32": 0.3, "vae bf16": 0.06},
+    "cuda": {"dit": 0.5, "text": 0.3, "vae fp32": 0.3, "vae bf16": 0.06},
 }
 _BYTES_A_TOKEN = 3  # of UTF-8, roughly: a Chinese character, or most of a short word
 LONG_SECONDS = 3600.0
 _WORTH = 0.9  # of the time: what takes more is not told
 
 
-def forwards_of(request: Request, spec: EasyDict) -> int:
-    """Forwards of the DiT in the whole run: two a step with guidance."""
-    high_steps = high_noise_steps(request, spec)
-    low_scale, high_scale = request.sample.guide_scale
-    return high_steps * (1 if high_scale == 1 else 2) + (request.sample.steps - high_steps) * (
-        1 if low_scale == 1 else 2
-    )
-
-
 def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dict[str, float]:
     """Seconds of the stages, as the JSON line of a run has them, and in all; "load" is of the DiT, the other models are
     loaded in the stages that use them. A cache's skips are not foreseen."""
     request, spec = load.request, load.spec
-    reached = _REACHED["cpu" if machine.device == "cpu" else "gpu"]
+    kind = "cpu" if machine.device == "cpu" else "cuda"
+    reached = _REACHED[kind]
     vae_rate = (machine.vae_flops or machine.flops) * reached[f"vae {request.load.vae_dtype}"] * request.load.grid.size
-    stride, tile = spec.vae_stride[1], placement.vae_tile_px
-    read = {name: _bytes_of(load, name) / machine.disk_rate for name in load.components}
+    tiled = load.changed(vae_tile_px=placement.vae_tile_px)
+    read = {name: one.reading.stored / machine.disk_rate for name, one in load.components.items()}
 
     tokens = min(spec.dit.text_len, max(len(prompt.encode()) for prompt in load.prompts) // _BYTES_A_TOKEN + 2)
     on_host = placement.text == "cpu" and machine.device != "cpu"
     text_rate = CPU_FLOPS if on_host else machine.flops * reached["text"]
-    text = text_flops(spec, len(load.prompts), tokens) / text_rate
+    text = text_encoding(spec.text, len(load.prompts), tokens, request.load.t5_dtype).flops / text_rate
     if placement.text == "stream":
         text += load.components["t5"].sizes(placement.packed.get("t5", "")).total / machine.transfer_rate
     seconds = {"encode_text": read["t5"] + text}
     if "encode_image" in load.stages:
-
-        def encode(rows: int, columns: int) -> float:
-            return encode_flops(spec.vae, rows, columns, 1 if spec.kind == "ti2v" else request.sample.frame_num)
-
-        work = tiled_flops(encode, request.sample.height, request.sample.width, tile, stride) / vae_rate
+        work = tiled.encoding(kind).flops / vae_rate
         if "clip" in load.components:
-            work += read["clip"] + clip_flops(2 if request.sample.last_frame else 1) / (machine.flops * reached["text"])
+            work += read["clip"] + load.looking().flops / (machine.flops * reached["text"])
         seconds["encode_image"] = work + read["vae"]
     seconds["load"] = sum(read[name] for name in expert_names(spec))
     waited = transfers(load, machine, placement)["exposed_seconds_per_forward"]
-    forward = sum(forward_flops(spec, load.all_tokens).values()) / request.load.grid.sequence
-    forward = forward / (machine.flops * reached["dit"]) + waited
-    seconds["denoise"] = forwards_of(request, spec) / request.load.grid.cfg * forward
-
-    def decode(rows: int, columns: int) -> float:
-        return decode_flops(spec.vae, rows, columns, load.latent[1])
-
-    seconds["decode"] = tiled_flops(decode, *load.latent[2:], tile // stride, 1) / vae_rate
+    forward = load.forward_flops.total / request.load.grid.sequence / (machine.flops * reached["dit"]) + waited
+    seconds["denoise"] = load.forwards / request.load.grid.cfg * forward
+    seconds["decode"] = tiled.decoding(kind).flops / vae_rate
     if "encode_image" not in load.stages or "vae" in placement.released:
         seconds["decode"] += read["vae"]
     return seconds | {"total": sum(seconds.values())}
-
-
-def _bytes_of(load: Workload, name: str) -> int:
-    """Of a component's files; of files that are not here, as the official ones are."""
-    component = load.components[name]
-    stored = sum(size_of(path) for path in component.files)
-    return stored or parameters(load.spec)["dit" if name in expert_names(load.spec) else _PARAMETERS[name]] * 2
-
-
-_PARAMETERS = {"t5": "text", "clip": "clip", "vae": "vae"}  # component -> its name in `parameters`
 
 
 # What would take less
@@ -175,7 +137,7 @@ def _other_models(load: Workload) -> Iterator[tuple[str, Workload]]:
         other = load_task(name)
         size = f"{request.sample.width}*{request.sample.height}"
         fits = other.kind in (spec.kind, "ti2v") and not other.get("checkpoint")
-        if not fits or parameters(other)["dit"] >= parameters(spec)["dit"]:
+        if not fits or count_parameters(other, "dit") >= count_parameters(spec, "dit"):
             continue
         if size not in other.sampling.sizes:
             size = min(other.sampling.sizes, key=lambda one: _far(one, request.sample.width, request.sample.height))

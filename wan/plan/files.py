@@ -10,9 +10,8 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
-from wan.files import visible_files
+from wan.files import open_plain, visible_files
 from wan.options import Request
-from wan.plan.headers import Held, held_in, is_gguf
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.source import Source, config_beside
 
@@ -53,12 +52,11 @@ def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
     return checkpoint_of(request, spec).paths(part)
 
 
-def component_held(request: Request, spec: EasyDict, part: str) -> list[Held] | None:
-    """The tensors in the files of a component; None where it has none here, or one of them cannot be told from."""
-    with contextlib.suppress(SwanError):
-        checkpoint = checkpoint_of(request, spec)
-        return held_in(checkpoint.source(part)) if checkpoint.paths(part) else None
-    return None
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file begins as a GGUF file does."""
+    with contextlib.suppress(SwanError, OSError), open_plain(path) as file:
+        return file.read(4) == b"GGUF"
+    return False
 
 
 def size_of(path: Path) -> int:

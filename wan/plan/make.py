@@ -1,4 +1,4 @@
-"""The plan of a run as plain JSON data. No torch."""
+"""The plan of a run as plain JSON data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from easydict import EasyDict
 from wan.distributed.grid import attention_bytes, split
 from wan.options import Request
 from wan.plan.decide import decide, settle_dtype
-from wan.plan.duration import forwards_of, shorter, stage_seconds
+from wan.plan.duration import shorter, stage_seconds
 from wan.plan.files import check_one_quantised, find_files
 from wan.plan.machine import Machine
 from wan.plan.memory import Workload
 from wan.plan.placement import MARGIN, Placement
+from wan.plan.runs import DTYPES
 from wan.plan.transfers import transfers
-from wan.plan.weights import ITEMSIZE, expert_names
-from wan.plan.work import forward_flops, high_noise_steps, parameters
+from wan.plan.weights import expert_names, parameters
 
 
 def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, Any]:
@@ -32,10 +32,9 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
     request, dtype_notes = settle_dtype(request, spec, machine)
     load = Workload(request, spec)
     decision = decide(load, machine)
-    high_steps, forwards = high_noise_steps(request, spec), forwards_of(request, spec)
+    high_steps = load.expert_of_step.count("high")
     seconds = stage_seconds(load, machine, decision.placement)
-    work = forward_flops(spec, load.all_tokens)
-    total = sum(work.values())
+    work, total = load.forward_flops.by_kind(), load.forward_flops.total
     plan = {
         "task": spec.name,
         "title": spec.title,
@@ -51,9 +50,9 @@ def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, A
         "latent_shape": list(load.latent),
         "tokens": load.all_tokens,
         "steps": request.sample.steps,
-        "forwards": forwards,
+        "forwards": load.forwards,
         "tflop_per_forward": {name: flops / 1e12 for name, flops in work.items()} | {"total": total / 1e12},
-        "tflop_total": forwards * total / 1e12,
+        "tflop_total": load.forwards * total / 1e12,
         "parameters": parameters(spec),
         "blocks": spec.dit.num_layers,
         "machine": asdict(machine),
@@ -96,7 +95,7 @@ def weight_rows(load: Workload, machine: Machine, placement: Placement) -> list[
 def share_of_ranks(request: Request, spec: EasyDict, tokens: int) -> dict[str, Any]:
     """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis."""
     grid, dit = request.load.grid, spec.dit
-    sent = attention_bytes(grid, tokens, dit.dim, ITEMSIZE[request.load.dtype])
+    sent = attention_bytes(grid, tokens, dit.dim, DTYPES[request.load.dtype].itemsize)
     shared = (("dit", request.load.dit_fsdp), ("t5", request.load.t5_fsdp))
     return {
         "grid": grid._asdict(),

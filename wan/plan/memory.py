@@ -1,4 +1,4 @@
-"""Peak bytes of each stage of a run, on the device and in the machine's memory, for a given placement. No torch.
+"""Peak bytes of each stage of a run, on the device and in the machine's memory, for a given placement.
 
 The peak of a stage is what it keeps, and the larger of what loading and what computing needs besides.
 """
@@ -15,22 +15,23 @@ from easydict import EasyDict
 
 from wan.cache.options import policy_of
 from wan.conditioning.sizes import latent_shape
+from wan.denoise import experts_of, scale_of
 from wan.distributed.grid import split
 from wan.options import Request
-from wan.plan.activations import clip_bytes, decode_values, dit_bytes, encode_values, text_bytes
+from wan.plan import runs
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES
+from wan.plan.runs import DTYPES
 from wan.plan.weights import (
     HEAP_BYTES,
-    ITEMSIZE,
     Component,
     as_gguf,
+    component,
     components,
     expert_names,
     lora_bytes,
     share,
-    vae_component,
 )
-from wan.plan.work import high_noise_steps
+from wan.solvers import make_solver
 from wan.tasks.kinds import kind_of
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
@@ -57,9 +58,10 @@ class Workload:
             return other
         known = dict(self.components)
         if "vae_dtype" in fields:
-            known["vae"] = vae_component(other.request, self.spec)
+            known["vae"] = component(other.request, self.spec, "vae")
         for name, kind in (gguf or {}).items():
-            known[name] = as_gguf(known[name], self.spec, kind, other.request.load.dtype)
+            load = other.request.load
+            known[name] = as_gguf(known[name], kind, load.t5_dtype if name == "t5" else load.dtype)
         other.__dict__.update(components=known, loras=self.loras)  # in place of what `cached_property` would find
         return other
 
@@ -90,12 +92,26 @@ class Workload:
         return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
 
     @cached_property
+    def expert_of_step(self) -> list[str]:
+        sample = self.request.sample
+        how = {"steps": sample.steps, "shift": sample.shift, "denoising_step_list": sample.denoising_step_list}
+        timesteps = make_solver(sample.solver, **how).timesteps.tolist()
+        return experts_of(timesteps, self.spec.get("boundary"), sample.boundary_step_index)
+
+    @property
+    def forwards(self) -> int:
+        """Of the DiT in the whole run: two a step with guidance."""
+        scales = [scale_of(name, self.request.sample.guide_scale) for name in self.expert_of_step]
+        return sum(1 if scale == 1 else 2 for scale in scales)
+
+    @cached_property
+    def forward_flops(self) -> runs.Forward:
+        return runs.forward_flops(self.spec, self.latent)
+
+    @cached_property
     def experts(self) -> list[str]:
         """The networks that have steps: of two, one may have none, and is never loaded."""
-        names, high = expert_names(self.spec), high_noise_steps(self.request, self.spec)
-        if len(names) == 1 or 0 < high < self.request.sample.steps:
-            return names
-        return names[:1] if high else names[1:]
+        return [name for name in expert_names(self.spec) if name in self.expert_of_step]
 
     @cached_property
     def loras(self) -> dict[str, int]:
@@ -106,7 +122,7 @@ class Workload:
 
     def cache_bytes(self) -> tuple[int, bool]:
         """(bytes, whether they are on the device) of what a cache keeps while the network runs."""
-        options, itemsize = self.request.sample.cache, ITEMSIZE[self.request.load.dtype]
+        options, itemsize = self.request.sample.cache, DTYPES[self.request.load.dtype].itemsize
         if not options:
             return 0, True
         policy = policy_of(options)
@@ -129,58 +145,51 @@ class Workload:
             self.branches == 2 or request.load.grid.cfg == 2
         )
 
-    @cached_property
-    def activations(self) -> dict[str, tuple[int, int]]:
-        """Stage -> bytes on a CPU and on a GPU."""
-        request, spec = self.request, self.spec
-        itemsize = ITEMSIZE[request.load.dtype]
-        texts = self.prompts
-        # Not tokenized here; no token is shorter than a letter, and the end has one of its own.
-        words = min(spec.dit.text_len, max(map(len, texts)) + 2)
-        text = text_bytes(spec, len(texts), words, ITEMSIZE[request.load.t5_dtype])
-        # Sample, noise, two predictions and the solver's history in fp32; the input with its condition.
-        channels = spec.dit.in_dim + spec.dit.get("vace_in_dim", 0)
-        latents = math.prod(self.latent) * (8 * 4 + 2 * (4 + itemsize) * channels // spec.vae.z_dim)
-        hidden = [dit_bytes(spec, self.tokens, self.all_tokens, itemsize, on_cpu) for on_cpu in (True, False)]
-        decoding = self._vae_bytes(decode_values, spec.vae_stride[1]) + self._video_bytes(4)
-        found = {
-            "encode_text": (text, text),
-            "denoise": (hidden[0] + latents, hidden[1] + latents),
-            "decode": (decoding, decoding),
-        }
-        if "encode_image" in self.stages:
-            # The video that is encoded, as it is given and cut up for the encoder.
-            video = self._video_bytes(4 + ITEMSIZE[request.load.vae_dtype])
-            if spec.kind == "vace":  # frames and mask, which stay; a copy of the frames and of what is new; the cut
-                video += self._video_bytes(4 + 2)
-            encoding = self._vae_bytes(encode_values, 1) + video
-            looking = clip_bytes(2 if request.sample.last_frame else 1) if "clip" in self.components else 0
-            found["encode_image"] = (max(encoding, looking), max(encoding, looking))
-        return found
+    @property
+    def text_tokens(self) -> int:
+        """Of the longest prompt, at most: it is not tokenized here; no token is shorter than a letter, and the end has
+        one of its own."""
+        return min(self.spec.dit.text_len, max(map(len, self.prompts)) + 2)
 
-    def _video_bytes(self, value_bytes: int) -> int:
+    @property
+    def image_frames(self) -> int:
+        """Of the video that an image is encoded in."""
+        return 1 if self.spec.kind == "ti2v" else self.request.sample.frame_num
+
+    def encoding(self, device: str) -> runs.Count:
+        """Of the image, by the VAE, with the video that it is encoded in."""
         request = self.request
-        tiles = 2 if self._tile(1) else 1  # blended in a video of their own
-        return 3 * request.sample.frame_num * request.sample.width * request.sample.height * value_bytes * tiles
+        size = self.image_frames, request.sample.height, request.sample.width
+        how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
+        return runs.encoding(self.spec.vae, *size, *how)
 
-    def _tile(self, stride: int) -> int:
-        """Side of a tile in units of `stride` px; 0 if the picture is not cut up."""
-        tile = self.request.sample.vae_tile_px or 0
-        return tile // stride if tile and max(self.request.sample.width, self.request.sample.height) > tile else 0
+    def decoding(self, device: str) -> runs.Count:
+        request = self.request
+        how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
+        return runs.decoding(self.spec.vae, self.latent, *how)
 
-    def _vae_bytes(self, values, stride: int) -> int:
-        """Of one chunk. Processes share the rows, where there are enough of them."""
-        tile = self._tile(stride)
-        rows, columns = (
-            min(tile or side, side)
-            for side in (self.request.sample.height // stride, self.request.sample.width // stride)
-        )
-        cells, ranks = rows * stride // self.spec.vae_stride[1], self.request.load.grid.size
-        if 1 < ranks <= cells:
-            halo = 2 * self.spec.vae_stride[1] // stride if stride > 1 else 2
-            rows = split(cells, ranks)[0] * self.spec.vae_stride[1] // stride + halo
-        is_single = self.request.sample.frame_num == 1
-        return values(self.spec.vae, rows, columns, is_single) * ITEMSIZE[self.request.load.vae_dtype]
+    def text_encoding(self) -> runs.Count:
+        return runs.text_encoding(self.spec.text, len(self.prompts), self.text_tokens, self.request.load.t5_dtype)
+
+    def looking(self) -> runs.Count:
+        """Of the image, by CLIP."""
+        return runs.image_looking(2 if self.request.sample.last_frame else 1, self.request.load.dtype)
+
+    def working_bytes(self, stage: str, device: str) -> int:
+        """What a stage holds at most beside weights, where it computes."""
+        request = self.request
+        if stage == "encode_text":
+            return self.text_encoding().peak
+        if stage == "denoise":
+            is_guided = any(scale != 1 for scale in request.sample.guide_scale)
+            how = request.load.dtype, device, request.load.grid, request.sample.solver, is_guided
+            return runs.denoising_bytes(self.spec, self.latent, *how, request.sample.image is not None)
+        if stage == "decode":
+            return self.decoding(device).peak
+        peak = self.encoding(device).peak
+        if self.spec.kind == "vace":  # frames and mask stay, and a copy of the frames is cut out of them
+            peak += 4 * 5 * request.sample.frame_num * request.sample.height * request.sample.width
+        return max(peak, self.looking().peak if "clip" in self.components else 0)
 
 
 def memory_by_stage(load: Workload, device: str, placement) -> dict[str, dict[str, int]]:
@@ -209,8 +218,8 @@ class _Held:
 
     def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
         """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
-        load, cpu_work, gpu_work = self.load, *self.load.activations[stage]
-        work = cpu_work if self.on_cpu else gpu_work
+        load = self.load
+        work = load.working_bytes(stage, "cpu" if self.on_cpu else "cuda")
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
@@ -226,7 +235,7 @@ class _Held:
             before["device"] -= load.components["vae"].dense.total  # it is there already
         keeps = {where: before[where] + own[where] for where in own}
         models = [load.components[name] for name in names]
-        loading = max(one.load_bytes + (0 if self.on_cpu else one.largest) for one in models)
+        loading = max(one.reading.beside if self.on_cpu else one.reading.largest for one in models)
         self._leave(names)
         return keeps, work, loading
 
@@ -260,7 +269,7 @@ class _Held:
             return own, work if self.on_cpu else 0
         if placement.text == "stream":
             # One layer at a time, of which the embedding is the largest.
-            embedding = load.spec.text.vocab * load.spec.text.dim * ITEMSIZE[load.request.load.t5_dtype]
+            embedding = load.components["t5"].reading.largest
             return {"device": embedding, "ram": whole + tokenizer}, work
         return {"device": whole + sizes.unpacked, "ram": tokenizer}, work
 

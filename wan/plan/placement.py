@@ -1,4 +1,4 @@
-"""What lies where: the ways there are, and the first that fits. No torch; a request and a machine give the same one."""
+"""What lies where: the ways there are, and the first that fits. A request and a machine give the same one."""
 
 from __future__ import annotations
 
@@ -63,12 +63,16 @@ class Decision:
 def fitting(load: Workload, machine: Machine) -> Decision | None:
     """The first placement that fits, with the VAE in tiles where that is all that is missing; None if there is none."""
     for tile in _tiles(load):
-        tiled = load.changed(vae_tile_px=tile)
+        tiled, may_help = load.changed(vae_tile_px=tile), False
         for placement, notes in _candidates(tiled, machine):
             memory = memory_by_stage(tiled, machine.device, placement)
-            if not excess(memory, machine):
+            over = excess(memory, machine)
+            if not over:
                 notes = (*notes, _tile_note(tile)) if tile and load.request.sample.vae_tile_px is None else notes
                 return Decision(replace(placement, vae_tile_px=tile), memory, notes)
+            may_help |= over.keys() <= {"encode_image", "decode"}
+        if not may_help:  # smaller tiles
+            return None
     return None
 
 

@@ -1,4 +1,4 @@
-"""How long streamed blocks travel, and how much of that computing hides. No torch."""
+"""How long streamed blocks travel, and how much of that computing hides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from wan.plan.machine import Machine
 from wan.plan.memory import Workload
 from wan.plan.placement import Placement, resident_indices
 from wan.plan.weights import expert_names
-from wan.plan.work import forward_flops, part_flops
 
 
 def exposed_seconds(transfer: Sequence[float], compute: Sequence[float]) -> float:
@@ -20,7 +19,7 @@ def exposed_seconds(transfer: Sequence[float], compute: Sequence[float]) -> floa
 def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[str, Any]:
     """Of one forward. A pipeline of disk, RAM and device is as fast as its slowest part."""
     ranks = load.request.load.grid.sequence
-    whole = sum(forward_flops(load.spec, load.all_tokens).values()) / ranks / machine.flops
+    whole = load.forward_flops.total / ranks / machine.flops
     found = {
         "bytes_per_forward": 0,
         "seconds_per_forward": 0.0,
@@ -37,7 +36,7 @@ def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[st
     name = expert_names(load.spec)[0]
     sizes = load.components[name].sizes(placement.packed.get(name, ""))
     stay = resident_indices(len(sizes.blocks), placement.resident_blocks)
-    flops = part_flops(load.spec, load.all_tokens)
+    flops = load.forward_flops.of_block(len(sizes.blocks))
     sent, computed = [], []
     for block, parts in enumerate(sizes.blocks):
         travels = [0] * len(parts) if block in stay else parts

@@ -1,33 +1,38 @@
-"""Bytes of the weights of each component, as they lie in memory: dense in the type of the run, or packed. No torch."""
+"""Bytes of the weights of each component, as they lie in memory: dense in the type of the run, or packed. They are
+those of the model itself, built on the meta device and, where its files are here, prepared for them."""
 
 from __future__ import annotations
 
+import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from easydict import EasyDict
+from torch import Tensor, nn
 
+from wan.errors import SwanError
+from wan.models.dit import WanModel
+from wan.models.encoders import empty_clip_encoder, empty_text_encoder
+from wan.offload import is_streamed
 from wan.options import Request
-from wan.plan.files import component_files, component_held, size_of
-from wan.plan.headers import Held, held_at
-from wan.plan.work import block_matrices, kept_fp32, parameters, text_layer_params
+from wan.plan.files import checkpoint_of, size_of
+from wan.plan.runs import DTYPES, build, in_type, key
+from wan.quant.linear import QuantLinear
+from wan.weights.assign import ModelWeights
+from wan.weights.export import plan_tensors
+from wan.weights.recipes import RECIPES
+from wan.weights.source import Source, TensorInfo, open_source
 
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
-GGUF_BITS = {"Q8_0": 8.5, "Q4_K_M": 5.3}  # of a weight, over all matrices of a file as `wan.convert` writes it
+GGUF_TYPES = ("Q8_0", "Q4_K_M")  # that are offered where nothing else fits
 # The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150
 # to 380 MB more than its tensors, and hardly any more where every block was given back; loading the VAE, from fp32 to
 # bf16, some 250 MB.
 HEAP_BYTES = 300_000_000  # at most
-REMAP_BYTES = 64 << 20  # a `.pth` is mapped, and its pages stay until so many are read: wan.weights.pth
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|enc\.blk|encoder\.block)\.(\d+)\.(.*)")
-_PART_OF = {"self_attn": 0, "attn1": 0, "cross_attn": 1, "attn2": 1, "ffn": 2}
-_KEPT_FP32 = re.compile(
-    r"(^|\.)(time_embedding|time_embedder|time_projection|time_proj)[._]|modulation$|scale_shift_table$"
-)
+_SMALL_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,12 @@ class Sizes:
     """Bytes of a component in memory.
 
     blocks: of the matrices of each block, by its parts; unpacked: of the largest matrix once dequantised, for packed
-    ones, one at a time; mapped: what stays in the file on a CPU.
+    ones, one at a time.
     """
 
     total: int
     blocks: tuple[tuple[int, ...], ...] = ()
     unpacked: int = 0
-    mapped: int = 0
 
     def units(self, offload: str) -> list[int]:
         """Bytes of what travels at once, in the order of its use, were all blocks streamed."""
@@ -49,26 +53,31 @@ class Sizes:
             [sum(one) for one in self.blocks] if offload == "block" else [size for one in self.blocks for size in one]
         )
 
-    @property
-    def outside(self) -> int:
-        """What no offloading moves."""
-        return self.total - sum(map(sum, self.blocks))
+
+@dataclass(frozen=True)
+class Reading:
+    """Bytes that loading reads; that it needs on a CPU beside the weights, at its worst moment; and of the largest
+    tensor, with what it is made from, which passes through RAM on its way to a GPU."""
+
+    stored: int
+    beside: int
+    largest: int
 
 
 @dataclass(frozen=True)
 class Component:
     """A model.
 
-    packed: None where its files are dense; load_bytes: what loading needs beside the weights; largest: of its tensors,
-    which passes through RAM on its way to a GPU.
+    kind: "dit", "vae", "t5" or "clip"; config: as the task has it; packed: None where its files are dense.
     """
 
     name: str
+    kind: str
+    config: Mapping[str, Any]
     files: tuple[Path, ...]
     dense: Sizes
-    packed: Sizes | None = None
-    load_bytes: int = 0
-    largest: int = 0
+    packed: Sizes | None
+    reading: Reading
 
     def sizes(self, mode: str) -> Sizes:
         """mode: "stream" for packed weights."""
@@ -83,34 +92,38 @@ class Component:
 
 def components(request: Request, spec: EasyDict) -> dict[str, Component]:
     """By name: "t5", "clip", "vae", and "model" or "high" and "low". Files that are here are looked into."""
-    counts = parameters(spec)
-    found = {"t5": _encoder(request, spec, "t5", counts["text"])}
-    if "clip" in counts:
-        found["clip"] = _encoder(request, spec, "clip", counts["clip"])
-    for part in dict(spec.get("experts") or {"dit": ""}):
-        name = "model" if part == "dit" else part
-        found[name] = _transformer(request, spec, part, name)
-    found["vae"] = vae_component(request, spec)
-    return found
+    names = ["t5", *(["clip"] if "clip" in spec.files else []), *expert_names(spec), "vae"]
+    return {name: component(request, spec, name) for name in names}
 
 
-def vae_component(request: Request, spec: EasyDict) -> Component:
-    itemsize = ITEMSIZE[request.load.vae_dtype]
-    size = parameters(spec)["vae"] * itemsize
-    files = tuple(component_files(request, spec, "vae"))
-    return Component("vae", files, Sizes(size), None, _load_bytes(files, None, itemsize, size))
+def component(request: Request, spec: EasyDict, name: str) -> Component:
+    kind = name if name in ("t5", "clip", "vae") else "dit"
+    dtype = {"t5": request.load.t5_dtype, "vae": request.load.vae_dtype}.get(kind, request.load.dtype)
+    checkpoint = checkpoint_of(request, spec)
+    files = tuple(checkpoint.paths(name))
+    config, packed = config_of(spec, kind), None
+    dense, reading = _as_released(kind, key(config), dtype)
+    try:
+        if source := checkpoint.source(name) if files else None:
+            make = {"t5": empty_text_encoder, "clip": empty_clip_encoder}.get(kind, lambda _: build(kind, config))
+            dense, reading = _prepared(make(source), source, kind, dtype, stream=False)
+            if kind in ("dit", "t5") and source.is_quantized():
+                packed, reading = _prepared(make(source), source, kind, dtype, stream=True)
+    except SwanError:  # a run will refuse it, in these words; the plan goes by the task
+        reading = replace(reading, stored=sum(map(size_of, files)))
+    return Component(name, kind, config, files, dense, packed, reading)
 
 
-def as_gguf(component: Component, spec: EasyDict, kind: str, dtype: str) -> Component:
-    """A component as it would be with a GGUF file of type `kind`, see GGUF_BITS."""
-    itemsize, dense, is_text = ITEMSIZE[dtype], component.dense, component.name == "t5"
-    smaller = GGUF_BITS[kind] / (8 * itemsize)
-    blocks = tuple(tuple(int(size * smaller) for size in block) for block in dense.blocks)
-    outside = dense.outside * smaller if is_text else dense.outside  # of a text encoder, the table of its tokens
-    unpacked = spec.text.dim * spec.text.dim_ffn if is_text else spec.dit.dim * spec.dit.ffn_dim
-    packed = Sizes(int(outside) + sum(map(sum, blocks)), blocks, unpacked * itemsize)
-    largest = spec.text.vocab * spec.text.dim * itemsize if is_text else component.largest
-    return replace(component, packed=packed, load_bytes=int(unpacked * itemsize * smaller), largest=largest)
+def as_gguf(dense: Component, gguf_type: str, dtype: str) -> Component:
+    """A component as it would be with a GGUF file of that type, as `wan.convert` writes it."""
+    packed, reading = _written(dense.kind, key(dense.config), gguf_type, dtype)
+    return replace(dense, packed=packed, reading=reading)
+
+
+@lru_cache(maxsize=64)
+def _written(kind: str, config: str, gguf_type: str, dtype: str) -> tuple[Sizes, Reading]:
+    models = [build(kind, json.loads(config)) for _ in range(2)]
+    return _prepared(models[0], _NotWritten(models[1], gguf_type), kind, dtype, stream=True)
 
 
 def expert_names(spec: EasyDict) -> list[str]:
@@ -118,77 +131,96 @@ def expert_names(spec: EasyDict) -> list[str]:
     return ["high", "low"] if "experts" in spec else ["model"]
 
 
+def config_of(spec: EasyDict, kind: str) -> Mapping[str, Any]:
+    """What the task file says of a model."""
+    return {"dit": spec.dit, "vae": spec.vae, "t5": spec.text, "clip": {}}[kind]
+
+
+def parameters(spec: EasyDict) -> dict[str, int]:
+    """Number of parameters by component; `dit` is one expert."""
+    kinds = {"text": "t5", "dit": "dit", "vae": "vae"} | ({"clip": "clip"} if "clip" in spec.files else {})
+    return {name: count_parameters(spec, kind) for name, kind in kinds.items()}
+
+
+def count_parameters(spec: EasyDict, kind: str) -> int:
+    return _count(kind, key(config_of(spec, kind)))
+
+
+@lru_cache(maxsize=64)
+def _count(kind: str, config: str) -> int:
+    return sum(one.numel() for one in build(kind, json.loads(config)).parameters())
+
+
 def lora_bytes(request: Request) -> dict[str, int]:
     """Bytes that LoRAs take beside packed weights, by the flag that names them: their files' numbers, in fp32."""
     sizes = {}
     for flag, chosen in request.sample.loras.items():
         sizes[flag] = 0
-        for path in (Path(path) for path, _ in chosen):
-            held = held_at(path) if path.is_file() else None
-            exists = path.exists()
-            sizes[flag] += 4 * sum(one.weights for one in held) if held else 2 * size_of(path) if exists else 0
+        for path in (Path(path) for path, _ in chosen if Path(path).exists()):
+            try:
+                source = open_source(path)
+                sizes[flag] += 4 * sum(math.prod(source.info(name).shape) for name in source.keys())
+            except SwanError:
+                sizes[flag] += 2 * size_of(path)
     return sizes
-
-
-def _transformer(request: Request, spec: EasyDict, part: str, name: str) -> Component:
-    itemsize, layers = ITEMSIZE[request.load.dtype], spec.dit.num_layers
-    total = parameters(spec)["dit"] * itemsize + kept_fp32(spec) * (4 - itemsize)
-    dense = Sizes(total, (tuple(count * itemsize for count in block_matrices(spec)),) * layers)
-    files = tuple(component_files(request, spec, part))
-    held = component_held(request, spec, part)
-    packed = _packed(held, itemsize, layers) if held else None
-    largest = spec.dit.dim * max(6 * spec.dit.dim * 4, spec.dit.ffn_dim * itemsize)  # the projection of time is fp32
-    return Component(name, files, dense, packed, _load_bytes(files, held, itemsize, total), largest)
-
-
-def _encoder(request: Request, spec: EasyDict, part: str, count: int) -> Component:
-    itemsize = ITEMSIZE[request.load.t5_dtype if part == "t5" else request.load.dtype]
-    layers = spec.text.num_layers if part == "t5" else 0
-    blocks = ((text_layer_params(spec) * itemsize,),) * layers if layers else ()
-    files = tuple(component_files(request, spec, part))
-    held = component_held(request, spec, part)
-    packed = _packed(held, itemsize, layers) if held and part == "t5" else None
-    if part == "t5" and held is None and files and 0 < sum(map(size_of, files)) < 0.75 * 2 * count:
-        stored = sum(map(size_of, files))  # a `.pth` of half the size: fp8 or int8
-        packed = Sizes(stored, ((stored // max(layers, 1),),) * layers, itemsize * spec.text.dim * spec.text.dim_ffn)
-    load_bytes = _load_bytes(files, held, itemsize, count * itemsize)
-    largest = spec.text.vocab * spec.text.dim * itemsize if part == "t5" else 0  # the embeddings, which are read first
-    if held is None and files:  # a `.pth`, of which what is read stays mapped
-        largest *= 2
-        load_bytes = max(load_bytes, largest - count * itemsize)
-    return Component(part, files, Sizes(count * itemsize, blocks), packed, load_bytes, largest)
-
-
-def _packed(held: Sequence[Held], itemsize: int, layers: int) -> Sizes | None:
-    """What a file holds, with its quantised matrices as they are stored; None if it has none."""
-    if not any(one.itemsize == 0 for one in held):
-        return None
-    blocks = [[0] * len(PARTS) for _ in range(layers)]
-    total = unpacked = mapped = 0
-    for one in held:
-        is_kept = bool(_KEPT_FP32.search(one.name))
-        packed = one.stays_packed and not is_kept
-        size = one.stored if packed else one.weights * (4 if is_kept else itemsize)
-        total += size
-        match = _BLOCK.search(one.name)
-        if packed:
-            mapped += size
-            unpacked = max(unpacked, one.weights * itemsize if match else 0)  # of embeddings, only rows
-        if match and one.axes == 2 and int(match[1]) < layers and not is_kept:
-            blocks[int(match[1])][_PART_OF.get(match[2].split(".")[0], 0)] += size
-    return Sizes(total, tuple(map(tuple, blocks)), unpacked, mapped)
-
-
-def _load_bytes(files: Sequence[Path], held: Sequence[Held] | None, itemsize: int, dense: int) -> int:
-    """What loading needs beside the weights: pages of a mapped `.pth`, or one tensor as stored, if it is converted."""
-    if held is None:
-        stored = sum(map(size_of, files))
-        is_converted = abs(stored - dense) > dense / 10
-        return min(REMAP_BYTES, stored) + (min(HEAP_BYTES, stored) if is_converted else 0)
-    in_blocks = [one for one in held if _BLOCK.search(one.name) and one.itemsize != itemsize]
-    return max((one.stored for one in in_blocks), default=0)
 
 
 def share(size: int, ranks: int) -> int:
     """Of what is shared out over `ranks`, the part of one, at most."""
     return math.ceil(size / ranks)
+
+
+@lru_cache(maxsize=64)
+def _as_released(kind: str, config: str, dtype: str) -> tuple[Sizes, Reading]:
+    model = in_type(build(kind, json.loads(config)), dtype)
+    counts = [one.numel() for one in model.parameters()]
+    return _sizes(model, dtype), Reading(2 * sum(counts), 0, max(one.nbytes for one in model.parameters()))
+
+
+def _prepared(model: nn.Module, source: Source, kind: str, dtype: str, stream: bool) -> tuple[Sizes, Reading]:
+    """Of a model that would be filled from a file. Raises SwanError for one that does not fit."""
+    weights = ModelWeights(model, source, kind, dtype=DTYPES[dtype], stream=stream)
+    held = read = most = largest = heap = 0
+    for stored, size in weights.reads():
+        passes = stored if stored != size else 0  # it is read as it is stored, and becomes another
+        heap += passes if passes < _SMALL_BYTES else 0
+        held, read = held + size, read + stored
+        most, largest = max(most, held + passes), max(largest, size + passes)
+    return _sizes(model, dtype), Reading(read, most - held + min(HEAP_BYTES, heap), largest)
+
+
+def _sizes(model: nn.Module, dtype: str) -> Sizes:
+    """As the model is: dense in its type, or with packed layers."""
+    blocks: list[tuple[int, ...]] = []
+    if isinstance(model, WanModel):
+        for path, unit in model.units().items():
+            parts = [(f"{path}.{part}.", getattr(unit, part)) for part in unit.parts]
+            blocks.append(
+                tuple(
+                    _bytes(one for name, one in part.named_parameters() if is_streamed(start + name, one))
+                    for start, part in parts
+                )
+            )
+    elif layers := getattr(getattr(model, "encoder", None), "block", None):
+        blocks = [(_bytes(layer.parameters()),) for layer in layers]
+    packed = [math.prod(one.shape) for one in model.modules() if isinstance(one, QuantLinear)]
+    return Sizes(_bytes(model.parameters()), tuple(blocks), max(packed, default=0) * DTYPES[dtype].itemsize)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(one.nbytes for one in tensors)
+
+
+class _NotWritten(Source):
+    """A GGUF file of a model as it would be written."""
+
+    def __init__(self, model: nn.Module, gguf_type: str):
+        names = dict.fromkeys(name for name, _ in model.named_parameters())
+        super().__init__(
+            [], {name: TensorInfo(tuple(model.get_parameter(name).shape), DTYPES["bf16"]) for name in names}
+        )
+        planned = plan_tensors(self, RECIPES[gguf_type])
+        self._types = {one.source_name: one.type for one in planned if one.type.torch_name is None}
+
+    def block_type(self, name: str):
+        return self._types.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -95,6 +95,21 @@ class ModelWeights:
                 _fill(self._model, slot, self._source, where, self._is_sharded)
         _place_other_buffers(self._model, place)
         return self._model
+
+    def reads(self) -> Iterator[tuple[int, int]]:
+        """Of each weight, in the order in which `fill` reads them: bytes that are read, and what becomes of them."""
+        for slot in self._slots:
+            name = slot.stored if isinstance(slot.stored, str) else slot.stored.name
+            info, kind, target = (
+                self._source.info(name),
+                self._source.block_type(name),
+                _get(self._model, slot.aliases[0]),
+            )
+            count = math.prod(info.shape) if isinstance(slot.stored, str) else target.numel()
+            if kind is None:
+                yield count * info.dtype.itemsize, target.nbytes
+            else:
+                yield count // info.shape[-1] * kind.row_bytes(info.shape[-1]), target.nbytes
 
     def read(self, name: str, out: torch.Tensor) -> None:
         """A weight as the model has it, of a packed one its blocks, into memory of its type and shape on the CPU."""

@@ -7,6 +7,8 @@ and keep the fp32 copy small beside the hidden states.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,34 @@ from wan.models.ops.reference import Reference
 CPU_ELEMENTS, GPU_ELEMENTS = 1 << 17, 1 << 24  # 512 KiB and 64 MiB in fp32
 
 
-def slice_rows(x: Tensor) -> int:
-    """How many rows of `x` `[N, ...]` a chain handles at a time on its device."""
-    return _rows(x, CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS)
+_counted_for: ContextVar[str | None] = ContextVar("counted_for", default=None)
 
 
-def _rows(x: Tensor, elements: int) -> int:
-    return max(1, elements // max(1, x[0].numel()))
+@contextmanager
+def counted_for(device_type: str) -> Iterator[None]:
+    """While memory and work are counted: tensors on the meta device go the way of those on `device_type`, and of the
+    slices of a chain, which are alike, the first one alone is run."""
+    token = _counted_for.set(device_type)
+    try:
+        yield
+    finally:
+        _counted_for.reset(token)
+
+
+def acting_type(device: torch.device) -> str:
+    """The type of a device, or of that which the meta device stands for."""
+    return (_counted_for.get() or "meta") if device.type == "meta" else device.type
+
+
+def slices(x: Tensor, elements: int | None = None, copies: int = 1) -> Iterator[slice]:
+    """The rows of `x` `[N, ...]` that a chain handles at a time, in so many copies; elements: of a slice, by default
+    those of the device."""
+    if not len(x):
+        return iter(())
+    elements = elements or (CPU_ELEMENTS if acting_type(x.device) == "cpu" else GPU_ELEMENTS)
+    rows = max(1, elements // max(1, x[0].numel()) // copies)
+    stop = min(rows, len(x)) if x.device.type == "meta" and _counted_for.get() else len(x)
+    return (slice(start, start + rows) for start in range(0, stop, rows))
 
 
 class Gpu(Reference):
@@ -64,8 +87,7 @@ class Gpu(Reference):
 
     def _slices(self, x: Tensor, copies: int = 1) -> Iterator[slice]:
         """Rows of `x`; copies: in fp32, at once."""
-        rows = max(1, _rows(x, self.elements) // copies) if len(x) else 1
-        return (slice(start, start + rows) for start in range(0, len(x), rows))
+        return slices(x, self.elements, copies)
 
 
 class Cpu(Gpu):

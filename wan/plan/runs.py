@@ -1,0 +1,277 @@
+"""What the models of a run compute and hold: each is built on the meta device and run there, see `Tally`.
+
+Blocks of a network are alike, and so are chunks of a video. So two blocks are run, and as many chunks as it takes until
+nothing new is kept; what grows with their number is told from the difference of two runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from wan.denoise import denoise
+from wan.distributed.grid import Grid
+from wan.distributed.parallel import Parallel
+from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit.sequence import Times
+from wan.models.encoders import clip_model, text_model
+from wan.models.ops.sliced import counted_for
+from wan.models.vae import WanVAE
+from wan.plan.tally import Tally
+from wan.solvers import make_solver
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
+_BLOCKS, _STEPS = 2, 3  # the second block holds the first one's input, the third step the results of two
+_CHUNKS = 3  # of the VAE, of which later ones keep no more
+_CACHED = lru_cache(maxsize=256)
+
+
+@dataclass(frozen=True)
+class Count:
+    """peak: bytes that are made on the way, at most; flops: of all."""
+
+    peak: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Forward:
+    """FLOPs of one forward of a DiT: `linear` by part of all blocks, and of what is outside ("rest"); `attention` by
+    part."""
+
+    linear: Mapping[str, float]
+    attention: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_kind().values())
+
+    def by_kind(self) -> dict[str, float]:
+        found = {"linear": sum(self.linear.values())}
+        return found | {f"{part.partition('_')[0]}_attention": self.attention[part] for part in PARTS[:2]}
+
+    def of_block(self, layers: int) -> list[float]:
+        """By part, of one block."""
+        return [(self.linear[part] + self.attention[part]) / layers for part in PARTS]
+
+
+# Models
+
+
+def build(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """A model on the meta device, without values. kind: "dit", "vae", "t5" or "clip"; config: as the task has it."""
+    if kind in ("t5", "clip"):
+        return (text_model if kind == "t5" else clip_model)(**config).to("meta")
+    with torch.device("meta"):
+        return (WanModel if kind == "dit" else WanVAE)(**config)
+
+
+def in_type(model: nn.Module, dtype: str) -> nn.Module:
+    """The model, whose parameters have the type of the run, or stay in fp32."""
+    stays = getattr(model, "keep_fp32", lambda name: False)
+    for name, one in model.named_parameters():
+        one.requires_grad_(False)
+        one.data = one.data.to(torch.float32 if stays(name) else DTYPES[dtype])
+    return model
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# The DiT
+
+
+def forward_flops(spec: EasyDict, latent: tuple[int, ...]) -> Forward:
+    """Of one sample. latent: [z, T, h, w]."""
+    return _forward(key(spec.dit), tuple(latent[1:]))
+
+
+def denoising_bytes(
+    spec: EasyDict,
+    latent: tuple[int, ...],
+    dtype: str,
+    device: str,
+    grid: Grid,
+    solver: str,
+    is_guided: bool,
+    has_image: bool,
+) -> int:
+    """The most that one rank holds while it samples, beside weights and what a cache keeps."""
+    has_clean_frame = has_image and spec.kind == "ti2v"
+    return _denoising(key(spec.dit), tuple(latent), dtype, device, grid, solver, is_guided, has_clean_frame)
+
+
+@_CACHED
+def _forward(dit: str, size: tuple[int, ...]) -> Forward:
+    config = json.loads(dit)
+    layers, model = config["num_layers"], _few_blocks(config, "bf16")
+    tally = Tally()
+    parts = [(part, getattr(block, part)) for block in model.blocks for part in PARTS]
+    hints = len(config.get("vace_layers", ()))
+    places = {module: part for part, owner in parts for module in (owner, *owner.children())}  # some are not called
+    places |= {one: "hint" for adapter in model.adapters for one in adapter.names["vace_blocks"].modules()}
+    with torch.inference_mode(), counted_for("cpu"), tally, tally.places(places):
+        _predict(model, _empty(1, config["out_dim"], *size), torch.tensor([500.0]))
+    each = layers / len(model.blocks)
+    linear = {part: tally.flops[part, "matmul"] * each for part in PARTS}
+    linear["rest"] = tally.flops["rest", "matmul"] + hints * tally.flops["hint", "matmul"]
+    attention = {part: tally.flops[part, "attention"] * each for part in PARTS}
+    attention["self_attn"] += hints * tally.flops["hint", "attention"]
+    return Forward(linear, attention)
+
+
+@_CACHED
+def _denoising(
+    dit: str,
+    latent: tuple[int, ...],
+    dtype: str,
+    device: str,
+    grid: Grid,
+    solver: str,
+    is_guided: bool,
+    has_clean_frame: bool,
+) -> int:
+    config, parallel = json.loads(dit), Parallel.imagined(*grid)
+    model = _few_blocks(config, dtype, parallel)
+    tokens = math.prod(size // patch for size, patch in zip(latent[1:], model.patch_size))
+    with torch.inference_mode(), counted_for(device), Tally() as tally:
+
+        def predict(latent: Tensor, times: Times, ctx: Any) -> Tensor:
+            if ctx.step < _STEPS - 1:  # what is held grows up to the last one
+                return torch.empty_like(latent)
+            if has_clean_frame:
+                timestep = times.t.float().repeat(1, tokens)
+                timestep[:, : tokens // latent.shape[2]] = 0
+                times = Times.of(timestep)
+            return _predict(model, latent, times)
+
+        steps = make_solver(solver, steps=_STEPS, shift=3.0)
+        denoise(predict, steps, _empty(1, *latent), guide_scale=5.0 if is_guided else 1.0, parallel=parallel)
+    return tally.peak
+
+
+def _few_blocks(config: dict[str, Any], dtype: str, parallel: Parallel | None = None) -> WanModel:
+    few = {**config, "num_layers": min(_BLOCKS, config["num_layers"])}
+    if "vace_layers" in config:
+        few["vace_layers"] = [0]
+    model = in_type(build("dit", few), dtype)
+    model.parallel = parallel or Parallel()
+    return model
+
+
+def _predict(model: WanModel, latent: Tensor, times: Tensor | Times) -> Tensor:
+    text = _empty(1, model.text_len, model.text_embedding["0"].in_features)
+    condition = model.patch_embedding.in_channels - latent.shape[1]
+    y = _empty(1, condition, *latent.shape[2:]) if condition else None
+    clip_fea = None
+    if model.img_emb is not None:
+        clip_fea = _empty(1 if model.img_emb.emb_pos is None else 2, CLIP_TOKENS, CLIP_DIM)
+    inputs = {}
+    if model.adapters:
+        channels = next(iter(model.adapters)).names["vace_patch_embedding"].in_channels
+        inputs = {"vace_context": _empty(1, channels, *latent.shape[2:]), "vace_context_scale": 1.0}
+    return model(latent, times, text, y=y, clip_fea=clip_fea, **inputs)
+
+
+# The VAE
+
+
+def decoding(
+    vae: EasyDict, latent: tuple[int, ...], dtype: str, device: str, tile_px: int = 0, ranks: int = 1
+) -> Count:
+    """Of a whole latent [z, T, h, w], until there are the pixels of the video in 8 bits."""
+    run = lambda chunks: _vae(key(vae), "decode", chunks, latent[2:], dtype, device, tile_px, ranks)  # noqa: E731
+    return _as_long(run, latent[1])
+
+
+def encoding(
+    vae: EasyDict, frames: int, rows: int, columns: int, dtype: str, device: str, tile_px: int = 0, ranks: int = 1
+) -> Count:
+    """Of a video of 4n+1 frames of rows x columns pixels, with that video itself."""
+    run = lambda chunks: _vae(key(vae), "encode", chunks, (rows, columns), dtype, device, tile_px, ranks)  # noqa: E731
+    return _as_long(run, 1 + (frames - 1) // 4)
+
+
+def _as_long(run: Callable[[int], Count], chunks: int) -> Count:
+    if chunks <= _CHUNKS + 1:
+        return run(chunks)
+    first, second, more = run(_CHUNKS), run(_CHUNKS + 1), chunks - _CHUNKS
+    peak = first.peak + more * (second.peak - first.peak)
+    return Count(peak, first.flops + more * (second.flops - first.flops))
+
+
+@_CACHED
+def _vae(
+    vae: str, way: str, chunks: int, size: tuple[int, ...], dtype: str, device: str, tile_px: int, ranks: int
+) -> Count:
+    model = in_type(build("vae", json.loads(vae)), dtype)
+    group, run = Parallel.imagined(ulysses=ranks).world, _FirstTile()
+    with torch.inference_mode(), counted_for(device), Tally() as tally:
+        if way == "decode":
+            run.model, model.decode_raw = model.decode_raw, run
+            video = model.decode(_empty(1, model.z_dim, chunks, *size), tile_px, group)[0]
+            video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
+        else:
+            run.model, model.encode_raw = model.encode_raw, run
+            model.encode(_empty(1, 3, 4 * chunks - 3, *size), tile_px, group)
+    return Count(tally.peak, sum(tally.flops.values()) * run.tiles)
+
+
+class _FirstTile:
+    """Runs the first tile alone: the others are like it."""
+
+    model: Callable[..., Tensor]
+    tiles = 0
+
+    def __call__(self, x: Tensor, group: Any) -> Tensor:
+        self.tiles += 1
+        if self.tiles == 1:
+            out = self.model(x, group=group)
+            self.shape = out.shape
+            return out
+        return _empty(*self.shape)
+
+
+# The encoders
+
+
+@_CACHED
+def _text(text: str, prompts: int, tokens: int, dtype: str) -> Count:
+    config = json.loads(text)
+    layers = config["num_layers"]
+    model = in_type(build("t5", {**config, "num_layers": min(_BLOCKS, layers)}), dtype)
+    ids = _empty(prompts, tokens, dtype=torch.long)
+    with torch.inference_mode(), Tally() as tally:
+        # In four axes, as its attention takes it: what has no values cannot be asked whether it hides anything.
+        model(input_ids=ids, attention_mask=_empty(prompts, 1, tokens, tokens, dtype=DTYPES[dtype]))
+    return Count(tally.peak, sum(tally.flops.values()) / len(model.encoder.block) * layers)
+
+
+def text_encoding(text: EasyDict, prompts: int, tokens: int, dtype: str) -> Count:
+    """Of so many prompts, each as long as the longest, of `tokens` tokens."""
+    return _text(key(text), prompts, tokens, dtype)
+
+
+@_CACHED
+def image_looking(images: int, dtype: str) -> Count:
+    """Of CLIP's encoder."""
+    model = in_type(build("clip", {}), dtype)
+    size = model.embeddings.image_size
+    with torch.inference_mode(), Tally() as tally:
+        pixels = _empty(images, 3, size, size).to(DTYPES[dtype])
+        model(pixel_values=pixels, output_hidden_states=True)
+    return Count(tally.peak, sum(tally.flops.values()))
+
+
+def key(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
