@@ -19,10 +19,12 @@ LAYERS = [
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
+    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace"),
     ("wan.denoise", "wan.options", "wan.plan"),
     ("wan.experts", "wan.file_checks", "wan.stage_checks"),
-    ("wan.pipeline", "wan.dry_run"),
-    ("wan.cli", "wan.convert", "wan.compat", "wan.__main__"),
+    ("wan.pipeline", "wan.dry_run", "wan.preview"),
+    ("wan.engine",),
+    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.__main__"),
     ("generate",),
 ]
 
