@@ -38,6 +38,7 @@ from wan.options.files import check_loras
 from wan.options.load import check_built
 from wan.options.names import LoraChoice
 from wan.plan import (
+    Held,
     Placement,
     free_ram,
     make_plan,
@@ -178,9 +179,8 @@ class WanPipeline:
         decided = ("device", "dtype", "auto_dtype", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
         load = request.load
-        machine = measure(self.device, request, self.spec, self.parallel.local_size)
-        if load.ram_bytes is None and self.device.type == "cpu" and self._used:
-            machine = replace(machine, ram_bytes=machine.ram_bytes + self.held_bytes())
+        held = Held(**{"ram" if self.device.type == "cpu" else "device": self.held_bytes() if self._used else 0})
+        machine = measure(self.device, request, self.spec, self.parallel.local_size, held)
         machines = self.parallel.gather_objects(machine)
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 

@@ -71,7 +71,7 @@ def test_auto_decides_from_memory_and_says_so(tiny, tmp_path, capsys, monkeypatc
     flags = ("--gguf", tiny / "dit.gguf", "--sample_steps", 1, "--frame_num", 1, "--seed", 0)
     code, report, err = generate(capsys, *flags, "--save_file", "a.png")
     assert report["gguf_mode"] == {"model": "resident"} and "gguf_mode is resident" in err
-    monkeypatch.setattr("wan.plan.machine._ram_of_one", lambda local_size: 1000)
+    monkeypatch.setattr("wan.plan.machine._ram_of_one", lambda *_: 1000)
     code, report, err = generate(capsys, *flags, "--offload", "model", "--save_file", "b.png")
     assert report["gguf_mode"] == {"model": "stream"} and "GB that are free; " in err
     assert "fp32 weights would take 0.0 GB of 0.0 GB free, so gguf_mode is stream" in err

@@ -219,8 +219,10 @@ def test_memory_that_this_process_holds_is_not_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(machine, "_gpu_flops", lambda device, dtype: 1e14)
     monkeypatch.setattr(machine, "_transfer_rate", lambda device: 1e10)
-    seen = measure(torch.device("cuda"), build_request({}), load_task("t2v-tiny"))
-    assert seen.vram_bytes == 52 * gigabyte + machine.CONTEXT_BYTES
+    asked = torch.device("cuda"), build_request({}), load_task("t2v-tiny")
+    assert measure(*asked).vram_bytes == 52 * gigabyte + machine.CONTEXT_BYTES
+    held = machine.Held(device=20 * gigabyte, ram=3 * gigabyte)  # by models of ours, which can be let go of
+    assert measure(*asked, held=held).vram_bytes == 72 * gigabyte + machine.CONTEXT_BYTES
 
 
 def test_memory_of_another_pipeline_is_not_free(monkeypatch):
@@ -230,4 +232,6 @@ def test_memory_of_another_pipeline_is_not_free(monkeypatch):
     held = torch.ones(400 << 20, dtype=torch.uint8)  # beyond what a bare process takes
     ram = machine.look(build_request({"device": "cpu"})).ram_bytes
     assert 8 * 10**9 < ram <= 8 * 10**9 + machine.PROCESS_BYTES
+    ours = machine.look(build_request({"device": "cpu"}), held=machine.Held(ram=10**9)).ram_bytes
+    assert ours == ram + 10**9
     assert len(held) and "torch" in sys.modules

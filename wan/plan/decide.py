@@ -14,7 +14,7 @@ from easydict import EasyDict
 from wan.cache.policies import POLICIES
 from wan.errors import UsageError
 from wan.options import Request
-from wan.plan.machine import Machine, look_with_torch
+from wan.plan.machine import NOTHING, Held, Machine, look_with_torch
 from wan.plan.memory import Workload
 from wan.plan.placement import MARGIN, Decision, Placement, excess, fitting, least
 from wan.plan.smaller import smaller_frames, smaller_sizes
@@ -34,9 +34,12 @@ def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
     return decide(Workload(settle_dtype(request, spec, machine)[0], spec), machine).placement
 
 
-def measure(device: torch.device, request: Request, spec: EasyDict, local_size: int = 1) -> Machine:
-    """The machine at the start of a run, with what it can do in the type of the run. Imports torch."""
-    return look_with_torch(device, request, local_size, lambda machine: settle_dtype(request, spec, machine)[0])
+def measure(
+    device: torch.device, request: Request, spec: EasyDict, local_size: int = 1, held: Held = NOTHING
+) -> Machine:
+    """The machine at the start of a run, with what it can do in the type of the run. held: by models that this process
+    may let go of; all else that is in use, by whomever, stays so."""
+    return look_with_torch(device, request, local_size, lambda machine: settle_dtype(request, spec, machine)[0], held)
 
 
 def settle_dtype(request: Request, spec: EasyDict, machine: Machine) -> tuple[Request, tuple[str, ...]]:

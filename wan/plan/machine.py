@@ -55,11 +55,23 @@ class Machine:
     vae_flops: float | None = None
 
 
-def look(request: Request, local_size: int = 1) -> Machine:
+@dataclass(frozen=True)
+class Held:
+    """Bytes of models that this process has loaded and may let go of: they are as good as free."""
+
+    device: int = 0
+    ram: int = 0
+
+
+NOTHING = Held()
+
+
+def look(request: Request, local_size: int = 1, held: Held = NOTHING) -> Machine:
     """The machine as far as it can be known without torch. local_size: processes of this run on it."""
-    ram = request.load.ram_bytes or _ram_of_one(local_size)
+    ram = request.load.ram_bytes or _ram_of_one(local_size, held.ram)
     kind = request.load.device.partition(":")[0]
     vram = free_vram(request.load.device) if kind in ("auto", "cuda") else None
+    vram = vram and vram + held.device
     if kind == "auto":
         is_mac = sys.platform == "darwin" and os.uname().machine == "arm64"
         kind = "cuda" if vram or request.load.vram_bytes else "mps" if is_mac else "cpu"
@@ -72,7 +84,7 @@ def look(request: Request, local_size: int = 1) -> Machine:
 
 
 def look_with_torch(
-    device: torch.device, request: Request, local_size: int, settle: Callable[[Machine], Request]
+    device: torch.device, request: Request, local_size: int, settle: Callable[[Machine], Request], held: Held = NOTHING
 ) -> Machine:
     """The machine at the start of a run, with what it can do as measured. Imports torch.
 
@@ -80,7 +92,7 @@ def look_with_torch(
     """
     import torch
 
-    ram = request.load.ram_bytes or _ram_of_one(local_size)
+    ram = request.load.ram_bytes or _ram_of_one(local_size, held.ram)
     if device.type == "cpu":
         _refuse_vram(request)
         machine = Machine("cpu", ram, None, CPU_FLOPS, is_measured=True, has_bf16=_has_bf16())
@@ -92,7 +104,7 @@ def look_with_torch(
     # The driver's part is in use already, and counts; so does what torch keeps of freed tensors. Tensors that are
     # alive, of another pipeline say, are in use and stay so.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    vram = request.load.vram_bytes or torch.cuda.mem_get_info(device)[0] + unused + CONTEXT_BYTES
+    vram = request.load.vram_bytes or torch.cuda.mem_get_info(device)[0] + unused + held.device + CONTEXT_BYTES
     flops, vae_flops = _gpu_flops(device, request.load.dtype), _gpu_flops(device, request.load.vae_dtype)
     rate = _transfer_rate(device)
     torch.cuda.empty_cache()
@@ -123,13 +135,14 @@ def _has_bf16() -> bool:
     return False
 
 
-def _ram_of_one(local_size: int) -> int:
-    """What each of the processes of this machine may hold in all: its part of what is free, and what any process of a
-    run holds before its first weight. What this one holds beyond that, models of another pipeline say, stays in use."""
-    held = 0
+def _ram_of_one(local_size: int, models: int) -> int:
+    """What each of the processes of this machine may hold in all: its part of what is free, what any process of a run
+    holds before its first weight, and its models. What this one holds beyond that, another pipeline say, stays in use.
+    """
+    base = 0
     with contextlib.suppress(OSError, psutil.Error):  # no /proc
-        held = min(psutil.Process().memory_info().rss, PROCESS_BYTES)
-    return free_ram() // local_size + held
+        base = min(psutil.Process().memory_info().rss, PROCESS_BYTES)
+    return free_ram() // local_size + base + models
 
 
 def _refuse_vram(request: Request) -> None:

@@ -1,0 +1,145 @@
+"""The plan of a run: what is computed, what lies where and what that takes, decided before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from easydict import EasyDict
+
+from wan.distributed.grid import attention_bytes, split
+from wan.options import Request
+from wan.plan.decide import decide, settle_dtype
+from wan.plan.duration import shorter, stage_seconds
+from wan.plan.files import check_one_quantised, find_files
+from wan.plan.machine import Machine
+from wan.plan.memory import Workload
+from wan.plan.placement import MARGIN, Placement
+from wan.plan.runs import DTYPES
+from wan.plan.text import format_plan, start_lines
+from wan.plan.transfers import transfers
+from wan.plan.weights import expert_names, parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """load: the run, its type decided; memory: peak bytes by stage, {"device", "ram"} (on a CPU "ram" alone), of each
+    process; notes: lines on what was decided, warnings among them."""
+
+    load: Workload
+    machine: Machine
+    placement: Placement
+    memory: Mapping[str, Mapping[str, int]]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, request: Request, spec: EasyDict, machine: Machine) -> Plan:
+        """Raises UsageError where a budget is too small, see `decide`, or two files hold the same quantised network."""
+        check_one_quantised(request, spec)
+        request, notes = settle_dtype(request, spec, machine)
+        load = Workload(request, spec)
+        decision = decide(load, machine)
+        return cls(load, machine, decision.placement, decision.memory, (*notes, *decision.notes))
+
+    @property
+    def request(self) -> Request:
+        return self.load.request
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """By stage and in all."""
+        return stage_seconds(self.load, self.machine, self.placement)
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        request, spec, load = self.request, self.load.spec, self.load
+        flops = load.forward_flops
+        data = {
+            "task": spec.name,
+            "title": spec.title,
+            "size": f"{request.sample.width}x{request.sample.height}",
+            "frames": request.sample.frame_num,
+            "fps": request.sample.fps,
+            "seed": request.sample.seed,
+            "solver": request.sample.solver,
+            "shift": request.sample.shift,
+            "guide_scale": list(request.sample.guide_scale),
+            "files": find_files(request, spec),
+            "dtypes": {"dit": request.load.dtype, "t5": request.load.t5_dtype, "vae": request.load.vae_dtype},
+            "latent_shape": list(load.latent),
+            "tokens": load.all_tokens,
+            "steps": request.sample.steps,
+            "forwards": load.forwards,
+            "tflop_per_forward": {part: one / 1e12 for part, one in flops.by_kind().items()}
+            | {"total": flops.total / 1e12},
+            "tflop_total": load.forwards * flops.total / 1e12,
+            "parameters": parameters(spec),
+            "blocks": spec.dit.num_layers,
+            "machine": asdict(self.machine),
+            "placement": asdict(self.placement) | {"released": list(self.placement.released)},
+            "memory_bytes": self.memory,
+            "weights": self._weights(),
+            "transfers": transfers(load, self.machine, self.placement),
+            "seconds": self.seconds,
+            "shorter": shorter(load, self.machine, self.seconds),
+            "margin": MARGIN,
+            "notes": list(self.notes),
+            "save_file": request.output.save_file if request.output else None,
+        }
+        if "experts" in spec:
+            data["steps_by_expert"] = {name: load.expert_of_step.count(name) for name in expert_names(spec)}
+        if request.load.grid.size > 1:
+            data["ranks"] = self._ranks()
+        return data
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that --dry_run tells. `files` rows have bytes = None for a file that is missing; shorter: what
+        would take less where that is long; margin: share of each peak that stays free."""
+        return dict(self._data)
+
+    def text(self) -> str:
+        """The same in lines."""
+        return format_plan(self._data)
+
+    def start_lines(self) -> list[str]:
+        """What is printed at the start of a run."""
+        return start_lines(self._data)
+
+    def _weights(self) -> list[dict[str, Any]]:
+        """One row for each component and place: component, where ("GPU", "RAM" or "disk"), bytes, until when."""
+        load, placement, rows = self.load, self.placement, []
+        here = "RAM" if self.machine.device in ("cpu", "mps") else "GPU"
+        stage_of = {"t5": "encode_text", "clip": "encode_image", "vae": "decode"}
+        for name, component in load.components.items():
+            if component.kind == "dit" and name not in load.experts:
+                continue
+            sizes = component.sizes(placement.packed.get(name, ""))
+            until = f"for {stage_of.get(name, 'denoise')}" if name in placement.released else "to the end"
+            where = "RAM" if name == "t5" and placement.text != "device" else here
+            parts = {where: sizes.total}
+            if component.kind == "dit" and placement.blocks_from:
+                layers = len(sizes.blocks)
+                streamed = sum(sizes.units("block")) * (layers - placement.resident_blocks) // layers
+                parts = {where: sizes.total - streamed, "RAM" if placement.blocks_from == "ram" else "disk": streamed}
+            rows += [{"component": name, "where": at, "bytes": size, "until": until} for at, size in parts.items()]
+        return rows
+
+    def _ranks(self) -> dict[str, Any]:
+        """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis."""
+        request, dit, tokens = self.request, self.load.spec.dit, self.load.all_tokens
+        sent = attention_bytes(request.load.grid, tokens, dit.dim, DTYPES[request.load.dtype].itemsize)
+        shared = (("dit", request.load.dit_fsdp), ("t5", request.load.t5_fsdp))
+        return {
+            "grid": request.load.grid._asdict(),
+            "tokens": split(tokens, request.load.grid.sequence),
+            "heads": split(dit.num_heads, request.load.grid.ulysses),
+            "sent_bytes": {axis: round(size) * dit.num_layers for axis, size in sent.items()},
+            "weights_shared": [name for name, is_shared in shared if is_shared],
+        }
+
+
+def make_plan(request: Request, spec: EasyDict, machine: Machine) -> dict[str, Any]:
+    """`Plan.of(...)` as JSON data."""
+    return Plan.of(request, spec, machine).to_json()
