@@ -1,11 +1,12 @@
 """The plan's peak memory against the measured one: python -m benchmarks.plan_memory [--out FILE]
 
-Random checkpoints of three kinds are written: a transformer of the width of Wan2.1 1.3B in bf16, the same as a Q8_0
-GGUF file that stays packed, and two experts. Text encoder and VAE are random too; the VAE has its real size, the
-vocabulary a quarter of it. Each is run by generate.py in a fresh process on the CPU, once so that denoising needs most
-memory and once so that decoding does. `ratio` is what the plan says (--dry_run, the largest stage) over the peak
-resident memory that the run reports; `floor` the same for the tiny embedded task, which holds next to no weights.
-Planned seconds stand beside measured ones.
+Random checkpoints are written: a transformer of the width of Wan2.1 1.3B in bf16 (dense), the same as a Q8_0 GGUF file
+that stays packed, two experts, one that starts from an image (i2v, with a small CLIP), one with the VAE of Wan2.2
+(ti2v). Text encoder and VAE are random too; the VAE has its real size, the vocabulary a quarter of it. Each is run by
+generate.py in a fresh process on the CPU, once so that denoising needs most memory and once so that decoding does; the
+dense one also on two processes, which hold all weights or share them out. `ratio` is what the plan says (--dry_run,
+the largest stage) over the peak resident memory that the run reports, of the process that is furthest off; `floor` the
+same for the tiny embedded task, which holds next to no weights. Planned seconds stand beside measured ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 import yaml
 from easydict import EasyDict
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,11 +36,13 @@ from benchmarks.peers import build_ours
 from benchmarks.peers_gguf import write_random
 from wan.command import Parser, run_command
 from wan.errors import SwanError
+from wan.models.encoders import clip_model
 from wan.models.vae import WanVAE
 from wan.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, EXPERT_LAYERS = 11, 5  # some 1 GB and 0.5 GB in bf16
+CLIP_LAYERS = 4
 TEXT = {"dim": 1024, "dim_attn": 1024, "dim_ffn": 2816, "num_heads": 16, "num_layers": 4, "vocab": 64_000}
 # The command line, with tasks of its own. Nothing else differs from generate.py.
 RUN = """
@@ -56,6 +61,12 @@ RUNS = {
     "decode in bf16": ["--size", "480*480", "--frame_num", "5", "--vae_dtype", "bf16"],
     "decode in tiles": ["--size", "384*384", "--frame_num", "5", "--vae_tile_px", "256"],
 }
+RANKS = {
+    "2 ranks": ["--ulysses_size", "2", "--offload_model", "true"],
+    "2 ranks, weights shared": ["--ulysses_size", "2", "--offload_model", "true", "--dit_fsdp", "--t5_fsdp"],
+}
+# What a kind of task starts from: the flags of pictures.
+PICTURES = {"i2v": ["--image"], "flf2v": ["--first_frame", "--last_frame"], "ti2v": ["--image"]}
 STEPS = [
     *("--prompt", "a cat on a roof in the rain", "--negative_prompt", "blurred", "--seed", "1"),
     *("--sample_steps", "2", "--sample_guide_scale", "1"),
@@ -67,7 +78,9 @@ def specs() -> dict[str, EasyDict]:
     dense = _spec("t2v-1.3B", "random-dense", LAYERS)
     packed = _spec("t2v-1.3B", "random-q8", LAYERS)
     experts = _spec("t2v-A14B", "random-experts", EXPERT_LAYERS)
-    return {"dense": dense, "packed": packed, "experts": experts}
+    image = _spec("i2v-14B", "random-i2v", EXPERT_LAYERS)
+    new_vae = _spec("ti2v-5B", "random-ti2v", EXPERT_LAYERS)
+    return {"dense": dense, "packed": packed, "experts": experts, "i2v": image, "ti2v": new_vae}
 
 
 def _spec(like: str, name: str, layers: int) -> EasyDict:
@@ -90,6 +103,8 @@ def write_checkpoint(folder: Path, spec: EasyDict, packed: bool) -> list[str]:
         else:
             save_file(dict(_random(build_ours("dit", dict(spec.dit)))), path)
     torch.save(dict(_text_state(spec.text)), folder / spec.files.t5)
+    if "clip" in spec.files:
+        torch.save(dict(_random(clip_model(num_layers=CLIP_LAYERS))), folder / spec.files.clip)
     with torch.device("meta"):
         vae = WanVAE(**spec.vae)
     torch.save(dict(_random(vae, torch.float32)), folder / spec.files.vae)
@@ -145,28 +160,47 @@ def _write_tokenizer(folder: Path, size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def compare(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
+def write_conditions(folder: Path, spec: EasyDict) -> list[str]:
+    """What a task starts from beside a prompt, in `folder`; the flags that name it."""
+    flags = []
+    for flag in PICTURES.get(spec.kind, []):
+        path = folder / f"{flag.lstrip('-')}.png"
+        Image.effect_noise((640, 640), 50).convert("RGB").save(path)
+        flags += [flag, str(path)]
+    return flags
+
+
+def compare(tasks: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     """Plan and run of one command line."""
-    plan = run_generate(tasks, [*flags, "--dry_run", "--json"])
-    planned = {stage: sizes["ram"] for stage, sizes in plan["memory_bytes"].items()}
-    done = run_generate(tasks, flags)
-    largest = max(planned, key=planned.get)
-    print(f"planned {planned[largest]:,}, measured {done['peak_memory_bytes']:,}", file=sys.stderr, flush=True)
+    plan = run_generate(tasks, [*flags, "--dry_run", "--json"], ranks)
+    others = [plan["ranks"]["memory_bytes_but_of_first"]] * (ranks - 1) if ranks > 1 else []
+    planned = [{stage: one["ram"] for stage, one in rank.items()} for rank in (plan["memory_bytes"], *others)]
+    done = run_generate(tasks, flags, ranks)
+    measured = [one["peak_memory_bytes"] for one in done.get("peak_by_rank", [done])]
+    ratios = [max(one.values()) / peak for one, peak in zip(planned, measured, strict=True)]
+    largest = max(planned[0], key=planned[0].get)
+    told = [f"{max(one.values()):,}" for one in planned]
+    print(f"planned {told}, measured {measured}, ratios {ratios}", file=sys.stderr, flush=True)
     return {
-        "ratio": planned[largest] / done["peak_memory_bytes"],
-        "planned_bytes": planned[largest],
-        "measured_bytes": done["peak_memory_bytes"],
+        "ratio": max(ratios, key=lambda ratio: abs(ratio - 1)),
+        "planned_bytes": [max(one.values()) for one in planned],
+        "measured_bytes": measured,
         "largest_stage": largest,
-        "planned_by_stage": planned,
+        "planned_by_stage": planned[0],
         "offload": plan["placement"]["offload"],
         "planned_seconds": plan["seconds"],
         "seconds": done["seconds"],
     }
 
 
-def run_generate(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
+def run_generate(tasks: Path, flags: Sequence[str], ranks: int = 1) -> dict[str, Any]:
     """The JSON line that the command prints."""
-    command = [sys.executable, "-c", RUN, str(tasks), *flags, "--quiet", "--device", "cpu"]
+    command = [sys.executable, "-c", RUN]
+    if ranks > 1:
+        (tasks / "run.py").write_text(RUN)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command.append(str(tasks / "run.py"))
+    command += [str(tasks), *flags, "--quiet", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -174,8 +208,10 @@ def run_generate(tasks: Path, flags: Sequence[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(cases: Sequence[str], runs: Sequence[str], more: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row for each case and run. more: further flags, such as --offload block."""
+def measure(
+    cases: Sequence[str], runs: Sequence[str], ranks: Sequence[str], more: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One row for each case and run. ranks: of RANKS; more: further flags, such as --offload block."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tasks").mkdir()
@@ -187,10 +223,15 @@ def measure(cases: Sequence[str], runs: Sequence[str], more: Sequence[str]) -> I
             (folder / "tasks" / f"{spec.name}.yaml").write_text(yaml.safe_dump(plain(spec), allow_unicode=True))
             print(f"writing {case} ...", file=sys.stderr, flush=True)
             own = write_checkpoint(folder / case, spec, packed=case == "packed")
+            own += write_conditions(folder, spec)
             common = ["--task", spec.name, "--ckpt_dir", str(folder / case), *own, *save, *STEPS, *more]
             for run in runs:
                 print(f"{case}, {run} ...", file=sys.stderr, flush=True)
                 yield {"case": case, "run": run, **compare(folder, [*common, *RUNS[run]])}
+            for name in ranks if case == "dense" else ():
+                print(f"{case}, {name} ...", file=sys.stderr, flush=True)
+                yield {"case": case, "run": name, **compare(folder, [*common, *RUNS["denoise"], *RANKS[name]], 2)}
+            shutil.rmtree(folder / case)
 
 
 def plain(value: Any) -> Any:
@@ -207,13 +248,14 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m benchmarks.plan_memory", description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(specs()), default=list(specs()))
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=["denoise", "decode"])
+    parser.add_argument("--ranks", nargs="*", choices=list(RANKS), default=list(RANKS), help="of the dense case")
     parser.add_argument("--offload", help="as of generate.py")
     parser.add_argument("--resident_blocks", help="as of generate.py")
     parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
     args = parser.parse_args(argv)
     given = {"--offload": args.offload, "--resident_blocks": args.resident_blocks}
     more = [word for flag, value in given.items() if value for word in (flag, value)]
-    floor, *rows = measure(args.cases, args.runs, more)
+    floor, *rows = measure(args.cases, args.runs, args.ranks, more)
     worst = max((abs(row["ratio"] - 1) for row in rows), default=0.0)
     report({"floor": floor, "worst_deviation": worst, "cases": rows, "machine": machine()}, args.out)
     return 0

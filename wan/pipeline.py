@@ -178,7 +178,6 @@ class WanPipeline:
         """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory."""
         decided = ("device", "dtype", "auto_dtype", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
-        load = request.load
         held = Held(**{"ram" if self.device.type == "cpu" else "device": self.held_bytes() if self._used else 0})
         machine = measure(self.device, request, self.spec, self.parallel.local_size, held)
         machines = self.parallel.gather_objects(machine)
@@ -316,7 +315,8 @@ class WanPipeline:
                 self._read_ahead(following - {ctx.expert})
 
         try:
-            with freed_memory_kept() if self.device.type == "cpu" else nullcontext():
+            # Not where weights are gathered: what comes and goes then has too many sizes, and memory grew step by step.
+            with freed_memory_kept() if self.device.type == "cpu" and not self.load.dit_fsdp else nullcontext():
                 latents = denoise(
                     predict,
                     solver,
@@ -342,6 +342,8 @@ class WanPipeline:
     def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
         """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""
         if ctx.expert in self.experts:
+            if next(reversed(self._used), "") != ctx.expert:
+                self._make_room("denoise", ctx.expert)
             return self.experts[ctx.expert]
         report("load", 0, 1)
         model = self.experts[ctx.expert]

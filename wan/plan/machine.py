@@ -28,7 +28,7 @@ CONTEXT_BYTES = 500_000_000
 CPUINFO = Path("/proc/cpuinfo")
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 # Resident memory of a process that has made a video with the tiny task, whose models take next to nothing: Python,
-# torch, transformers, tokenizers and the code of the kernels. Measured: 460 to 525 MB, torch 2.13 for CPUs, Linux.
+# torch, transformers, tokenizers and the code of the kernels. Measured: 410 to 530 MB, torch 2.13 for CPUs, Linux.
 PROCESS_BYTES = 475_000_000
 CUDA_PROCESS_BYTES = 1_500_000_000  # the same with the libraries of CUDA; assumed
 

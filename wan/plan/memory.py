@@ -24,6 +24,7 @@ from wan.plan.runs import DTYPES
 from wan.plan.weights import (
     HEAP_BYTES,
     Component,
+    Sizes,
     as_gguf,
     component,
     components,
@@ -192,10 +193,11 @@ class Workload:
         return max(peak, self.looking().peak if "clip" in self.components else 0)
 
 
-def memory_by_stage(load: Workload, device: str, placement) -> dict[str, dict[str, int]]:
-    """Stage -> {"device": bytes, "ram": bytes} of one process; on a CPU only "ram"."""
+def memory_by_stage(load: Workload, device: str, placement, is_first: bool = True) -> dict[str, dict[str, int]]:
+    """Stage -> {"device": bytes, "ram": bytes} of one process; on a CPU only "ram". is_first: of several processes it
+    is the one that encodes for all."""
     on_cpu = device == "cpu"
-    held = _Held(load, on_cpu, placement)
+    held = _Held(load, on_cpu, placement, is_first)
     found = {}
     for stage in load.stages:
         keeps, working, loading = held.stage(stage)
@@ -212,20 +214,25 @@ def memory_by_stage(load: Workload, device: str, placement) -> dict[str, dict[st
 class _Held:
     """What is in memory as the stages of one run go by."""
 
-    def __init__(self, load: Workload, on_cpu: bool, placement):
+    def __init__(self, load: Workload, on_cpu: bool, placement, is_first: bool):
         self.load, self.on_cpu, self.placement = load, on_cpu, placement
+        self.encodes = {"t5": is_first or load.request.load.t5_fsdp, "clip": is_first}
         self.kept = {"device": 0, "ram": 0}  # by models of earlier stages
 
     def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
         """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
         load = self.load
         work = load.working_bytes(stage, "cpu" if self.on_cpu else "cuda")
+        if stage == "encode_text" and not self.encodes["t5"]:
+            return dict(self.kept), 0, 0
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
             own, work, names = *self._denoise(work), load.experts
         else:
-            names = ["vae"] + ["clip"] * (stage == "encode_image" and "clip" in load.components)
+            names = ["vae"] + ["clip"] * (
+                stage == "encode_image" and "clip" in load.components and self.encodes["clip"]
+            )
             sizes = [load.components[name].dense.total for name in names]
             stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]
             own = {"device": max(sum(stay), max(sizes)), "ram": 0}
@@ -247,21 +254,36 @@ class _Held:
             where = "ram" if name == "t5" and self.placement.text != "device" else "device"
             size = self.load.components[name].sizes(self.placement.packed.get(name, "")).total
             self.kept[where] += self._shared(name, size)
+            self.kept["ram"] += self._tokenizer if name == "t5" else 0
+
+    @property
+    def _tokenizer(self) -> int:
+        return TOKENIZER_BYTES * self.load.spec.text.vocab
+
+    def _is_shared(self, name: str) -> bool:
+        request = self.load.request
+        return request.load.t5_fsdp if name == "t5" else request.load.dit_fsdp and name in expert_names(self.load.spec)
 
     def _shared(self, name: str, size: int) -> int:
-        request = self.load.request
-        is_shared = (
-            request.load.t5_fsdp if name == "t5" else request.load.dit_fsdp and name in expert_names(self.load.spec)
-        )
-        return share(size, request.load.grid.size) if is_shared else size
+        return share(size, self.load.request.load.grid.size) if self._is_shared(name) else size
+
+    def _gathered(self, name: str, sizes: Sizes) -> int:
+        """Of weights that are shared out: what is whole while the model computes, at most.
+
+        What is outside of blocks is so to the end. FSDP keeps what has arrived until the next block has, gathers the
+        one after that meanwhile, and copies each out of what has arrived; gloo gathers into memory of its own.
+        """
+        if not self._is_shared(name):
+            return 0
+        block = max(sizes.units("block"), default=0)
+        outside, own = sizes.total - sum(sizes.units("block")), int(self.on_cpu)
+        return max((1 + own) * outside, 2 * outside + (1 + own) * block, outside + (3 + own) * block)
 
     def _text(self, work: int) -> tuple[dict[str, int], int]:
         load, placement = self.load, self.placement
         sizes = load.components["t5"].sizes(placement.packed.get("t5", ""))
-        tokenizer = TOKENIZER_BYTES * load.spec.text.vocab
-        whole = self._shared("t5", sizes.total)
-        if load.request.load.t5_fsdp:
-            whole += 2 * max(sizes.units("block"), default=0)
+        tokenizer = self._tokenizer
+        whole = self._shared("t5", sizes.total) + self._gathered("t5", sizes)
         if self.on_cpu or placement.text == "cpu":
             where = "device" if self.on_cpu else "ram"
             own = {"device": 0, "ram": 0} | {where: whole + sizes.unpacked}
@@ -294,9 +316,7 @@ class _Held:
         beside = sizes.unpacked + (load.lora_bytes(name) if mode == "stream" else 0)
         if placement.offload not in ("block", "phase"):
             whole = self._shared(name, sizes.total)
-            if load.request.load.dit_fsdp:  # two blocks are whole, one at work and one on the way
-                whole += 2 * max(sizes.units("block"))
-            return {"device": whole + beside, "ram": 0}
+            return {"device": whole + self._gathered(name, sizes) + beside, "ram": 0}
         units, layers = sizes.units(placement.offload), len(sizes.blocks)
         streamed = sum(units) * (layers - placement.resident_blocks) // layers
         count = len(units) * (layers - placement.resident_blocks) // layers

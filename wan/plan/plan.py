@@ -15,7 +15,7 @@ from wan.plan.decide import decide, settle_dtype
 from wan.plan.duration import shorter, stage_seconds
 from wan.plan.files import check_one_quantised, find_files
 from wan.plan.machine import Machine
-from wan.plan.memory import Workload
+from wan.plan.memory import Workload, memory_by_stage
 from wan.plan.placement import MARGIN, Placement
 from wan.plan.runs import DTYPES
 from wan.plan.text import format_plan, start_lines
@@ -25,8 +25,8 @@ from wan.plan.weights import expert_names, parameters
 
 @dataclass(frozen=True)
 class Plan:
-    """load: the run, its type decided; memory: peak bytes by stage, {"device", "ram"} (on a CPU "ram" alone), of each
-    process; notes: lines on what was decided, warnings among them."""
+    """load: the run, its type decided; memory: peak bytes by stage, {"device", "ram"} (on a CPU "ram" alone), of one
+    process, of several the first; notes: lines on what was decided, warnings among them."""
 
     load: Workload
     machine: Machine
@@ -127,16 +127,19 @@ class Plan:
         return rows
 
     def _ranks(self) -> dict[str, Any]:
-        """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis."""
+        """How the work is shared among processes. sent_bytes: by a rank for one forward, on average, by axis;
+        memory_bytes_but_of_first: as `memory`, of those that do not encode."""
         request, dit, tokens = self.request, self.load.spec.dit, self.load.all_tokens
         sent = attention_bytes(request.load.grid, tokens, dit.dim, DTYPES[request.load.dtype].itemsize)
         shared = (("dit", request.load.dit_fsdp), ("t5", request.load.t5_fsdp))
+        others = memory_by_stage(self.load, self.machine.device, self.placement, is_first=False)
         return {
             "grid": request.load.grid._asdict(),
             "tokens": split(tokens, request.load.grid.sequence),
             "heads": split(dit.num_heads, request.load.grid.ulysses),
             "sent_bytes": {axis: round(size) * dit.num_layers for axis, size in sent.items()},
             "weights_shared": [name for name, is_shared in shared if is_shared],
+            "memory_bytes_but_of_first": others,
         }
 
 
