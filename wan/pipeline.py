@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.cache.options import make_manager
 from wan.cache.telemetry import merged
 from wan.conditioning.condition import Condition
+from wan.conditioning.film import Film
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
@@ -61,7 +63,7 @@ Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 
 @dataclass(frozen=True)
 class Result:
-    """`frames` uint8 [T, H, W, 3]; `latents` fp32 [z, T', h, w]; `seconds` by stage.
+    """`frames` uint8 [T, H, W, 3]; `latents` fp32 [z, T', h, w], of the last clip; `seconds` by stage.
 
     Within "denoise" lie "load" (of the first expert), "swap" (waiting for the second) and "wait_for_blocks" (the host,
     for blocks that are streamed), where there were such.
@@ -202,25 +204,36 @@ class WanPipeline:
 
     def _run(self, request: Request, progress: Progress | None, cache: NoCache | None, on_clean) -> Result:
         self.latents, self.cache = None, cache or NO_CACHE
-        seconds: dict[str, float] = {}
+        seconds: Counter[str] = Counter()
 
         def report(stage: str, done: int, total: int) -> None:
             self.check()
             if progress is not None:
                 progress(stage, done, total)
 
-        with _timed("encode", seconds, report, self.device):
-            texts = self._encode_texts(request)
-            condition = self._encode_images(request)
+        film, frames = kind_of(self.spec).film(self.spec, request.sample), []
+        for clip, latents in self._sample(request, film, seconds, report, on_clean):
+            with _timed("decode", seconds, report, self.device, clip, film.clips):
+                frames.append(_as_pixels(film.frames(clip, self._decode(latents, self._tile_px(request)))))
+        return Result(frames[0] if len(frames) == 1 else np.concatenate(frames), self.latents, dict(seconds))
+
+    def _sample(
+        self, request: Request, film: Film, seconds: Counter[str], report: Progress, on_clean: OnStep | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The clips of a film: their numbers, and the latents that are to be decoded. film: is told of each clip's
+        frames before the next one is asked for."""
         self.experts.take_seconds()
-        is_loaded = any(name in self.experts for name in self.files.dit)
-        with _timed("denoise", seconds, report, self.device, request.sample.steps, begins=is_loaded):
-            latents = self._denoise(request, texts, condition, report, on_clean)
-            self.latents = latents[0].cpu()
-        seconds |= self.experts.take_seconds()
-        with _timed("decode", seconds, report, self.device):
-            frames = self._decode(latents, self._tile_px(request))[request.sample.trim_first_frames :]
-        return Result(frames, self.latents, seconds)
+        with _timed("encode", seconds, report, self.device, ends=False):
+            texts = self._encode_texts(request)
+        for clip in range(film.clips):
+            with _timed("encode", seconds, report, self.device, clip, film.clips, begins=clip > 0):
+                condition = self._encode_images(film, clip, request)
+            is_loaded = any(name in self.experts for name in self.files.dit)
+            with _timed("denoise", seconds, report, self.device, clip, film.clips, request.sample.steps, is_loaded):
+                latents = self._denoise(request, texts, film, clip, condition, report, on_clean)
+                self.latents = latents[0].cpu()
+            seconds.update(self.experts.take_seconds())
+            yield clip, film.latents(clip, latents)
 
     # Stages
 
@@ -240,7 +253,7 @@ class WanPipeline:
         self.checks.text(embeddings)
         return dict(zip(texts, embeddings, strict=True))
 
-    def _condition(self, request: Request) -> Condition:
+    def _condition(self, film: Film, clip: int, request: Request) -> Condition:
         """With the VAE, which is loaded when something is to be encoded, and stays until all is."""
         with ExitStack() as stage:
             held: list[WanVAE] = []
@@ -250,12 +263,12 @@ class WanPipeline:
                     held.append(stage.enter_context(self._model("vae", "encode_image")))
                 return held[0].encode(video.to(self.device), tile_px=self._tile_px(request), group=self.parallel.world)
 
-            condition = kind_of(self.spec).condition(self.spec, request.sample, encode)
+            condition = film.condition(clip, encode)
             held.clear()
         return condition
 
-    def _encode_images(self, request: Request) -> Condition:
-        condition = self._condition(request)
+    def _encode_images(self, film: Film, clip: int, request: Request) -> Condition:
+        condition = self._condition(film, clip, request)
         self.checks.image(condition)
         if condition.clip_images:
 
@@ -272,6 +285,8 @@ class WanPipeline:
         self,
         request: Request,
         texts: dict[str, Tensor],
+        film: Film,
+        clip: int,
         condition: Condition,
         report: Progress,
         on_clean: OnStep | None = None,
@@ -283,10 +298,7 @@ class WanPipeline:
             request.sample.width,
             self.spec.vae_stride[1],
         )
-        # Drawn on the CPU, so that one seed gives one video on every device.
-        generator = torch.Generator().manual_seed(request.sample.seed)
-        shape = (shape[0], shape[1] + condition.extra_frames, *shape[2:])
-        noise = torch.randn(1, *shape, generator=generator, dtype=torch.float32).to(self.device)
+        noise = film.noise(clip, (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])).to(self.device)
         solver = make_solver(
             request.sample.solver,
             steps=request.sample.steps,
@@ -301,7 +313,7 @@ class WanPipeline:
         decided = len(self.cache.telemetry.decisions) if apart else 0
 
         def predict(latent: Tensor, times: Times, ctx: StepContext) -> Tensor:
-            model, here = self._expert(ctx, report), {**cached, "ctx": ctx} if cached else {}
+            model, here = self._expert(ctx, film.clips, report), {**cached, "ctx": ctx} if cached else {}
             self.check()
             return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
@@ -310,7 +322,7 @@ class WanPipeline:
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
             self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
-            report("denoise", ctx.step + 1, ctx.steps)
+            report("denoise", clip * ctx.steps + ctx.step + 1, film.clips * ctx.steps)
             if ctx.step == 0:
                 self._read_ahead(following - {ctx.expert})
 
@@ -329,6 +341,7 @@ class WanPipeline:
                     parallel=self.parallel,
                     on_step=on_step,
                     on_clean=on_clean and (lambda ctx, clean: on_clean(ctx, clean[:, :, condition.extra_frames :])),
+                    run=clip,
                 )
         finally:
             if self.placement.offload != "none" and not self.keeps:
@@ -339,7 +352,7 @@ class WanPipeline:
             decisions[decided:] = merged(self.parallel.gather_objects(decisions[decided:]))
         return latents[:, :, condition.extra_frames :]
 
-    def _expert(self, ctx: StepContext, report: Progress) -> WanModel:
+    def _expert(self, ctx: StepContext, clips: int, report: Progress) -> WanModel:
         """The network of a step. Loading it is told as a stage of its own, after which denoising goes on."""
         if ctx.expert in self.experts:
             if next(reversed(self._used), "") != ctx.expert:
@@ -348,7 +361,7 @@ class WanPipeline:
         report("load", 0, 1)
         model = self.experts[ctx.expert]
         report("load", 1, 1)
-        report("denoise", ctx.step, ctx.steps)
+        report("denoise", ctx.run * ctx.steps + ctx.step, clips * ctx.steps)
         return model
 
     def _read_ahead(self, following: Collection[str]) -> None:
@@ -372,12 +385,10 @@ class WanPipeline:
     def _tile_px(self, request: Request) -> int:
         return self.placement.vae_tile_px if request.sample.vae_tile_px is None else request.sample.vae_tile_px
 
-    def _decode(self, latents: Tensor, tile_px: int) -> np.ndarray:
+    def _decode(self, latents: Tensor, tile_px: int) -> Tensor:
+        """[3, T, H, W] in [-1, 1]."""
         with self._model("vae") as vae, self.checks.decoding(vae):
-            video = vae.decode(latents, tile_px=tile_px, group=self.parallel.world)[0]
-        # Truncated, not rounded, as the official code writes its videos.
-        pixels = video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
-        return pixels.permute(1, 2, 3, 0).cpu().numpy()
+            return vae.decode(latents, tile_px=tile_px, group=self.parallel.world)[0]
 
     # Models
 
@@ -492,6 +503,13 @@ class WanPipeline:
         return lambda model, blocks: shard_model(model, blocks, self._meshes[device.type])
 
 
+def _as_pixels(video: Tensor) -> np.ndarray:
+    """[3, T, H, W] in [-1, 1], which is changed, to uint8 [T, H, W, 3]: truncated, not rounded, as the official code
+    writes its videos."""
+    pixels = video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
 def _empty_vae(spec: Any) -> WanVAE:
     with torch.device("meta"):
         return WanVAE(**spec.vae)
@@ -499,17 +517,26 @@ def _empty_vae(spec: Any) -> WanVAE:
 
 @contextmanager
 def _timed(
-    stage: str, seconds: dict[str, float], report: Progress, device: torch.device, total: int = 1, begins: bool = True
+    stage: str,
+    seconds: Counter[str],
+    report: Progress,
+    device: torch.device,
+    clip: int = 0,
+    clips: int = 1,
+    steps: int = 1,
+    begins: bool = True,
+    ends: bool = True,
 ) -> Iterator[None]:
-    """begins: whether its start is told here."""
+    """The part of a stage that one clip has, of so many steps; begins, ends: whether that is told here."""
     started = time.perf_counter()
     if begins:
-        report(stage, 0, total)
+        report(stage, clip * steps, clips * steps)
     yield
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    report(stage, total, total)
-    seconds[stage] = time.perf_counter() - started
+    if ends:
+        report(stage, (clip + 1) * steps, clips * steps)
+    seconds[stage] += time.perf_counter() - started
 
 
 def _clear_frames(error: BaseException | None, before: BaseException | None) -> None:

@@ -97,7 +97,7 @@ def test_shared_weights():
     assert row["ratio"] == pytest.approx(1, rel=0.01)
     assert 1.01 < row["ratio_to_two_bytes_each"] < 1.02  # fp32 modulation
     assert weights_row("1.3B", 16, per_machine=8)["counted"] == row["counted"]
-    assert type(rope_table((((1, 1, 1), (0, 0, 0)),), 128)) is torch.Tensor  # no fake one is kept
+    assert type(rope_table((((1, 1, 1), (0, 0, 0), (1, 1, 1)),), 128)) is torch.Tensor  # no fake one is kept
 
 
 def test_flops(tallies):

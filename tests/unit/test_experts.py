@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -155,7 +156,7 @@ def test_a_stage_is_timed_on_the_device_that_it_runs_on(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     for name in ("cuda:1", "cpu"):
-        with pipeline._timed("decode", {}, lambda *_: None, torch.device(name)):
+        with pipeline._timed("decode", Counter(), lambda *_: None, torch.device(name)):
             pass
     assert waited == [torch.device("cuda:1")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from wan.models.vae import WanVAE
 from wan.options import LoadOptions, Request, check_device
 from wan.options.names import MAX_SEED
 from wan.pipeline import DTYPE_NAMES, Progress, WanPipeline
+from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
 
 # Options of build_request -> arguments of a call, for messages.
@@ -192,10 +194,8 @@ class GGUFPipeline(WanPipeline):
         )
         report = progress or (lambda stage, done, total: None)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            texts = self._encode_texts(request)
-            condition = self._encode_images(request)
-            latents = self._denoise(request, texts, condition, report)
-        self.latents = latents[0].cpu()
+            film = kind_of(self.spec).film(self.spec, request.sample)
+            [(_, latents)] = self._sample(request, film, Counter(), report)
         videos = latents if output_type == "latent" else torch.from_numpy(self.decode_latents(latents))
         return PipelineOutput(videos) if return_dict else videos
 

@@ -14,6 +14,7 @@ from wan.tasks import embedded_checkpoint
 
 if TYPE_CHECKING:
     from wan.conditioning.condition import Condition, Encode
+    from wan.conditioning.film import Film
 
 Size = tuple[int, int]  # (width, height), px
 
@@ -49,8 +50,18 @@ class Kind:
         """Whether its condition is made with the VAE."""
         return sample.image is not None
 
+    def clips(self, spec: EasyDict, sample: Any) -> int:
+        """How many are sampled, one after another, for one video."""
+        return 1
+
+    def film(self, spec: EasyDict, sample: Any) -> Film:
+        """What a run samples, clip by clip. Imports torch."""
+        from wan.conditioning.film import Film
+
+        return Film(sample, lambda encode: self.condition(spec, sample, encode), self.clips(spec, sample))
+
     def condition(self, spec: EasyDict, sample: Any, encode: Encode) -> Condition:
-        """What a Sample is conditioned on. encode: the VAE. Imports torch."""
+        """What a Sample of one clip is conditioned on. encode: the VAE. Imports torch."""
         from wan.conditioning.condition import Condition
 
         return Condition()

@@ -84,6 +84,8 @@ class WanModel(nn.Module):
     def units(self) -> dict[str, nn.Module]:
         """The blocks and what adapters put after each, by their paths, in the order of use. Each has `parts`."""
         found = {}
+        for adapter in self.adapters:
+            found |= adapter.modules(-1)
         for i, block in enumerate(self.blocks):
             found[f"blocks.{i}"] = block
             for adapter in self.adapters:
@@ -153,8 +155,10 @@ class WanModel(nn.Module):
         ctx: StepContext | None = None,
     ) -> Tensor:
         x_BLC, grid = self.embed_patches(x_BCFHW)
-        ops = choose_ops(self.ops, x_BLC.device)
-        sequence = Sequence([Group(grid)], self.parallel, self.attention, ops, self.head_dim, x_BLC.device)
+        ops, groups = choose_ops(self.ops, x_BLC.device), [Group(grid)]
+        for adapter in self.adapters:
+            x_BLC, groups = adapter.embed(inputs, x_BLC, groups)
+        sequence = Sequence(groups, self.parallel, self.attention, ops, self.head_dim, x_BLC.device)
         sequence.set_time(*self.embed_time(times, sequence, len(x_BLC)))
         text_BMC = self.embed_text(context, ops)
         seen = Context(text_BMC, self.img_emb(clip_fea.to(self.dtype)) if self.img_emb is not None else None)

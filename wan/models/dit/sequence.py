@@ -25,12 +25,14 @@ class Group:
     """Tokens of a grid.
 
     grid, origin: (frames, rows, columns), and the position of its first token among all, which may be negative
+    extent: the (frames, rows, columns) of positions that the grid is spread over; None: its own
     time: the timestep of these tokens; None: that of the step
     is_seen: whether the head makes something of them
     """
 
     grid: tuple[int, int, int]
     origin: tuple[int, int, int] = (0, 0, 0)
+    extent: tuple[int, int, int] | None = None
     time: float | None = None
     is_seen: bool = True
 
@@ -86,7 +88,7 @@ class Sequence:
     ):
         self.groups, self.attention, self.ops = tuple(groups), attention, ops
         self.shards = parallel.tokens(sum(group.count for group in self.groups))
-        places = tuple((group.grid, group.origin) for group in self.groups)
+        places = tuple((group.grid, group.origin, group.extent or group.grid) for group in self.groups)
         self.rope_LD = self.shards.shard(rope_table(places, head_dim, device), dim=0)
 
     # In time

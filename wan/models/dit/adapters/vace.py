@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wan.models.dit.adapters import After
+from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.block import Block, Context, Hold
 from wan.models.dit.sequence import Sequence
 
@@ -37,7 +37,7 @@ class VaceBlock(Block):
             return c_BLC, self.after_proj(c_BLC)
 
 
-class Vace:
+class Vace(Adapter):
     """Hint n, times the scale, is added to the hidden states after main block `layers[n]`; it is made when they come.
 
     Its inputs:
