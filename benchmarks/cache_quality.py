@@ -38,9 +38,9 @@ from benchmarks.judge import judge
 from benchmarks.tiny_world import CASES_PER_HALF, WORDS, Outcome, rates
 from benchmarks.tiny_world_gguf import SAME_DB, psnr
 from wan.command import Parser, run_command
+from wan.engine import Engine
 from wan.errors import UsageError
 from wan.options import Request, build_request, check_device
-from wan.pipeline import WanPipeline
 from wan.tasks import load_task
 
 HALF = 0.5  # of the compute: where the best policy is looked for
@@ -112,10 +112,10 @@ def fewer_steps(steps: int) -> list[Setting]:
 
 
 class Maker:
-    """Makes clips of a task with one pipeline, whose models stay in memory."""
+    """Makes clips of a task with one engine, whose models stay in memory."""
 
     def __init__(self, task: str, steps: int | None, ckpt_dir: str | None, folder: str):
-        self.spec, self.pipe = load_task(task), None
+        self.spec, self.engine, self.cache = load_task(task), None, None
         self.options = {"task": task, "sample_steps": steps or self.spec.sampling.steps, "ckpt_dir": ckpt_dir}
         self.options |= {"offload_model": False, "device": check_device("auto")}
         self.options |= {"save_file": str(Path(folder, "unused.mp4"))}
@@ -128,9 +128,10 @@ class Maker:
     def make(self, case: Case, flags: dict[str, Any]) -> tuple[np.ndarray, float]:
         """Frames, and seconds of the denoising stage."""
         request = self.request(case, flags)
-        self.pipe = self.pipe or WanPipeline.from_request(request, self.spec)
-        result = self.pipe(request)
-        return result.frames, result.seconds["denoise"]
+        self.engine = self.engine or Engine.of(request.load, self.spec)
+        video = self.engine.make(request)
+        self.cache = video.cache
+        return video.frames, video.report["seconds"]["denoise"]
 
     def run(self, cases: Sequence[Case], settings: Sequence[Setting]) -> tuple[list[list[Made]], list[Made]]:
         """What each setting made of each case, and the uncached clips. All settings of a case run one after another,
@@ -155,7 +156,7 @@ class Maker:
         """Of the last run: predictions computed, and blocks computed, each of those of an uncached run."""
         if "sample_steps" in setting.flags:
             return (setting.flags["sample_steps"] / self.steps,) * 2
-        sums = [sums for expert in self.pipe.cache.telemetry.report().values() for sums in expert.values()]
+        sums = [sums for expert in self.cache.report().values() for sums in expert.values()]
         total, computed = (sum(one[key] for one in sums) for key in ("total", "computed"))
         probed = policy_of(setting.flags).probe_blocks / self.spec.dit.num_layers
         return computed / total, (computed + probed * (total - computed)) / total

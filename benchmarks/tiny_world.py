@@ -37,9 +37,9 @@ from benchmarks.common import machine
 from benchmarks.judge import Verdict, has_stripes, judge
 from tools.tiny.world import BACKGROUNDS, Clip, combinations, held_out, picture, sample_starts
 from wan.command import Parser, run_command
+from wan.engine import Engine
 from wan.errors import UsageError
 from wan.options import Request, build_request, check_device
-from wan.pipeline import WanPipeline
 from wan.tasks import load_task, preset_names
 
 TASK = "t2v-tiny"
@@ -103,11 +103,11 @@ def make_request(prompt: str | None, seed: int, steps: int | None, ckpt_dir: str
 
 @torch.inference_mode()
 def run(
-    count: int, steps: int | None, ckpt_dir: str | None, pipe: WanPipeline | None = None, task: str = TASK, **options
+    count: int, steps: int | None, ckpt_dir: str | None, engine: Engine | None = None, task: str = TASK, **options
 ) -> tuple[list[Outcome], Request]:
-    """Make and judge the first `count` clips with one pipeline. Returns them and the last request.
+    """Make and judge the first `count` clips with one engine. Returns them and the last request.
 
-    `options` are more of the request; LoRAs among them count only where no `pipe` is given.
+    `options` are more of the request; LoRAs among them count only where no `engine` is given.
     """
     spec = load_task(task)
     width, height = map(int, spec.sampling.size.split("*"))
@@ -116,9 +116,9 @@ def run(
         given = picture(clip, width, height) if spec.kind == "i2v" else None
         with _image_file(given) as image:
             request = make_request(clip.prompt, seed, steps, ckpt_dir, task=task, image=image, **options)
-            pipe = pipe or WanPipeline.from_request(request, spec)
+            engine = engine or Engine.of(request.load, spec)
             started = time.perf_counter()
-            frames = pipe(request).frames
+            frames = engine.make(request).frames
             seconds = time.perf_counter() - started
         outcome = Outcome(clip, judge(frames), seconds, frames, given)
         outcomes.append(outcome)

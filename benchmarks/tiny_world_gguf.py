@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.common import high_water_bytes, in_fresh_process, machine, timed
+from benchmarks.common import high_water_bytes, in_fresh_process, machine
 from benchmarks.tiny_world import TASK, WORDS, Outcome, cases, make_request, rates, run
+from wan.engine import Engine
 from wan.errors import UsageError
 from wan.options import Request
-from wan.pipeline import WanPipeline
 from wan.tasks import load_task
 from wan.weights.export import export_gguf, plan_tensors
 from wan.weights.folder import Form, export_folder
@@ -65,16 +65,17 @@ def make(file: str | None, count: int, steps: int | None, ckpt_dir: str | None) 
     """Load the transformer (None: the one of the checkpoint) and make `count` clips."""
     clip, seed = cases()[0]
     options = {"dit": file, "gguf_mode": "stream"} if file else {}
-    pipe = WanPipeline.from_request(make_request(clip.prompt, seed, steps, ckpt_dir, **options), load_task(TASK))
+    short = make_request(clip.prompt, seed, 1, ckpt_dir, **options)
+    engine = Engine.of(short.load, load_task(TASK))
 
-    def load() -> None:
-        pipe.experts.release()
-        pipe.experts["model"]
+    def load() -> float:
+        engine.release()
+        return engine.make(short).report["seconds"]["load"]
 
-    load_seconds = min(timed(load)[0] for _ in range(LOADS))
-    run(1, steps, ckpt_dir, pipe)  # loads the other models
+    load_seconds = min(load() for _ in range(LOADS))
+    run(1, steps, ckpt_dir, engine)  # loads the other models
     peak = high_water_bytes()
-    outcomes, request = run(count, steps, ckpt_dir, pipe)
+    outcomes, request = run(count, steps, ckpt_dir, engine)
     return Made(outcomes, request, load_seconds, peak)
 
 
@@ -87,8 +88,8 @@ def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
 def compare(types: list[str], count: int, steps: int | None, ckpt_dir: str | None) -> tuple[dict, dict[str, Made]]:
     """The JSON, and what was made by type."""
     clip, seed = cases()[0]
-    original = WanPipeline.from_request(make_request(clip.prompt, seed, steps, ckpt_dir), load_task(TASK)).files.dit
-    source = open_source(original["model"])
+    engine = Engine.of(make_request(clip.prompt, seed, steps, ckpt_dir).load, load_task(TASK))
+    source = engine.checkpoint.source("model")
     stored = {REFERENCE: _stored_as_is(source)}
     made = {REFERENCE: in_fresh_process(make, None, count, steps, ckpt_dir)}
     with tempfile.TemporaryDirectory() as folder:

@@ -26,8 +26,8 @@ from benchmarks.judge import judge
 from benchmarks.tiny_world import CASES_PER_HALF, TASK, Outcome, cases, make_request, rates, run, stripes_rate
 from benchmarks.tiny_world_gguf import psnr
 from wan.command import Parser, run_command
+from wan.engine import Engine
 from wan.options import Request
-from wan.pipeline import WanPipeline
 from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
@@ -42,31 +42,34 @@ def lora(name: str, task: str = TASK) -> str:
     return str(embedded_checkpoint(load_task(task)) / "loras" / f"{name}.safetensors")
 
 
-def open_pipe(**options: Any) -> WanPipeline:
-    """A pipeline of t2v-tiny with these options of a request."""
+def open_engine(**options: Any) -> Engine:
+    """An engine of t2v-tiny with these options of loading, and LoRAs."""
     clip, seed = cases()[0]
-    return WanPipeline.from_request(make_request(clip.prompt, seed, None, None, **options), load_task(TASK))
+    request = make_request(clip.prompt, seed, None, None, **options)
+    engine = Engine.of(request.load, load_task(TASK))
+    engine.set_loras(**request.sample.loras)
+    return engine
 
 
 def strengths(count: int) -> Iterator[Row]:
-    """One pipeline, whose LoRAs are changed between the rows."""
-    pipe = open_pipe()
-    yield "none", *run(count, None, None, pipe), None
+    """One engine, whose LoRAs are changed between the rows."""
+    engine = open_engine()
+    yield "none", *run(count, None, None, engine), None
     for strength in (0, 0.5, 1):
-        pipe.set_loras((lora("stripes"), strength))
-        yield f"stripes:{strength}", *run(count, None, None, pipe), "none"
-    pipe.set_loras()
-    yield "removed", *run(count, None, None, pipe), "none"
+        engine.set_loras((lora("stripes"), strength))
+        yield f"stripes:{strength}", *run(count, None, None, engine), "none"
+    engine.set_loras()
+    yield "removed", *run(count, None, None, engine), "none"
 
 
 def packed(count: int) -> Iterator[Row]:
     """The same weights in Q8_0, dequantised with the LoRA merged, and packed with it beside them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "q8_0.gguf")
-        export_gguf(open_source(open_pipe().files.dit["model"]), file, "Q8_0")
+        export_gguf(open_source(open_engine().checkpoint.files.dit["model"]), file, "Q8_0")
         merged = {"gguf": str(file), "gguf_mode": "resident", "lora": lora("stripes")}
-        yield "Q8_0, stripes:1 merged", *run(count, None, None, open_pipe(**merged)), None
-        beside = open_pipe(**merged | {"gguf_mode": "stream"})
+        yield "Q8_0, stripes:1 merged", *run(count, None, None, open_engine(**merged)), None
+        beside = open_engine(**merged | {"gguf_mode": "stream"})
         yield "Q8_0, stripes:1 beside", *run(count, None, None, beside), "Q8_0, stripes:1 merged"
 
 
@@ -86,15 +89,15 @@ def stripes(count: int) -> Iterator[Row]:
 
 def distilled(count: int) -> Iterator[Row]:
     """Steps and guidance as the rows say; the distilled model is sampled with its preset."""
-    pipe = open_pipe()
+    engine = open_engine()
     plain = "20 steps, guidance"
-    yield plain, *run(count, None, None, pipe), None
-    yield "4 steps, guidance", *run(count, 4, None, pipe), plain
-    yield "preset", *run(count, None, None, pipe, preset=PRESET), plain
-    pipe.set_loras(lora(PRESET))
-    yield "preset, distilled", *run(count, None, None, pipe, preset=PRESET), plain
-    pipe.set_loras([lora(PRESET), lora("stripes")])
-    yield "preset, distilled, stripes:1", *run(count, None, None, pipe, preset=PRESET), plain
+    yield plain, *run(count, None, None, engine), None
+    yield "4 steps, guidance", *run(count, 4, None, engine), plain
+    yield "preset", *run(count, None, None, engine, preset=PRESET), plain
+    engine.set_loras(lora(PRESET))
+    yield "preset, distilled", *run(count, None, None, engine, preset=PRESET), plain
+    engine.set_loras([lora(PRESET), lora("stripes")])
+    yield "preset, distilled, stripes:1", *run(count, None, None, engine, preset=PRESET), plain
 
 
 COMPARISONS = {"stripes": stripes, "distilled": distilled}

@@ -34,9 +34,9 @@ from benchmarks.common import machine
 from benchmarks.judge import judge, objects
 from benchmarks.tiny_world import WORDS, Outcome, cases, draw, make_request
 from tools.tiny.world import COLORS, SHAPES, Clip, held_out, picture, render
+from wan.engine import Engine
 from wan.media import write_video
 from wan.options import Request
-from wan.pipeline import WanPipeline
 from wan.tasks import load_task
 from wan.video import open_video
 
@@ -136,14 +136,14 @@ def kept_psnr(case: Case, frames: np.ndarray) -> float | None:
 @torch.inference_mode()
 def run(count: int, steps: int | None, ckpt_dir: str | None) -> tuple[list[Result], Request]:
     """Of the first `count` cases; and the last request."""
-    pipe, results = None, []
+    engine, results = None, []
     for kind, clip, seed in all_cases()[:count]:
         with tempfile.TemporaryDirectory() as folder:
             case = make_case(kind, clip, Path(folder))
             request = make_request(case.prompt, seed, steps, ckpt_dir, task=TASK, **case.options)
-            pipe = pipe or WanPipeline.from_request(request, load_task(TASK))
+            engine = engine or Engine.of(request.load, load_task(TASK))
             started = time.perf_counter()
-            frames = pipe(request).frames
+            frames = engine.make(request).frames
             seconds = time.perf_counter() - started
         outcome = Outcome(clip, judge(frames), seconds, frames)
         results.append(Result(kind, outcome, appears(case, frames), kept_psnr(case, frames)))

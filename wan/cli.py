@@ -28,6 +28,7 @@ from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError, one_line
 from wan.options import FLAGS, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
+from wan.options.config import config_options
 from wan.options.names import VIDEO_FLAGS
 from wan.options.replay import replay_options
 from wan.tasks import load_task
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 MAX_NAME_BYTES = 255  # of a file, on usual file systems
 # What the command line alone does, beside the options that Python has too.
 COMMANDS = {
+    "config": Option(
+        "path", "options from this JSON or YAML file; flags given beside it override them", "what to make", "FILE"
+    ),
     "replay": Option(
         "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"
     ),
@@ -109,6 +113,8 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name in FLAGS}
     notes: list[str] = []
+    if args.config:
+        options = config_options(args.config, options)
     if args.replay:
         options = replay_options(
             media.read_settings(args.replay), options, files=bool(args.replay_files), warnings=notes

@@ -88,6 +88,8 @@ def marked(page):
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if commands(page)])
 def test_commands_run(page, folder, capsys):
+    for text in blocks(page, "yaml"):
+        (folder / "mine.yaml").write_text(text)
     for words in commands(page):
         if words[0] == "make":  # README's first two, which are run on a fresh clone
             assert f"\n{words[1]}:" in (REPO / "Makefile").read_text()
