@@ -10,10 +10,12 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,19 +28,22 @@ from wan.command import Parser, put, run_command
 from wan.distributed.launch import Disagreement, World
 from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError, one_line
-from wan.options import FLAGS, Option, Request, build_request, check_device
+from wan.options import FLAGS, PART_OF, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
 from wan.options.config import config_options
 from wan.options.names import VIDEO_FLAGS
 from wan.options.replay import replay_options
 from wan.tasks import load_task
+from wan.tasks.kinds import kind_of
+from wan.unfinished import SUFFIX, Unfinished, read_unfinished
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.locate import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
 
-    from wan.engine import Event, Video
+    from wan.conditioning.film import Made
+    from wan.engine import Clip, Event, Video
 
 MAX_NAME_BYTES = 255  # of a file, on usual file systems
 # What the command line alone does, beside the options that Python has too.
@@ -48,6 +53,12 @@ COMMANDS = {
     ),
     "replay": Option(
         "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"
+    ),
+    "resume": Option(
+        "path",
+        "go on with a film of several clips, from the folder that its run left",
+        "what to make",
+        "NAME.unfinished",
     ),
     "replay_files": Option(
         "flag", "use the checkpoint and the other files that the video names: for videos of your own", "what to make"
@@ -121,6 +132,10 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
         )
     elif args.replay_files:
         raise UsageError("--replay_files is for --replay FILE")
+    made = None
+    if args.resume:
+        settings, made = read_unfinished(args.resume)
+        options = _resumed(args.resume, settings, options, notes)
     request = build_request(options, world.size, args.replay)
     spec = load_task(request.load.task)
     quiet = args.quiet or world.rank > 0
@@ -136,10 +151,19 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     if not quiet:
         print(f"{request.load.task}, seed {request.sample.seed}", file=sys.stderr)
     seeded = str(options.get("seed")).strip() == str(request.sample.seed)
-    report = run(request, spec, quiet=quiet, world=world, seeded=seeded)
+    report = run(request, spec, quiet=quiet, world=world, seeded=seeded, made=made)
     if world.rank == 0:
         print_report(report)
     return 0
+
+
+def _resumed(folder: str, settings: dict[str, Any], options: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The options of a film that is gone on with; those given may say how it is computed, not what it shows."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if other := [name for name in given if PART_OF[name] == "sample"]:
+        raise UsageError(f"--resume goes on with the film as it was begun: --{other[0]} cannot be given with it")
+    given["save_file"] = os.path.abspath(folder).removesuffix(SUFFIX)
+    return replay_options(settings, given, files=True, warnings=notes)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -151,12 +175,19 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def run(
-    request: Request, spec: EasyDict, *, quiet: bool = False, world: World | None = None, seeded: bool = False
+    request: Request,
+    spec: EasyDict,
+    *,
+    quiet: bool = False,
+    world: World | None = None,
+    seeded: bool = False,
+    made: Made | None = None,
 ) -> dict[str, Any]:
     """Make the video and write it to request.output.save_file. Returns the report that is printed as JSON.
 
     Once denoising is done, a failure keeps the latents in a file and names it in the SwanError. Of several processes
-    each calls this; the first one writes. seeded: the seed is no random one, so all ranks must have the same.
+    each calls this; the first one writes. seeded: the seed is no random one, so all ranks must have the same. A film of
+    several clips is written clip by clip; made: what there is of it already.
     """
     started = time.perf_counter()
     world = world or World()
@@ -175,10 +206,15 @@ def run(
     # One video is made: nothing is gained by what stays.
     load = replace(load, device=device, residency="stage" if load.residency == "auto" else load.residency)
     preview = output.preview if world.rank == 0 else None
-    with listening() as signals, _Progress(quiet, world, signals, preview) as progress:
+    film = None
+    if kind_of(spec).clips(spec, request.sample) > 1:
+        film = _Film(output.save_file, made, is_writer=world.rank == 0)
+    with listening() as signals, _Progress(quiet, world, signals, preview) as progress, film or nullcontext():
         engine = Engine.of(load, spec, parallel)
 
         def kept() -> str | None:
+            if film is not None:
+                return film.kept()
             return None if engine.latents is None else _keep_latents(engine.latents, output.save_file)
 
         if world.size > 1:
@@ -186,18 +222,24 @@ def run(
         if world.rank == 0:
             world.at_failure = kept
         try:
-            video = engine.make(request, on_event=progress, preview_every=output.preview_every if preview else 0)
+            video = engine.make(
+                request,
+                on_event=progress,
+                on_clip=film,
+                made=made,
+                preview_every=output.preview_every if preview else 0,
+            )
             peaks = parallel.gather_objects(_peak_memory(engine.device))
             if world.rank > 0:
                 return {}
             saving = time.perf_counter()
             world.stage = "save"
-            video.write(output.save_file)
+            video.write(output.save_file) if film is None else film.finish(video)
         except Exception as error:
-            if engine.latents is None or world.rank > 0:
-                raise
             world.at_failure = None
-            raise SwanError(f"{_describe(error)}; {kept()}") from error
+            if world.rank > 0 or (saved := kept()) is None:
+                raise
+            raise SwanError(f"{_describe(error)}; {saved}") from error
     if video.cache is not None:
         _report_cache(video, quiet)
     ended = time.perf_counter()
@@ -257,6 +299,38 @@ def _report_cache(video: Video, quiet: bool) -> None:
 def _describe(error: Exception) -> str:
     message = one_line(error)
     return message if isinstance(error, SwanError) else f"{type(error).__name__}: {message}"
+
+
+class _Film:
+    """Clips on their way to a file. is_writer: of several processes, whether this one writes."""
+
+    def __init__(self, path: str, made: Made | None, is_writer: bool):
+        self.file, self.made, self.is_writer = Unfinished(path), made, is_writer
+
+    def __enter__(self) -> _Film:
+        if self.is_writer and self.made is None:
+            self.file.begin()
+        return self
+
+    def __call__(self, clip: Clip) -> None:
+        if self.is_writer:
+            self.file.add(clip.frames, clip.made, clip.request.sample.fps, clip.request.settings())
+        self.made = clip.made
+
+    def kept(self) -> str | None:
+        """For the message of a failure."""
+        if self.made is None:
+            return None
+        return f"{self.made.clips} clips are kept: go on with --resume {shlex.quote(str(self.file.folder))}"
+
+    def finish(self, video: Video) -> None:
+        self.file.finish(self.made, video.request.sample.fps, video.request.settings(), video.sound)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.is_writer and self.made is None:
+            self.file.discard()
+        elif self.is_writer and kind is not None and not issubclass(kind, Exception):  # a signal
+            print(self.kept(), file=sys.stderr)
 
 
 def _keep_latents(latents: torch.Tensor, save_file: str) -> str:

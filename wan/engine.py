@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wan import media
 from wan.cache import StepContext
+from wan.conditioning.film import Made
 from wan.distributed.parallel import Parallel
 from wan.errors import Cancelled, UsageError
 from wan.options import LoadOptions, Request, build_load, build_sample
@@ -27,6 +28,7 @@ from wan.pipeline import Result, WanPipeline
 from wan.plan import start_lines
 from wan.preview import Preview
 from wan.tasks import load_task
+from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
 
 _POLL_SECONDS = 0.1  # how often a call that waits for its turn looks whether it was cancelled
@@ -63,13 +65,29 @@ class Video:
 
     def save(self, path: str | Path) -> Path:
         """Write an mp4, or one frame as PNG, with the settings inside. Raises UsageError or SwanError; atomic."""
+        if not len(self.frames):
+            raise UsageError("the clips of this video were handed to on_clip: there are no frames to save")
         path = Path(check_save_file(os.fspath(path) or ".", len(self.frames)))
         self.write(path)
         return path
 
     def write(self, path: str | Path) -> None:
         """`save`, to a path that was checked before."""
-        media.write_video(path, self.frames, self.request.sample.fps, self.request.settings())
+        media.write_video(path, self.frames, self.request.sample.fps, self.request.settings(), self.sound)
+
+    @property
+    def sound(self) -> media.Sound | None:
+        """What is heard with it."""
+        return kind_of(load_task(self.request.load.task)).sound(self.request.sample)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a film. frames: uint8 [T, H, W, 3]; made: what there is of the film, with this; request: the film's."""
+
+    frames: np.ndarray
+    made: Made
+    request: Request
 
 
 class Engine:
@@ -135,6 +153,7 @@ class Engine:
         *,
         on_event: Callable[[Event], object] | None = None,
         cancel: threading.Event | None = None,
+        on_clip: Callable[[Clip], object] | None = None,
         preview_every: int = 0,
         **options: Any,
     ) -> Video:
@@ -143,13 +162,15 @@ class Engine:
         Args:
             on_event: is told what happens, by the thread that called; what it raises ends the call.
             cancel: setting it ends the call between two steps, chunks of the VAE or weights that are loaded.
+            on_clip: takes each Clip of a film as it is made; the video has no frames then, and a long one takes no
+                more memory than a short one.
             preview_every: so many steps apart previews are among the events; 0: none.
             options: by the names of their flags. Pictures may be paths, PIL images or uint8 arrays [H, W, 3].
 
         Raises UsageError or SwanError, one line, Cancelled among them. After that the engine can be used as before.
         """
         request = build_sample(options, self.load)
-        return self.make(request, on_event=on_event, cancel=cancel, preview_every=preview_every)
+        return self.make(request, on_event=on_event, cancel=cancel, on_clip=on_clip, preview_every=preview_every)
 
     def make(
         self,
@@ -157,10 +178,12 @@ class Engine:
         *,
         on_event: Callable[[Event], object] | None = None,
         cancel: threading.Event | None = None,
+        on_clip: Callable[[Clip], object] | None = None,
+        made: Made | None = None,
         preview_every: int = 0,
     ) -> Video:
-        """`generate`, for options that were checked."""
-        _check_call(on_event, cancel, preview_every)
+        """`generate`, for options that were checked. made: that of an earlier call's last Clip, to go on from."""
+        _check_call(on_event, cancel, on_clip, preview_every)
         tell = on_event or (lambda event: None)
         with self._my_turn(cancel) as check:
             pipe = self._pipe
@@ -180,7 +203,8 @@ class Engine:
                 tell(_note(line))
             stages = _Stages(tell, plan)
             show = self._shows(tell, preview_every) if preview_every else None
-            result = pipe(request, progress=stages, on_clean=show)
+            take = on_clip and (lambda frames, made: on_clip(Clip(frames, made, request)))
+            result = pipe(request, progress=stages, on_clean=show, on_clip=take, made=made)
             cache = pipe.cache.telemetry if request.sample.cache else None
             return Video(result.frames, result.latents, request, _report(pipe, request, result), cache)
 
@@ -241,9 +265,11 @@ class Engine:
         return show
 
 
-def _check_call(on_event: Any, cancel: Any, preview_every: Any) -> None:
+def _check_call(on_event: Any, cancel: Any, on_clip: Any, preview_every: Any) -> None:
     if on_event is not None and not callable(on_event):
         raise UsageError(f"on_event must be a function of one event, not {on_event!r:.100}")
+    if on_clip is not None and not callable(on_clip):
+        raise UsageError(f"on_clip must be a function of one clip, not {on_clip!r:.100}")
     if cancel is not None and not hasattr(cancel, "is_set"):
         raise UsageError(f"cancel must be a threading.Event, not {cancel!r:.100}")
     if isinstance(preview_every, bool) or not isinstance(preview_every, int) or preview_every < 0:
@@ -275,18 +301,19 @@ def _note(line: str) -> Event:
 
 
 def _report(pipe: WanPipeline, request: Request, result: Result) -> dict[str, Any]:
-    frames, height, width, _ = result.frames.shape
+    (_, height, width, _), digests = result.frames.shape, result.made.sha256
     modes = {name: mode for name, mode in pipe.placement.packed.items() if mode}
     return {
         "task": request.load.task,
         "seed": request.sample.seed,
         "size": f"{width}x{height}",
-        "frames": frames,
+        "frames": result.made.frames,
         "fps": request.sample.fps,
         "steps": request.sample.steps,
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "offload": pipe.placement.offload,
         **({"gguf_mode": modes} if modes else {}),
         **({"cache": pipe.cache.telemetry.report()} if request.sample.cache else {}),
-        "sha256": hashlib.sha256(result.frames.tobytes()).hexdigest(),
+        # Of the frames; of several clips, of the hashes of theirs.
+        "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
     }

@@ -9,14 +9,15 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import atomic, open_plain, parse_json, temporary_name
 from wan.pictures import read_image
 
-__all__ = ["read_image", "read_settings", "save_latents", "write_video"]
+__all__ = ["Sound", "join_videos", "read_image", "read_settings", "save_latents", "write_video"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,13 +33,23 @@ BT709_OPTIONS = (
     "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
     *("-color_range", "tv", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
 )
+SOUND_OPTIONS = ("-c:a", "aac", "-b:a", "192k", "-fflags", "+bitexact", "-flags:a", "+bitexact")
 _ESCAPED, _BACKSLASH = re.compile(r"[\\=;#\n]"), r"\\\g<0>"  # in a metadata file of ffmpeg
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_COMMENT_BYTES = 1 << 20  # two prompts of 10,000 letters take 240 kB at most
 _MAX_PARTS = 10_000  # boxes or chunks looked at
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: int, settings: dict[str, Any]) -> None:
+class Sound(NamedTuple):
+    """What is heard beside a video: the first sound of a file, from so many seconds on."""
+
+    path: str
+    start: float = 0.0
+
+
+def write_video(
+    path: str | Path, frames: np.ndarray, fps: int, settings: dict[str, Any], sound: Sound | None = None
+) -> None:
     """Write uint8 frames [T, H, W, 3] as H.264 mp4, or one frame as PNG, by the extension of `path`.
 
     `settings` is stored as JSON (the mp4 `comment` tag, a PNG text chunk). The file appears whole or not at
@@ -56,7 +67,20 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, settings: dict[s
                 raise SwanError(f"{path}: a PNG holds one frame, not {len(frames)}; use .mp4")
             _write_png(temporary, frames[0], comment)
         else:
-            _write_mp4(temporary, frames, fps, comment)
+            _write_mp4(temporary, frames, fps, comment, sound)
+
+
+def join_videos(
+    path: str | Path, clips: Sequence[Path], seconds: float, settings: Mapping[str, Any], sound: Sound | None = None
+) -> None:
+    """One mp4, so long, of those that `write_video` wrote, which are not encoded again. Atomic; raises SwanError."""
+    path = Path(path)
+    with atomic(path) as temporary, temporary_name(path.parent) as listed:
+        names = "".join("file 'file:{}'\n".format(str(clip.resolve()).replace("'", r"'\''")) for clip in clips)
+        listed.write_text(f"ffconcat version 1.0\n{names}", encoding="utf-8", newline="\n")
+        source = ("-f", "concat", "-safe", "0", "-i", f"file:{listed}")
+        codec = ("-c:v", "copy", "-movflags", "+faststart")
+        _mux(temporary, source, codec, json.dumps(settings, sort_keys=True), sound, seconds)
 
 
 def _write_png(path: Path, frame: np.ndarray, comment: str) -> None:
@@ -67,24 +91,41 @@ def _write_png(path: Path, frame: np.ndarray, comment: str) -> None:
     Image.fromarray(frame).save(path, format="PNG", pnginfo=info)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
-    import imageio_ffmpeg
+def _write_mp4(path: Path, frames: np.ndarray, fps: int, comment: str, sound: Sound | None = None) -> None:
     import numpy as np
 
     _, height, width, _ = frames.shape
     if width % 2 or height % 2:
         raise SwanError(f"an mp4 needs an even width and height, not {width}x{height}")
     pixels = memoryview(np.ascontiguousarray(frames)).cast("B")
+    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
+    _mux(path, source, (*BT709_OPTIONS, *X264_OPTIONS), comment, sound, len(frames) / fps, pixels)
+
+
+def _mux(
+    path: Path,
+    source: Sequence[str],
+    codec: Sequence[str],
+    comment: str,
+    sound: Sound | None,
+    seconds: float,
+    pixels: memoryview | None = None,
+) -> None:
+    """An mp4 of what ffmpeg's `source` shows, so long, with the comment and the sound. Raises OSError."""
+    import imageio_ffmpeg
+
     # In a file, for a command line holds some 100 kB, which two long prompts exceed.
     with temporary_name(path.parent) as metadata:
         metadata.write_text(
             f";FFMETADATA1\ncomment={_ESCAPED.sub(_BACKSLASH, comment)}\n", encoding="utf-8", newline="\n"
         )
-        source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source]
         # "file:", for a name with a colon is a protocol to ffmpeg
-        command += ["-f", "ffmetadata", "-i", f"file:{metadata}", "-map", "0:v", "-map_metadata", "1"]
-        command += [*BT709_OPTIONS, *X264_OPTIONS, "-f", "mp4", f"file:{path}"]
+        command += ["-f", "ffmetadata", "-i", f"file:{metadata}"]
+        if sound is not None:  # silence after its end: the picture says how long the video is
+            command += ["-ss", f"{sound.start:.6f}", "-i", f"file:{sound.path}"]
+            command += ["-map", "2:a:0", "-af", "apad", "-t", f"{seconds:.6f}", *SOUND_OPTIONS]
+        command += ["-map", "0:v", "-map_metadata", "1", *codec, "-f", "mp4", f"file:{path}"]
         # Run directly rather than through imageio_ffmpeg's writer, which does not look at ffmpeg's exit status:
         # a disk that fills up while the index is written would pass unnoticed.
         # In a session of its own, for the terminal's Ctrl-C would end it with an error before this process has heard.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import sys
 import time
@@ -23,7 +24,7 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.cache.options import make_manager
 from wan.cache.telemetry import merged
 from wan.conditioning.condition import Condition
-from wan.conditioning.film import Film
+from wan.conditioning.film import Film, Made
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
@@ -57,13 +58,16 @@ from wan.weights.lora import Lora, set_loras
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Made = TypeVar("Made")
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+OnClip = Callable[[np.ndarray, Made], None]  # (frames of a clip, uint8 [T, H, W, 3], and what there is with it)
 
 
 @dataclass(frozen=True)
 class Result:
     """`frames` uint8 [T, H, W, 3]; `latents` fp32 [z, T', h, w], of the last clip; `seconds` by stage.
+
+    `frames` is empty where each clip was handed on as it was made; `made` counts them all.
 
     Within "denoise" lie "load" (of the first expert), "swap" (waiting for the second) and "wait_for_blocks" (the host,
     for blocks that are streamed), where there were such.
@@ -72,6 +76,7 @@ class Result:
     frames: np.ndarray
     latents: Tensor
     seconds: dict[str, float]
+    made: Made
 
 
 class WanPipeline:
@@ -134,8 +139,11 @@ class WanPipeline:
         progress: Progress | None = None,
         cache: NoCache | None = None,
         on_clean: OnStep | None = None,
+        on_clip: OnClip | None = None,
+        made: Made | None = None,
     ) -> Result:
         """Makes one video. `progress(stage, done, total)` is called as each stage goes on; on_clean: see `denoise`.
+        on_clip: takes the frames of each clip, which are not kept then; made: what there is of it already.
 
         `cache` takes the place of the one that the request asks for. Raises UsageError where the request wants other
         models than the pipeline was built for, NotFinite where a stage makes what is no number. After an error or an
@@ -149,7 +157,7 @@ class WanPipeline:
         handled = sys.exc_info()[1]  # by the caller, and none of ours
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
             try:
-                return self._run(request, progress, cache, on_clean)
+                return self._run(request, progress, cache, on_clean, on_clip, made or Made())
             except BaseException as error:
                 self.experts.forget_prepared()  # or the program could not end before it is loaded
                 _clear_frames(error, handled)
@@ -202,7 +210,15 @@ class WanPipeline:
             self.experts.release()  # some have them, others not: they will be loaded anew
             raise
 
-    def _run(self, request: Request, progress: Progress | None, cache: NoCache | None, on_clean) -> Result:
+    def _run(
+        self,
+        request: Request,
+        progress: Progress | None,
+        cache: NoCache | None,
+        on_clean: OnStep | None,
+        on_clip: OnClip | None,
+        made: Made,
+    ) -> Result:
         self.latents, self.cache = None, cache or NO_CACHE
         seconds: Counter[str] = Counter()
 
@@ -211,22 +227,37 @@ class WanPipeline:
             if progress is not None:
                 progress(stage, done, total)
 
-        film, frames = kind_of(self.spec).film(self.spec, request.sample), []
-        for clip, latents in self._sample(request, film, seconds, report, on_clean):
+        film = kind_of(self.spec).film(self.spec, request.sample)
+        film.state, parts = dict(made.state), []
+        frames = np.empty((0, request.sample.height, request.sample.width, 3), np.uint8)
+        for clip, latents in self._sample(request, film, seconds, report, on_clean, made.clips):
             with _timed("decode", seconds, report, self.device, clip, film.clips):
-                frames.append(_as_pixels(film.frames(clip, self._decode(latents, self._tile_px(request)))))
-        return Result(frames[0] if len(frames) == 1 else np.concatenate(frames), self.latents, dict(seconds))
+                frames = _as_pixels(film.frames(clip, self._decode(latents, self._tile_px(request))))
+            digest = hashlib.sha256(frames.tobytes()).hexdigest()
+            made = Made(clip + 1, made.frames + len(frames), (*made.sha256, digest), film.state)
+            if on_clip is None:
+                parts.append(frames)
+            else:
+                on_clip(frames, made)
+        frames = parts[0] if len(parts) == 1 else np.concatenate(parts or [frames[:0]])
+        return Result(frames, self.latents, dict(seconds), made)
 
     def _sample(
-        self, request: Request, film: Film, seconds: Counter[str], report: Progress, on_clean: OnStep | None = None
+        self,
+        request: Request,
+        film: Film,
+        seconds: Counter[str],
+        report: Progress,
+        on_clean: OnStep | None = None,
+        first: int = 0,
     ) -> Iterator[tuple[int, Tensor]]:
-        """The clips of a film: their numbers, and the latents that are to be decoded. film: is told of each clip's
-        frames before the next one is asked for."""
+        """The clips of a film, from `first` on: their numbers, and the latents that are to be decoded. film: is told of
+        each clip's frames before the next one is asked for."""
         self.experts.take_seconds()
         with _timed("encode", seconds, report, self.device, ends=False):
             texts = self._encode_texts(request)
-        for clip in range(film.clips):
-            with _timed("encode", seconds, report, self.device, clip, film.clips, begins=clip > 0):
+        for clip in range(first, film.clips):
+            with _timed("encode", seconds, report, self.device, clip, film.clips, begins=clip > first):
                 condition = self._encode_images(film, clip, request)
             is_loaded = any(name in self.experts for name in self.files.dit)
             with _timed("denoise", seconds, report, self.device, clip, film.clips, request.sample.steps, is_loaded):
@@ -392,7 +423,7 @@ class WanPipeline:
 
     # Models
 
-    def with_vae(self, use: Callable[[WanVAE], Made]) -> Made:
+    def with_vae(self, use: Callable[[WanVAE], T]) -> T:
         """What `use` makes with the VAE."""
         with self._model("vae") as vae, torch.inference_mode():
             return use(vae)

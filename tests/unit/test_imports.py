@@ -22,7 +22,7 @@ LAYERS = [
     ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace"),
     ("wan.denoise", "wan.options", "wan.plan"),
     ("wan.experts", "wan.file_checks", "wan.stage_checks"),
-    ("wan.pipeline", "wan.dry_run", "wan.preview"),
+    ("wan.pipeline", "wan.dry_run", "wan.preview", "wan.unfinished"),
     ("wan.engine",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.__main__"),
     ("generate",),

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wan.conditioning.condition import Condition, Encode
+
+
+class Made(NamedTuple):
+    """What there is of a film: clips, their frames together, the SHA-256 of each clip's frames; what the next needs."""
+
+    clips: int = 0
+    frames: int = 0
+    sha256: tuple[str, ...] = ()
+    state: Mapping[str, Tensor] = {}
 
 
 class Film:
@@ -21,7 +30,7 @@ class Film:
 
     def __init__(self, sample: Any, make_condition: Callable[[Encode], Condition], clips: int = 1):
         self.sample, self.make_condition, self.clips = sample, make_condition, clips
-        self.state: dict[str, Tensor] = {}  # enough to go on with the next clip in another process
+        self.state: dict[str, Tensor] = {}  # on the CPU; enough to go on with the next clip in another process
 
     def condition(self, clip: int, encode: Encode) -> Condition:
         return self.make_condition(encode)

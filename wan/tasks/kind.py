@@ -15,6 +15,7 @@ from wan.tasks import embedded_checkpoint
 if TYPE_CHECKING:
     from wan.conditioning.condition import Condition, Encode
     from wan.conditioning.film import Film
+    from wan.media import Sound
 
 Size = tuple[int, int]  # (width, height), px
 
@@ -59,6 +60,10 @@ class Kind:
         from wan.conditioning.film import Film
 
         return Film(sample, lambda encode: self.condition(spec, sample, encode), self.clips(spec, sample))
+
+    def sound(self, sample: Any) -> Sound | None:
+        """What is heard with the video."""
+        return None
 
     def condition(self, spec: EasyDict, sample: Any, encode: Encode) -> Condition:
         """What a Sample of one clip is conditioned on. encode: the VAE. Imports torch."""
