@@ -23,6 +23,7 @@ CASES = {
     "flf2v": ("flf2v-14B", ("first_frame", "last_frame")),
     "t2v two experts": ("t2v-A14B", ()),
     "i2v two experts": ("i2v-A14B", ("image",)),
+    "flf2v two experts": ("i2v-A14B", ("image", "last_frame")),
     "ti2v text": ("ti2v-5B", ()),
     "ti2v image": ("ti2v-5B", ("image",)),
 }

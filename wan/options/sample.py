@@ -84,7 +84,11 @@ class Sample:
     )
     image_option: str | None = derived(lambda at: given_pictures(at).get("image"))
     last_frame: str | None = option(
-        "picture", _WHAT, "FILE", "last frame (flf2v)", lambda at, given: input_of(at, "last_frame")
+        "picture",
+        _WHAT,
+        "FILE",
+        "last frame (flf2v, vace, i2v-A14B)",
+        lambda at, given: input_of(at, "last_frame"),
     )
     src_video: Any = _input(
         "src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE"

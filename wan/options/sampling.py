@@ -12,7 +12,6 @@ from wan.conditioning.sizes import latent_frames
 from wan.errors import UsageError
 from wan.options.names import MAX_SEED, MAX_STEPS
 from wan.options.values import listed, number, or_default, shown, whole
-from wan.tasks.kinds import kind_of
 
 
 def check_prompt(spec: EasyDict, prompt: str | None) -> str:
@@ -23,7 +22,7 @@ def check_prompt(spec: EasyDict, prompt: str | None) -> str:
 
 
 def check_frame_num(spec: EasyDict, value: Any) -> int:
-    frame_num = whole(value, spec.sampling.frame_num, "frame_num", kind_of(spec).least_frames, 100_000)
+    frame_num = whole(value, spec.sampling.frame_num, "frame_num", 1, 100_000)
     try:
         latent_frames(frame_num)
     except UsageError as error:

@@ -13,21 +13,35 @@ from wan.media import read_image
 from wan.tasks import grid_px
 from wan.tasks.kind import Kind, Size, first_image, picture_size
 
+_LEAST_WITH_LAST = 5  # two latent frames
+
 
 class Image(Kind):
-    """Wan2.1 and the experts of Wan2.2."""
+    """From the first frame; the experts of Wan2.2, which have no image encoder, take a last one as well."""
 
-    inputs = needed = ("image",)
+    inputs = ("image", "last_frame")
+    needed = ("image",)
     clip_images = 1
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
-        image = first_image(spec, get)
-        if not image:
-            raise UsageError(f"{spec.name} needs --image FILE")
-        return {"image": picture_size(image)}
+        inputs = {"image": first_image(spec, get), "last_frame": get["last_frame"]}
+        if not all(inputs[name] for name in self.needed):
+            raise UsageError(f"{spec.name} needs {' and '.join(f'--{name} FILE' for name in self.needed)}")
+        inputs = {name: picture_size(path) for name, path in inputs.items() if path}
+        if "last_frame" in inputs:
+            if len(inputs) > self.clip_images and spec.files.get("clip"):
+                raise UsageError(f"--last_frame is for flf2v, vace and i2v of Wan2.2, not for {spec.name}")
+            (_, width, height), (_, last_width, last_height) = inputs["image"], inputs["last_frame"]
+            try:
+                cover_size(height, width, last_height, last_width)
+            except UsageError as error:
+                raise UsageError(f"--last_frame: {error}") from error
+        return inputs
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """The aspect ratio is the image's, of what is asked only the area counts."""
+        if "last_frame" in inputs and frames < _LEAST_WITH_LAST:
+            raise UsageError(f"--frame_num {frames}: first and last frame need at least {_LEAST_WITH_LAST}")
         _, width, height = inputs["image"]
         stride = spec.vae_stride[1]
         rows, columns = i2v_size(size[0] * size[1], height, width, stride=stride, patch=grid_px(spec) // stride)
@@ -42,20 +56,7 @@ class Image(Kind):
 
 
 class FirstLast(Image):
-    """Wan2.1's model for first and last frames; at least two latent frames."""
+    """Wan2.1's model for first and last frames, of which its image encoder sees both."""
 
-    inputs = needed = ("image", "last_frame")
-    least_frames = 5
+    needed = ("image", "last_frame")
     clip_images = 2
-
-    def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
-        image, last = first_image(spec, get), get["last_frame"]
-        if not (image and last):
-            raise UsageError(f"{spec.name} needs --first_frame FILE and --last_frame FILE")
-        inputs = {"image": picture_size(image), "last_frame": picture_size(last)}
-        (_, width, height), (_, last_width, last_height) = inputs.values()
-        try:
-            cover_size(height, width, last_height, last_width)
-        except UsageError as error:
-            raise UsageError(f"--last_frame: {error}") from error
-        return inputs

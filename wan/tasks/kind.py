@@ -23,13 +23,12 @@ Size = tuple[int, int]  # (width, height), px
 class Kind:
     """The base of all kinds, and the one that makes video from text alone. Its checks import no torch.
 
-    inputs: options, beside the text, that it takes; needed: those that must be given; least_frames: of a video
+    inputs: options, beside the text, that it takes; needed: those that must be given
     clip_images: pictures that the image encoder of Wan2.1 is shown
     """
 
     inputs: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
-    least_frames = 1
     clip_images = 0
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
