@@ -54,10 +54,11 @@ def denoise(
     latent = condition.restore(latent.float())
     contexts = []
     timesteps = solver.timesteps.tolist()
-    experts = experts_of(timesteps, boundary, boundary_step_index)
+    experts = experts_of(timesteps, boundary, boundary_step_index, solver.first)
+    steps = solver.first + solver.steps
     for step, (timestep, expert) in enumerate(zip(timesteps, experts, strict=True)):
         sigma = solver.sigmas[step].item()
-        contexts.append(StepContext(step, solver.steps, timestep, sigma, expert, "cond", run))
+        contexts.append(StepContext(solver.first + step, steps, timestep, sigma, expert, "cond", run))
     told = {name: [t for t, one in zip(solver.timesteps, experts, strict=True) if one == name] for name in experts}
     schedules = {name: iter(Schedule(map(condition.timesteps, steps))) for name, steps in told.items()}
     with cache.run(contexts):
@@ -102,11 +103,13 @@ def expert_at(timestep: float, boundary: float | None) -> str:
     return "high" if timestep >= boundary * NUM_TRAIN_TIMESTEPS else "low"
 
 
-def experts_of(timesteps: Sequence[float], boundary: float | None, boundary_step_index: int | None) -> list[str]:
-    """The expert of each step."""
+def experts_of(
+    timesteps: Sequence[float], boundary: float | None, boundary_step_index: int | None, first: int = 0
+) -> list[str]:
+    """The expert of each step. first: the number of the first one."""
     if boundary is None or boundary_step_index is None:
         return [expert_at(timestep, boundary) for timestep in timesteps]
-    return ["high" if step < boundary_step_index else "low" for step in range(len(timesteps))]
+    return ["high" if step < boundary_step_index else "low" for step in range(first, first + len(timesteps))]
 
 
 def scale_of(expert: str, guide_scale: float | tuple[float, float]) -> float:

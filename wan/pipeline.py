@@ -49,7 +49,7 @@ from wan.plan import (
     resident_indices,
 )
 from wan.quant.scratch import free_scratch, freed_memory_kept, return_freed_memory
-from wan.solvers import make_solver
+from wan.solvers import solver_of
 from wan.stage_checks import StageChecks
 from wan.tasks.kinds import kind_of
 from wan.weights.assign import load_weights
@@ -300,7 +300,7 @@ class WanPipeline:
 
     def _encode_images(self, film: Film, clip: int, request: Request) -> Condition:
         condition = self._condition(film, clip, request)
-        self.checks.image(condition)
+        self.checks.image(condition, film.source)
         if condition.clip_images:
 
             def look() -> list[Tensor]:
@@ -329,13 +329,8 @@ class WanPipeline:
             request.sample.width,
             self.spec.vae_stride[1],
         )
-        noise = film.noise(clip, (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])).to(self.device)
-        solver = make_solver(
-            request.sample.solver,
-            steps=request.sample.steps,
-            shift=request.sample.shift,
-            denoising_step_list=request.sample.denoising_step_list,
-        )
+        solver, shape = solver_of(request.sample), (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])
+        start = film.start(clip, shape, solver.sigmas[0].item()).to(self.device)
 
         if request.sample.cache and self.cache is NO_CACHE:
             self.cache = make_manager(request.sample.cache, request.sample.coefficients, self.parallel)
@@ -349,12 +344,12 @@ class WanPipeline:
             return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
-        following = set(experts_of(timesteps, boundary, request.sample.boundary_step_index))
+        following = set(experts_of(timesteps, boundary, request.sample.boundary_step_index, solver.first))
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
             self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
             report("denoise", clip * ctx.steps + ctx.step + 1, film.clips * ctx.steps)
-            if ctx.step == 0:
+            if ctx.step == solver.first:
                 self._read_ahead(following - {ctx.expert})
 
         try:
@@ -363,7 +358,7 @@ class WanPipeline:
                 latents = denoise(
                     predict,
                     solver,
-                    noise,
+                    start,
                     guide_scale=request.sample.guide_scale,
                     boundary=self.spec.get("boundary"),
                     boundary_step_index=request.sample.boundary_step_index,

@@ -35,8 +35,8 @@ class StageChecks:
             what = "the embedding of the prompt is not finite"
             raise _error("encode_text", what, self._files.t5, ("t5_dtype", self.load.t5_dtype), "t5")
 
-    def image(self, condition: Condition) -> None:
-        if not all(map(is_finite, condition.tensors())):
+    def image(self, condition: Condition, source: Tensor | None = None) -> None:
+        if not all(map(is_finite, [*condition.tensors(), *([] if source is None else [source])])):
             raise self._of_vae("encode_image", "the latent of the image is not finite")
 
     def clip(self, features: Tensor) -> None:

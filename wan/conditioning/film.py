@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wan.conditioning.condition import Condition, Encode
+from wan.conditioning.source import noised
 
 
 class Made(NamedTuple):
@@ -24,19 +25,33 @@ class Film:
     """Clips that are sampled one after another. This one is a single clip; kinds of tasks that make more have their
     own.
 
-    Who samples asks for each clip in turn: `condition`, `noise`, `latents`, `frames`. What a clip needs of those before
+    Who samples asks for each clip in turn: `condition`, `start`, `latents`, `frames`. What a clip needs of those before
     is kept here, as `state`.
     """
 
-    def __init__(self, sample: Any, make_condition: Callable[[Encode], Condition], clips: int = 1):
-        self.sample, self.make_condition, self.clips = sample, make_condition, clips
+    source: Tensor | None = None  # latents that the clip at hand is made of, see `wan.conditioning.source`
+
+    def __init__(
+        self,
+        sample: Any,
+        make_condition: Callable[[Encode], Condition],
+        clips: int = 1,
+        make_source: Callable[[Encode], Tensor | None] = lambda encode: None,
+    ):
+        self.sample, self.make_condition, self.clips, self.make_source = sample, make_condition, clips, make_source
         self.state: dict[str, Tensor] = {}  # on the CPU; enough to go on with the next clip in another process
 
     def condition(self, clip: int, encode: Encode) -> Condition:
+        self.source = self.make_source(encode)
         return self.make_condition(encode)
 
+    def start(self, clip: int, shape: tuple[int, ...], sigma: float) -> Tensor:
+        """What denoising begins with, at a noise level: fp32, on the CPU."""
+        noise = self.noise(clip, shape)
+        return noise if self.source is None else noised(self.source, noise, sigma)
+
     def noise(self, clip: int, shape: tuple[int, ...]) -> Tensor:
-        """What denoising begins with, fp32, on the CPU, so that one seed gives one video on every device."""
+        """fp32, drawn on the CPU, so that one seed gives one video on every device."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.sample.seed))
 
     def latents(self, clip: int, latents: Tensor) -> Tensor:

@@ -30,8 +30,6 @@ def _read(at: Asked) -> dict[str, Any]:
     get["image"] = get["image"] or get["first_frame"]
     for name in INPUTS:
         if get[name] is not None and name not in kind.inputs:
-            if not kind.inputs:
-                raise UsageError(f"{at.spec.name} makes video from text alone; --{name} is for {_tasks(name)} tasks")
             raise UsageError(f"--{name} is for {_tasks(name)} tasks, not for {at.spec.name}")
     return kind.read(at.spec, at.get)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
+from wan.errors import UsageError
 from wan.options.files import check_lora
 from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
@@ -50,6 +51,20 @@ def _context_scale(at: Asked, given: Any) -> float | None:
     return number(given, "context_scale", float, "a number", math.isfinite)
 
 
+def _strength(at: Asked, given: Any) -> float | None:
+    if at.get["video"] is None:
+        if given is not None:
+            raise UsageError("--strength is for --video FILE")
+        return None
+    return number(or_default(given, 0.8), "strength", float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+
+
+def _first_step(at: Asked) -> int:
+    """Steps that are left out; one is made in any case."""
+    steps, strength = at.done["steps"], at.done["strength"]
+    return 0 if strength is None else steps - max(1, round(steps * strength))
+
+
 def _lora(flag: str, what: str) -> Any:
     help = f"a LoRA for {what}, of strength X; may be repeated"
     check = lambda at, given: check_lora(at.spec, flag, given)  # noqa: E731
@@ -66,6 +81,7 @@ class Sample:
     width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
     boundary_step_index: the first step of the low-noise expert; None: by the noise level
+    first_step:     the first of the steps that is made
     vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
     lora ...:       (absolute path, strength) each
     cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
@@ -90,6 +106,7 @@ class Sample:
         "last frame (flf2v, vace, i2v-A14B)",
         lambda at, given: input_of(at, "last_frame"),
     )
+    video: Any = _input("video", "picture", "video, or picture, to make anew: see --strength (t2v, i2v, ti2v)", "FILE")
     src_video: Any = _input(
         "src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE"
     )
@@ -167,6 +184,14 @@ class Sample:
         lambda at, given: check_step_list(given, at.get["sample_steps"]),
     )
     steps: int = option("number", _SAMPLING, "N", "number of steps", _steps, flag="sample_steps")
+    strength: float | None = option(
+        "number",
+        _SAMPLING,
+        "X",
+        "how much --video changes: the part of the steps that is made, above 0 and at most 1; default 0.8",
+        _strength,
+    )
+    first_step: int = derived(_first_step)
     shift: float = option(
         "number",
         _SAMPLING,

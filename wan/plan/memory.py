@@ -32,7 +32,7 @@ from wan.plan.weights import (
     lora_bytes,
     share,
 )
-from wan.solvers import make_solver
+from wan.solvers import solver_of
 from wan.tasks.kinds import kind_of
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
@@ -95,9 +95,8 @@ class Workload:
     @cached_property
     def expert_of_step(self) -> list[str]:
         sample = self.request.sample
-        how = {"steps": sample.steps, "shift": sample.shift, "denoising_step_list": sample.denoising_step_list}
-        timesteps = make_solver(sample.solver, **how).timesteps.tolist()
-        return experts_of(timesteps, self.spec.get("boundary"), sample.boundary_step_index)
+        timesteps = solver_of(sample).timesteps.tolist()
+        return experts_of(timesteps, self.spec.get("boundary"), sample.boundary_step_index, sample.first_step)
 
     @property
     def forwards(self) -> int:

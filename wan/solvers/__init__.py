@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from wan.errors import UsageError
 from wan.solvers.base import Solver
@@ -26,8 +27,9 @@ def make_solver(
     shift: float,
     denoising_step_list: Sequence[float] | None = None,
     num_train_timesteps: int = 1000,
+    first: int = 0,
 ) -> Solver:
-    """A fresh solver, holding its whole schedule and no history.
+    """A fresh solver, holding its whole schedule, from step `first` on, and no history.
 
     ``shift`` is the timestep shift of flow matching: sigma -> shift * sigma / (1 + (shift - 1) * sigma).
     ``denoising_step_list`` names the unshifted training timesteps of a step-distilled model, for example
@@ -42,10 +44,25 @@ def make_solver(
         raise UsageError(f"the timestep shift must be positive, got {shift}")
     solver_class, own_schedule = SOLVERS[name]
     if denoising_step_list is None:
-        return solver_class(own_schedule(steps, shift, num_train_timesteps))
-    if len(denoising_step_list) != steps:
+        timesteps, sigmas = own_schedule(steps, shift, num_train_timesteps)
+    elif len(denoising_step_list) == steps:
+        timesteps, sigmas = listed_schedule(denoising_step_list, shift, num_train_timesteps)
+    else:
         raise UsageError(f"{len(denoising_step_list)} denoising steps are listed, but {steps} sampling steps are asked")
-    return solver_class(listed_schedule(denoising_step_list, shift, num_train_timesteps))
+    solver = solver_class((timesteps[first:], sigmas[first:]))
+    solver.first = first
+    return solver
 
 
-__all__ = ["SOLVERS", "Solver", "make_solver"]
+def solver_of(sample: Any) -> Solver:
+    """The solver of a `wan.options.Sample`."""
+    return make_solver(
+        sample.solver,
+        steps=sample.steps,
+        shift=sample.shift,
+        denoising_step_list=sample.denoising_step_list,
+        first=sample.first_step,
+    )
+
+
+__all__ = ["SOLVERS", "Solver", "make_solver", "solver_of"]

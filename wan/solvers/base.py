@@ -15,11 +15,14 @@ class Solver:
     timesteps: [steps] on the CPU, int64 (float32 for an explicit step list)
     sigmas:    fp32 [steps + 1] on the CPU, the last one 0
     index:     how many steps are done
+    first:     how many steps of the schedule are left out, and none of these
 
     The counter is the solver's own and always starts at 0. The reference looks its first index up by timestep; where
     the first two timesteps coincide (UniPC, shift 12, 100 steps) that lookup answers 1, and the reference skips a sigma
     and then fails on its last step, so there is no result to reproduce.
     """
+
+    first = 0
 
     def __init__(self, schedule: Schedule):
         self.timesteps, self.sigmas = schedule

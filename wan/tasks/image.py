@@ -19,7 +19,7 @@ _LEAST_WITH_LAST = 5  # two latent frames
 class Image(Kind):
     """From the first frame; the experts of Wan2.2, which have no image encoder, take a last one as well."""
 
-    inputs = ("image", "last_frame")
+    inputs = ("image", "last_frame", "video")
     needed = ("image",)
     clip_images = 1
 
@@ -36,12 +36,14 @@ class Image(Kind):
                 cover_size(height, width, last_height, last_width)
             except UsageError as error:
                 raise UsageError(f"--last_frame: {error}") from error
-        return inputs
+        return inputs | super().read(spec, get)
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """The aspect ratio is the image's, of what is asked only the area counts."""
         if "last_frame" in inputs and frames < _LEAST_WITH_LAST:
             raise UsageError(f"--frame_num {frames}: first and last frame need at least {_LEAST_WITH_LAST}")
+        if "video" in inputs:
+            frames = self.frames_of(spec, inputs["video"], frames)
         _, width, height = inputs["image"]
         stride = spec.vae_stride[1]
         rows, columns = i2v_size(size[0] * size[1], height, width, stride=stride, patch=grid_px(spec) // stride)

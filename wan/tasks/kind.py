@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easydict import EasyDict
 
+from wan.conditioning.sizes import i2v_size
 from wan.errors import UsageError
 from wan.pictures import read_image
-from wan.tasks import embedded_checkpoint
+from wan.tasks import embedded_checkpoint, grid_px
+from wan.video import VideoFile, open_video
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from wan.conditioning.condition import Condition, Encode
     from wan.conditioning.film import Film
     from wan.media import Sound
@@ -21,13 +26,13 @@ Size = tuple[int, int]  # (width, height), px
 
 
 class Kind:
-    """The base of all kinds, and the one that makes video from text alone. Its checks import no torch.
+    """The base of all kinds, and the one that makes video from text, or of another video. Its checks import no torch.
 
     inputs: options, beside the text, that it takes; needed: those that must be given
     clip_images: pictures that the image encoder of Wan2.1 is shown
     """
 
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ("video",)
     needed: tuple[str, ...] = ()
     clip_images = 0
 
@@ -36,19 +41,31 @@ class Kind:
 
         Raises UsageError for what is missing or not for this task, and SwanError for files that cannot be read.
         """
-        return {}
+        return {"video": open_video(get["video"])} if "video" in self.inputs and get["video"] else {}
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """(width, height, frames) of the video, where `size` and `frames` are what the user, or the task, says."""
-        return *size, frames
+        """(width, height, frames) of the video, where `size` and `frames` are what the user, or the task, says.
+
+        One that is made of another has its aspect ratio, of what is asked only the area counts, and no more frames.
+        """
+        if "video" not in inputs:
+            return *size, frames
+        video, stride = inputs["video"], spec.vae_stride[1]
+        patch = grid_px(spec) // stride
+        rows, columns = i2v_size(size[0] * size[1], video.height, video.width, stride=stride, patch=patch)
+        return columns, rows, self.frames_of(spec, video, frames)
+
+    def frames_of(self, spec: EasyDict, video: VideoFile, most: int) -> int:
+        """How many frames, 4n + 1 and at most so many, are made of a video that is shown at its own speed."""
+        return min(most, (round(video.end * spec.sampling.fps) - 1) // 4 * 4 + 1)
 
     def extra_frames(self, sample: Any) -> int:
         """Latent frames that are sampled beside those of the video."""
         return 0
 
     def encodes(self, sample: Any) -> bool:
-        """Whether its condition is made with the VAE."""
-        return sample.image is not None
+        """Whether something is made with the VAE before denoising."""
+        return sample.image is not None or sample.video is not None
 
     def clips(self, spec: EasyDict, sample: Any) -> int:
         """How many are sampled, one after another, for one video."""
@@ -58,7 +75,17 @@ class Kind:
         """What a run samples, clip by clip. Imports torch."""
         from wan.conditioning.film import Film
 
-        return Film(sample, lambda encode: self.condition(spec, sample, encode), self.clips(spec, sample))
+        condition, source = (partial(make, spec, sample) for make in (self.condition, self.source))
+        return Film(sample, condition, self.clips(spec, sample), source)
+
+    def source(self, spec: EasyDict, sample: Any, encode: Encode) -> Tensor | None:
+        """The latents of what the first clip is made of, see `wan.conditioning.source`; None: of noise alone."""
+        if sample.video is None:
+            return None
+        from wan.conditioning.source import source_latent
+
+        fps = spec.sampling.fps
+        return source_latent(encode, open_video(sample.video), sample.frame_num, fps, sample.height, sample.width)
 
     def sound(self, sample: Any) -> Sound | None:
         """What is heard with the video."""

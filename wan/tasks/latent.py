@@ -16,17 +16,21 @@ from wan.tasks.kind import Kind, Size, first_image, picture_size
 class FirstLatent(Kind):
     """Wan2.2's TI2V-5B."""
 
-    inputs = ("image",)
+    inputs = ("image", "video")
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
         image = first_image(spec, get)
-        return {"image": picture_size(image)} if image else {}
+        return ({"image": picture_size(image)} if image else {}) | super().read(spec, get)
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """With an image the aspect ratio is the image's, and of what is asked only the area counts."""
-        if "image" not in inputs:
+        """With an image, or a video, the aspect ratio is its own, and of what is asked only the area counts."""
+        if not inputs:
             return *size, frames
-        _, width, height = inputs["image"]
+        if "video" in inputs:
+            video = inputs["video"]
+            frames, width, height = self.frames_of(spec, video, frames), video.width, video.height
+        if "image" in inputs:
+            _, width, height = inputs["image"]
         rows, columns = ti2v_size(size[0] * size[1], height, width, multiple=grid_px(spec))
         return columns, rows, frames
 
