@@ -10,7 +10,7 @@ import time
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -57,6 +57,7 @@ from wan.weights.checkpoint import Checkpoint
 from wan.weights.lora import Lora, set_loras
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NEGATIVE = None  # among texts by their prompts
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
@@ -255,34 +256,36 @@ class WanPipeline:
         each clip's frames before the next one is asked for."""
         self.experts.take_seconds()
         with _timed("encode", seconds, report, self.device, ends=False):
-            texts = self._encode_texts(request)
+            prompts = list(dict.fromkeys(map(film.prompt, range(first, film.clips))))
+            texts = self._encode_texts(request, prompts)
         for clip in range(first, film.clips):
             with _timed("encode", seconds, report, self.device, clip, film.clips, begins=clip > first):
                 condition = self._encode_images(film, clip, request)
             is_loaded = any(name in self.experts for name in self.files.dit)
             with _timed("denoise", seconds, report, self.device, clip, film.clips, request.sample.steps, is_loaded):
-                latents = self._denoise(request, texts, film, clip, condition, report, on_clean)
+                seen = {"cond": texts[film.prompt(clip)], "uncond": texts.get(NEGATIVE)}
+                latents = self._denoise(request, seen, film, clip, condition, report, on_clean)
                 self.latents = latents[0].cpu()
             seconds.update(self.experts.take_seconds())
             yield clip, film.latents(clip, latents)
 
     # Stages
 
-    def _encode_texts(self, request: Request) -> dict[str, Tensor]:
-        texts = {"cond": request.sample.prompt}
-        if any(scale != 1 for scale in request.sample.guide_scale):
-            texts["uncond"] = request.sample.negative_prompt
+    def _encode_texts(self, request: Request, prompts: Sequence[str]) -> dict[str | None, Tensor]:
+        """By the prompts; NEGATIVE is that of the negative one, where there is guidance."""
+        negative = [request.sample.negative_prompt] if any(scale != 1 for scale in request.sample.guide_scale) else []
+        groups = [[prompts[0], *negative], *([prompt] for prompt in prompts[1:])]
 
         def encode() -> list[Tensor]:
             with self._model("t5") as encoder:
-                rows = [row.to(self.device) for row in encoder(list(texts.values()))]
+                rows = [row.to(self.device) for group in groups for row in encoder(group)]
                 del encoder  # or its memory could not be given back on leaving
             return rows
 
         # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
         embeddings = encode() if self.load.t5_fsdp else self.parallel.once(encode, self.device)
         self.checks.text(embeddings)
-        return dict(zip(texts, embeddings, strict=True))
+        return dict(zip([prompts[0], *(NEGATIVE for _ in negative), *prompts[1:]], embeddings, strict=True))
 
     def _condition(self, film: Film, clip: int, request: Request) -> Condition:
         """With the VAE, which is loaded when something is to be encoded, and stays until all is."""
@@ -315,7 +318,7 @@ class WanPipeline:
     def _denoise(
         self,
         request: Request,
-        texts: dict[str, Tensor],
+        texts: Mapping[str, Tensor],
         film: Film,
         clip: int,
         condition: Condition,

@@ -35,6 +35,7 @@ class Chain(Film):
 
 
 class Chained(Kind):
+    inputs = ("prompts",)
     fails_at = None
 
     def clips(self, spec, sample):
@@ -170,3 +171,43 @@ def test_sound_is_as_long_as_the_picture(tmp_path):
         loud = np.flatnonzero(np.abs(heard) > 0.1)
         assert abs(loud[0] / rate - begins) < 1 / 16
     assert len(frames_of(tmp_path / "a.mp4")[0]) == 16
+
+
+ACTS = [PROMPT, "a green circle moving right on a black background", "a blue square moving up on a white background"]
+
+
+def test_each_clip_has_its_prompt(kind, tmp_path, capsys):
+    engine, told = Engine(task="t2v-tiny", device="cpu"), {key: QUICK[key] for key in QUICK if key != "prompt"}
+    same = engine.generate(**QUICK)
+    acts = engine.generate(**told, prompts=ACTS)
+    assert (acts.frames[:4] == same.frames[:4]).all() and (acts.frames[4:] != same.frames[4:]).any()
+    assert acts.request.sample.prompt == PROMPT and acts.request.settings()["prompts"] == tuple(ACTS)
+    last = engine.generate(**told, prompts=[*ACTS, ACTS[-1]])  # which stays
+    assert (last.frames == acts.frames).all()
+    (tmp_path / "acts.txt").write_text("\ufeff" + "\n\n".join(ACTS) + "\n", encoding="utf-8")
+    flags = [*FLAGS[2:], "--prompts", str(tmp_path / "acts.txt"), "--save_file", str(tmp_path / "a.mp4"), "--quiet"]
+    assert main(flags) == 0
+    assert main(["--replay", str(tmp_path / "a.mp4"), "--save_file", str(tmp_path / "b.mp4"), "--quiet"]) == 0
+    sums = [json.loads(line)["sha256"] for line in capsys.readouterr().out.splitlines()]
+    assert sums == [acts.report["sha256"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"prompts": ACTS[1:]}, "--prompt and --prompts both say"),
+        ({"prompt": None, "prompts": []}, "--prompts must be 1 to 1000 texts, not 0"),
+        ({"prompt": None, "prompts": ["a", " "]}, "--prompts: text 2 is empty"),
+        ({"prompt": None, "prompts": "gone.txt"}, "--prompts: no file gone.txt"),
+        ({"prompt": None, "prompts": 5}, "--prompts must be a path"),
+        ({"prompt": None, "prompts": [None]}, "--prompts: text 1 is empty"),
+    ],
+)
+def test_bad_prompts(kind, options, line):
+    with pytest.raises(UsageError, match=line):
+        Engine(task="t2v-tiny", device="cpu").plan(**(QUICK | options))
+
+
+def test_prompts_are_for_films():
+    with pytest.raises(UsageError, match="--prompts is for"):
+        Engine(task="t2v-tiny", device="cpu").plan(prompts=ACTS)

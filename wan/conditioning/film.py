@@ -45,6 +45,11 @@ class Film:
         self.source = self.make_source(encode)
         return self.make_condition(encode)
 
+    def prompt(self, clip: int) -> str:
+        """Of a clip: the last of several stays."""
+        prompts = self.sample.prompts or (self.sample.prompt,)
+        return prompts[min(clip, len(prompts) - 1)]
+
     def start(self, clip: int, shape: tuple[int, ...], sigma: float) -> Tensor:
         """What denoising begins with, at a noise level: fp32, on the CPU."""
         noise = self.noise(clip, shape)

@@ -51,6 +51,11 @@ def _context_scale(at: Asked, given: Any) -> float | None:
     return number(given, "context_scale", float, "a number", math.isfinite)
 
 
+def _prompts(at: Asked, given: Any) -> tuple[str, ...]:
+    inputs_of(at)  # refuses them for other kinds of tasks
+    return tuple(given or ())
+
+
 def _strength(at: Asked, given: Any) -> float | None:
     if at.get["video"] is None:
         if given is not None:
@@ -87,7 +92,16 @@ class Sample:
     cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
     """
 
-    prompt: str = option("text", _WHAT, "TEXT", "what the video shows", lambda at, given: check_prompt(at.spec, given))
+    prompt: str = option(
+        "text", _WHAT, "TEXT", "what the video shows", lambda at, given: check_prompt(at.spec, at.get["prompts"], given)
+    )
+    prompts: tuple[str, ...] = option(
+        "texts",
+        _WHAT,
+        "FILE",
+        "of a film of several clips: a prompt a line, one for each clip; the last one stays",
+        _prompts,
+    )
     negative_prompt: str = option(
         "text",
         _WHAT,

@@ -14,8 +14,11 @@ from wan.options.names import MAX_SEED, MAX_STEPS
 from wan.options.values import listed, number, or_default, shown, whole
 
 
-def check_prompt(spec: EasyDict, prompt: str | None) -> str:
-    prompt = or_default(prompt, spec.get("prompt", ""))
+def check_prompt(spec: EasyDict, prompts: list[str] | None, prompt: str | None) -> str:
+    """prompts: those of the clips, of which the first one is told where one is."""
+    if prompts and prompt is not None and prompt != prompts[0]:
+        raise UsageError("--prompt and --prompts both say what is shown: give one")
+    prompt = prompts[0] if prompts else or_default(prompt, spec.get("prompt", ""))
     if not prompt.strip():
         raise UsageError("the prompt is empty: give --prompt TEXT")
     return prompt

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import UsageError
-from wan.options.names import MAX_CHARS, MAX_PICTURES
+from wan.files import open_plain
+from wan.options.names import MAX_CHARS, MAX_PICTURES, MAX_TEXTS
 
 QUOTES = "'\""
 MAX_FP32 = 3.4e38  # what is computed with is held in fp32
@@ -28,9 +29,10 @@ def or_default(value: Any, default: Any) -> Any:
 def of_kind(value: Any, flag: str, kind: str) -> Any:
     """`value`, which must be of the kind that its flag takes, whoever gave it: a Python caller or the file of a replay.
 
-    kind: text, name (short), path or file (comes back as text, ~ expanded), picture (or a PIL image or array), pictures
-    (a list of those, or text with commas between them), flag or bool, number or whole (or text for one), numbers (text,
-    one number or a list), loras (text, a pair of path and strength, or a list of both). None stays None.
+    kind: text, texts (a list, or the path of a file with one a line), name (short), path or file (comes back as text, ~
+    expanded), picture (or a PIL image or array), pictures (a list of those, or text with commas between them), flag or
+    bool, number or whole (or text for one), numbers (text, one number or a list), loras (text, a pair of path and
+    strength, or a list of both). None stays None.
 
     Raises UsageError.
     """
@@ -41,6 +43,16 @@ def of_kind(value: Any, flag: str, kind: str) -> Any:
         if len(parts) > MAX_PICTURES or any(part is None for part in parts):
             raise UsageError(f"--{flag} must be 1 to {MAX_PICTURES} pictures, not {shown(value)}")
         return [of_kind(part.strip() if isinstance(part, str) else part, flag, "picture") for part in parts]
+    if kind == "texts":
+        parts = list(value) if isinstance(value, (list, tuple)) else _lines(value, flag)
+        if not parts or len(parts) > MAX_TEXTS:
+            raise UsageError(f"--{flag} must be 1 to {MAX_TEXTS} texts, not {len(parts)}")
+        parts = [of_kind(part, flag, "text") for part in parts]
+        if not all(part and part.strip() for part in parts):
+            raise UsageError(
+                f"--{flag}: text {[bool(part and part.strip()) for part in parts].index(False) + 1} is empty"
+            )
+        return parts
     if kind == "picture" and isinstance(value, str) and not value:
         raise UsageError(f"--{flag} is an empty path")
     if kind == "picture" and not isinstance(value, (str, os.PathLike)):
@@ -63,6 +75,19 @@ def of_kind(value: Any, flag: str, kind: str) -> Any:
     if not fits:
         raise UsageError(f"--{flag} must be {allowed}, not {shown(value)}")
     return value
+
+
+def _lines(value: Any, flag: str) -> list[str]:
+    """Of a file, without those that are empty."""
+    path = of_kind(value, flag, "path")
+    if not os.path.isfile(path):
+        raise UsageError(f"--{flag}: no file {path}")
+    try:
+        with open_plain(path) as file:
+            text = file.read(MAX_TEXTS * MAX_CHARS["text"]).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--{flag}: {path} is not UTF-8 text") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _picture(value: Any, flag: str) -> Any:
