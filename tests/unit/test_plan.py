@@ -2,11 +2,8 @@
 
 import json
 import math
-import shutil
 import struct
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from wan.distributed.grid import Grid
@@ -26,7 +23,6 @@ from wan.plan import (
     look,
     make_plan,
     missing_files,
-    nvidia,
     parameters,
     start_lines,
 )
@@ -550,71 +546,11 @@ def test_vram_is_of_a_gpu(tmp_path, monkeypatch):
     request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", vram_gb=8, device="cpu")
     with pytest.raises(UsageError, match="^--vram_gb is for a GPU, this run is on the CPU: use --ram_gb$"):
         look(request)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     asked = look(request.changed(device="auto"))  # a dry run elsewhere
     assert (asked.device, asked.vram_bytes, asked.is_measured) == ("cuda", 8 * GB, False)
-
-
-def test_the_machine_by_nvidia_smi(tmp_path, monkeypatch):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "$1" >> asked\necho "10240, 24576"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setattr(nvidia, "_DRIVER", "none.so")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", ram_gb=7)
-    seen = look(request)
-    assert (seen.device, seen.vram_bytes, seen.ram_bytes) == ("cuda", 10240 << 20, 7 * GB)
-    assert look(request.changed(device="cuda:1")).vram_bytes == 10240 << 20
-    assert look(request.changed(device="cuda:2")).vram_bytes is None
-    assert Path("asked").read_text().split() == ["--id=3", "--id=5"]
-    for visible in ("-1,5", ",5", "NoDevFiles"):  # what follows is not seen either
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert look(request.changed(device="cuda:1")).vram_bytes is None
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert look(request.changed(device="cuda:1")).vram_bytes == 10240 << 20
-    assert Path("asked").read_text().split()[2:] == ["--id=1"]
-    tool.write_text("#!/bin/sh\nexit 9\n")
-    assert look(request).device == "cpu"
-
-
-DRIVER = """
-#include <string.h>
-/* CUDA's first is a part of a GPU, its second a whole one. */
-int cuInit(unsigned flags) { return 0; }
-int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 2 ? 0 : 101; }
-int cuDeviceGetUuid_v2(unsigned char *id, int device) { memset(id, device ? 0xab : 0xcd, 16); return 0; }
-int nvmlInit_v2(void) { return 0; }
-int nvmlDeviceGetHandleByUUID(const char *name, void **handle) {
-    static long gigabytes[2] = {5, 80};
-    if (!strcmp(name, "MIG-cdcdcdcd-cdcd-cdcd-cdcd-cdcdcdcdcdcd")) *handle = &gigabytes[0];
-    else if (!strcmp(name, "GPU-abababab-abab-abab-abab-abababababab")) *handle = &gigabytes[1];
-    else return 6;
-    return 0;
-}
-int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory) {
-    memory[0] = memory[2] = 1;
-    memory[1] = *(long *)handle * 1000000000ULL;
-    return 0;
-}
-"""
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_the_gpu_that_cuda_means_by_a_number(tmp_path, monkeypatch):
-    """Its numbers are not those of nvidia-smi, which knows no part of a GPU either. The driver is simulated."""
-    (tmp_path / "driver.c").write_text(DRIVER)
-    library = tmp_path / "driver.so"
-    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "driver.c", "-o", library], check=True)
-    for name in ("_DRIVER", "_NVML"):
-        monkeypatch.setattr(nvidia, name, str(library))
-    monkeypatch.setenv("PATH", "/bin:/usr/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    request, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", ram_gb=7)
-    free = [look(request.changed(device=name)).vram_bytes for name in ("auto", "cuda", "cuda:0", "cuda:1", "cuda:2")]
-    assert free == [5 * GB, 5 * GB, 5 * GB, 80 * GB, None]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-cdcdcdcd-cdcd-cdcd-cdcd-cdcdcdcdcdcd")
-    assert look(request).vram_bytes == 5 * GB and look(request.changed(device="cuda:1")).vram_bytes is None
+    unknown, _ = request_of(tmp_path, monkeypatch, task="t2v-14B", ram_gb=7, device="cuda:1")
+    assert (look(unknown).device, look(unknown).vram_bytes, look(unknown).ram_bytes) == ("cuda", None, 7 * GB)
+    assert look(unknown.changed(device="auto")).device == "cpu"
 
 
 # Transfers

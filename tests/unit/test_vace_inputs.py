@@ -238,8 +238,14 @@ BAD = {
     "a negative margin": ({"src_video": "nine.avi", "outpaint": "-8,0,0,0"}, "--outpaint must be four"),
     "half a margin": ({"src_video": "nine.avi", "outpaint": "1.5,0,0,0"}, "--outpaint must be four"),
     "margins of words": ({"src_video": "nine.avi", "outpaint": "a,b,c,d"}, "--outpaint must be four"),
-    "nothing left to make": ({"extend": "nine.avi", "frame_num": 9}, "9 of .* are given, and --frame_num is 9: nothing"),
-    "clip longer than the video": ({"extend": "nine.avi", "frame_num": 5}, "9 of .* are given, and --frame_num is 5: nothing"),
+    "nothing left to make": (
+        {"extend": "nine.avi", "frame_num": 9},
+        "9 of .* are given, and --frame_num is 9: nothing",
+    ),
+    "clip longer than the video": (
+        {"extend": "nine.avi", "frame_num": 5},
+        "9 of .* are given, and --frame_num is 5: nothing",
+    ),
     "ends of unlike shapes": ({"image": "long.png", "last_frame": "tall.png"}, "too unlike"),
     "unreadable video": ({"src_video": "text.mp4"}, "cannot read video .*text.mp4: damaged"),
     "a reference that is none": ({"src_ref_images": "wide.png,text.mp4"}, "cannot read image .*text.mp4"),
