@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tests.unit.weight_helpers import REPO, dit_shapes, manifest, sparse
+from wan import convert
 from wan.cli import main
 from wan.errors import SwanError, UsageError
 from wan.options import build_load, build_request
@@ -125,9 +126,9 @@ def test_no_torch_for_it():
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-def test_quantised_files(tmp_path):
-    for kind in ("mlx", "fp8"):
-        run = [sys.executable, "-m", "wan.convert", "--to", kind, "--checkpoint-dir", TINY, "--quiet"]
-        more = ["--quantize", "--group-size", "32"] if kind == "mlx" else []
-        subprocess.run([*run, "--output-dir", str(tmp_path / kind), *more], cwd=REPO, check=True, capture_output=True)
-        assert infer_task(str(tmp_path / kind), {})[0] == "t2v-tiny"
+def test_quantised_files(tmp_path, capsys):
+    for kind, more in (("mlx", ["--quantize", "--group-size", "32"]), ("fp8", [])):
+        folder = str(tmp_path / kind)
+        flags = ["--to", kind, "--checkpoint-dir", TINY, "--output-dir", folder, "--quiet", *more]
+        assert convert.main(flags) == 0, capsys.readouterr()
+        assert infer_task(folder, {})[0] == "t2v-tiny"
