@@ -224,9 +224,10 @@ def test_packed_weights_count_as_stored(tmp_path, monkeypatch, scheme, bits):
     weights = sum(rows * columns for rows, columns in shapes.values())
     stays = sum((4 if WanModel.keep_fp32(name) else 2) * size // 2 for name, (_, _, size) in outside.items())
     assert component.packed.total == pytest.approx(weights * bits / 8 + stays, rel=0.01)  # rows are padded
-    assert sum(map(sum, component.packed.blocks)) == pytest.approx(weights * bits / 8, rel=0.01)
+    blocks = component.packed.blocks
+    assert sum(sum(one.values()) for one in blocks) == pytest.approx(weights * bits / 8, rel=0.01)
     assert component.packed.unpacked == 2 * spec.dit.dim * spec.dit.ffn_dim
-    assert len(component.packed.blocks) == spec.dit.num_layers and len(set(component.packed.blocks)) == 1
+    assert len(blocks) == spec.dit.num_layers and all(one == blocks[0] for one in blocks)
     stream, resident = (
         make_plan(request.changed(gguf_mode=mode), spec, CPU)["memory_bytes"]["denoise"]["ram"]
         for mode in ("stream", "resident")
@@ -256,7 +257,7 @@ def test_dense_weights_are_those_of_our_model(tmp_path, monkeypatch, task):
     for name, one in model.blocks[0].named_parameters():
         if one.ndim == 2:
             matrices[name.split(".")[0]] += 2 * one.numel()
-    assert sizes.blocks == (tuple(matrices.values()),) * spec.dit.num_layers
+    assert sizes.blocks == (matrices,) * spec.dit.num_layers
 
 
 @pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B"])
@@ -481,7 +482,7 @@ def test_a_gguf_file_that_is_not_there_yet_is_planned_as_it_will_be(tmp_path, mo
         wanted, found = there.components[name].packed, asked.components[name].packed
         assert found.total == pytest.approx(wanted.total, rel=0.01)
         assert found.unpacked == wanted.unpacked
-        assert sum(found.blocks[0]) == pytest.approx(sum(wanted.blocks[0]), rel=0.01)
+        assert found.units("block")[0] == pytest.approx(wanted.units("block")[0], rel=0.01)
 
 
 def test_where_nothing_fits_it_says_how_much_is_needed(tmp_path, monkeypatch):
@@ -554,6 +555,20 @@ def test_vram_is_of_a_gpu(tmp_path, monkeypatch):
 
 
 # Transfers
+
+
+@pytest.mark.parametrize("offload", ["block", "phase"])
+def test_what_stands_beside_the_blocks_travels_too(tmp_path, monkeypatch, offload):
+    request, spec = request_of(tmp_path, monkeypatch, task="vace-14B", offload=offload, resident_blocks=0)
+    load, plan = Workload(request, spec), Plan.of(request, spec, gpu(80))
+    blocks = load.components["model"].dense.blocks
+    assert len(blocks) == 48 and list(blocks[1]) == ["before_proj", "self_attn", "cross_attn", "ffn", "after_proj"]
+    told = plan.to_json()["transfers"]
+    assert told["bytes_per_forward"] == sum(sum(one.values()) for one in blocks)
+    assert told["compute_seconds_per_forward"] == pytest.approx(load.forward_flops.total / 120e12)
+    assert told["exposed_seconds_per_forward"] < 0.01 * told["compute_seconds_per_forward"]
+    plain = Workload(request, load_task("t2v-14B")).forward_flops.total  # 8 hints are made by as many blocks
+    assert load.forward_flops.total / plain == pytest.approx(48 / 40, rel=0.02)
 
 
 def test_transfers_are_those_of_the_table(tmp_path, monkeypatch):
