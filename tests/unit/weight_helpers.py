@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def sparse(path: Path, shapes: Mapping[str, Sequence[int]]) -> Path:
     return path
 
 
+@cache
 def dit_shapes(task: str) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of a task's transformer."""
     return {name: tuple(one.shape) for name, one in build("dit", load_task(task).dit).state_dict().items()}
