@@ -14,9 +14,9 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 demo: setup
 	$(VENV)/bin/python generate.py
 
-# Two processes of one thread each take half the time of one with two threads. A file's tests mostly stay together.
+# Tests compute on one thread. "worksteal" leaves most tests of a file in one process, which makes its fixtures once.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks.tiny_world

@@ -2,11 +2,12 @@
 
 Random checkpoints are written: a transformer of the width of Wan2.1 1.3B in bf16 (dense), the same as a Q8_0 GGUF file
 that stays packed, two experts, one that starts from an image (i2v, with a small CLIP), one with the VAE of Wan2.2
-(ti2v). Text encoder and VAE are random too; the VAE has its real size, the vocabulary a quarter of it. Each is run by
-generate.py in a fresh process on the CPU, once so that denoising needs most memory and once so that decoding does; the
-dense one also on two processes, which hold all weights or share them out. `ratio` is what the plan says (--dry_run,
-the largest stage) over the peak resident memory that the run reports, of the process that is furthest off; `floor` the
-same for the tiny embedded task, which holds next to no weights. Planned seconds stand beside measured ones.
+(ti2v), one that is steered by a video (vace). Text encoder and VAE are random too; the VAE has its real size, the
+vocabulary a quarter of it. Each is run by generate.py in a fresh process on the CPU, once so that denoising needs most
+memory and once so that decoding does; the dense one also on two processes, which hold all weights or share them out.
+`ratio` is what the plan says (--dry_run, the largest stage) over the peak resident memory that the run reports, of the
+process that is furthest off; `floor` the same for the tiny embedded task, which holds next to no weights. Planned
+seconds stand beside measured ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from easydict import EasyDict
@@ -36,6 +38,7 @@ from benchmarks.peers import build_ours
 from benchmarks.peers_gguf import write_random
 from wan.command import Parser, run_command
 from wan.errors import SwanError
+from wan.media import write_video
 from wan.models.encoders import clip_model
 from wan.models.vae import WanVAE
 from wan.tasks import load_task
@@ -43,6 +46,7 @@ from wan.tasks import load_task
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, EXPERT_LAYERS = 11, 5  # some 1 GB and 0.5 GB in bf16
 CLIP_LAYERS = 4
+SOURCE_PX = 640  # of pictures and videos: larger than any video that is made
 TEXT = {"dim": 1024, "dim_attn": 1024, "dim_ffn": 2816, "num_heads": 16, "num_layers": 4, "vocab": 64_000}
 # The command line, with tasks of its own. Nothing else differs from generate.py.
 RUN = """
@@ -80,7 +84,9 @@ def specs() -> dict[str, EasyDict]:
     experts = _spec("t2v-A14B", "random-experts", EXPERT_LAYERS)
     image = _spec("i2v-14B", "random-i2v", EXPERT_LAYERS)
     new_vae = _spec("ti2v-5B", "random-ti2v", EXPERT_LAYERS)
-    return {"dense": dense, "packed": packed, "experts": experts, "i2v": image, "ti2v": new_vae}
+    steered = _spec("vace-1.3B", "random-vace", EXPERT_LAYERS)
+    steered.dit.vace_layers = list(range(0, EXPERT_LAYERS, 2))
+    return {"dense": dense, "packed": packed, "experts": experts, "i2v": image, "ti2v": new_vae, "vace": steered}
 
 
 def _spec(like: str, name: str, layers: int) -> EasyDict:
@@ -165,8 +171,13 @@ def write_conditions(folder: Path, spec: EasyDict) -> list[str]:
     flags = []
     for flag in PICTURES.get(spec.kind, []):
         path = folder / f"{flag.lstrip('-')}.png"
-        Image.effect_noise((640, 640), 50).convert("RGB").save(path)
+        Image.effect_noise((SOURCE_PX, SOURCE_PX), 50).convert("RGB").save(path)
         flags += [flag, str(path)]
+    if spec.kind == "vace":
+        path = folder / "source.mp4"
+        frames = np.random.default_rng(0).integers(0, 256, (9, SOURCE_PX, SOURCE_PX, 3), dtype=np.uint8)
+        write_video(path, frames, 16, {})
+        flags += ["--src_video", str(path)]
     return flags
 
 

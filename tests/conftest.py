@@ -1,17 +1,36 @@
+import gc
+import os
 import signal
+import sys
+
+# One thread in each process: networks and frames are tiny, and threads of tests side by side would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # where torch came before
 
 # A shell starts what it runs in the background with interrupts ignored, and so would all processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_frozen_at = 0
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """For networks and frames so small that a second thread only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def quick_collection():
+    """A pipeline collects garbage after its stages, which takes longer than tiny models do: spare it the imports."""
+    global _frozen_at
+    if len(sys.modules) > _frozen_at + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen_at = len(sys.modules)
+
+
+@pytest.fixture
+def two_threads():
+    """For code of ours that shares its work among threads."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)

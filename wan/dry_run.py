@@ -14,13 +14,15 @@ from wan.models.attention import check_attention
 from wan.options import Request, check_device
 from wan.pipeline import DTYPES
 from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
+from wan.plan.text import gigabytes
 from wan.weights.checkpoint import Checkpoint
 
 
 def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) -> None:
     """Print the plan. Raises what the run would: UsageError, or one SwanError for all files that are wrong or missing.
 
-    A machine that has not the device asked for plans for one that has, with rates that are assumed.
+    A machine that has not the device asked for plans for one that has, with the memory that is asked for and rates that
+    are assumed.
     """
     request = request.changed(checkpoint=Checkpoint(request.load.ckpt_dir, spec, request.load.files, partial=True))
     machine, is_here = _machine(request, spec, local_size)
@@ -33,7 +35,7 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
         raise SwanError("; ".join(wrong))
     plan = make_plan(request, spec, machine)
     if not is_here:
-        plan["notes"].append("this machine has no such device: its rates are assumed, and a run here would be refused")
+        plan["notes"].append(_of_no_device(machine))
     told = f"task: {request.load.task}, {request.load.task_told}\n" if request.load.task_told else ""
     put(json.dumps(plan) if as_json else told + format_plan(plan))
     if missing := missing_files(plan):
@@ -49,3 +51,9 @@ def _machine(request: Request, spec: EasyDict, local_size: int) -> tuple[Machine
     if device.type == "cpu" and request.load.device == "auto" and request.load.vram_bytes is not None:
         return look(request, local_size), False
     return measure(device, request, spec, local_size), True
+
+
+def _of_no_device(machine: Machine) -> str:
+    memory = f"taken to be {gigabytes(machine.vram_bytes)}" if machine.vram_bytes else "unknown (--vram_gb says it)"
+    told = f"this machine has no such device: its memory is {memory}, its rates are assumed"
+    return f"{told}, and a run here would be refused"

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.caching.network import sample, tiny_model
-from tests.caching.toy import CUTS
-
-REPO = Path(__file__).parents[2]
+from tests.caching.toy import CUTS, rank_main
+from tests.dist.processes import fork
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +27,5 @@ def plain(models):
 def ranks(tmp_path_factory):
     """Rank -> case -> decisions, of processes that share a sequence."""
     folder, size = tmp_path_factory.mktemp("ranks"), max(CUTS)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.caching.toy", str(rank), str(size), str(folder)],
-            cwd=REPO,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * size, errors
+    fork(size, rank_main, size, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]

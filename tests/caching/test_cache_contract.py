@@ -50,7 +50,6 @@ from tests.caching.toy import (
 from wan.denoise import denoise
 from wan.solvers import make_solver
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 

@@ -13,9 +13,6 @@ from wan.cache.policy import POLICIES
 from tests.caching.network import sample
 from tests.caching.toy import STEPS, decisions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Flags
 
 

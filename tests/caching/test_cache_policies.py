@@ -24,7 +24,6 @@ from wan.conditioning.latent import FrameCondition
 from wan.solvers import make_solver
 
 REPO = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

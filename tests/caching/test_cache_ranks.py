@@ -9,8 +9,6 @@ import pytest
 from tests.caching.network import FBCACHE
 from tests.caching.toy import CONFIGS, CUTS, GLITCH_CASES, GLITCH_STEP, GLITCHES, Stack, decisions, make, run_stack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.dist
 @pytest.mark.parametrize("size", CUTS)

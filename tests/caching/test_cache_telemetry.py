@@ -14,8 +14,6 @@ from wan.cache.telemetry import Decision, Telemetry, read_trace
 from tests.caching.network import sample
 from tests.caching.toy import contexts, make
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def one_decision(**values):
     fields = dict(run=0, step=0, timestep=999.0, sigma=1.0, expert="model", branch="cond", policy="fbcache")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks import cache_overhead, cache_quality
 from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.judge import judge
 from benchmarks.peers import DIT
+from tests.caching.quick_python import write_client
 from tools.tiny.world import render
 from wan import calibrate
 from wan.options import build_request
@@ -288,9 +290,22 @@ def test_scripts_name_the_failure(tmp_path):
     assert done.stderr.startswith("error: t2v-1.3B --sample_steps 10") and done.stderr.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def quick_python(tmp_path_factory):
+    """A Python that has imported torch already."""
+    folder = tmp_path_factory.mktemp("python")
+    write_client(folder / "python", folder / "socket")
+    with subprocess.Popen([sys.executable, "-m", "tests.caching.quick_python", folder / "socket"], cwd=REPO) as server:
+        while not (folder / "socket").exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield str(folder / "python")
+        server.terminate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_run_on_the_embedded_models(script):
-    done = bash(script)
+def test_scripts_run_on_the_embedded_models(script, quick_python):
+    done = bash(script, PYTHON=quick_python)
     assert done.returncode == 0, done.stderr
     assert all(task in done.stdout for task in EMBEDDED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from wan.cache.coefficients import load_coefficients
@@ -14,8 +13,6 @@ from tests.caching.toy import decisions
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.options import build_request
 from wan.pipeline import WanPipeline
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_image_to_video_with_two_experts(tmp_path):

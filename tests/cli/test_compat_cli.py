@@ -1,6 +1,5 @@
 """python -m wan.compat.run_gguf_t2v: the video of generate.py, every flag acts, and failures are one line."""
 
-import gc
 import json
 from pathlib import Path
 
@@ -16,16 +15,6 @@ from wan.weights.source import open_source
 TINY = Path(__file__).resolve().parents[2] / "wan" / "assets" / "tiny"
 PROMPT = "a red circle moving right on a black background"
 QUICK = {"prompt": PROMPT, "height": 64, "width": 64, "video_length": 5, "num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The pipeline collects garbage after its stages, which takes longer than these models do: spare it the imports."""
-    import transformers  # noqa: F401
-
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,6 @@ FLAGS_OF["wan.cache.report"] = {"--out"}
 FEW = ("--frame_num", "5", "--sample_steps", "10")  # a video that is quickly made
 TASK = "t2v-1.3B"  # where a command leaves it to the checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def blocks(page, language, mark=""):
     return [

@@ -15,8 +15,6 @@ T5, VAE, DIT = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "diffusion_p
 NAN, INF = float("nan"), float("inf")
 QUICK = ("--frame_num", "5", "--sample_steps", "4", "--size", "32*32", "--seed", "1", "--device", "cpu", "--quiet")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def assets(tmp_path):

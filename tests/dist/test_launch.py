@@ -1,6 +1,7 @@
 """Jobs of real processes: all of them end, in bounded time, and one says why."""
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.dist.processes import Forked
 from wan.distributed.launch import World
 from wan.distributed.watchdog import Failure
 
@@ -92,8 +94,20 @@ sys.exit(code)
 """
 
 
+def run_worker(folder, arguments, env):
+    """The program of one rank, in a process that was forked for it."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    with open("stderr", "ab") as stderr, open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(stderr.fileno(), 2)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 class Job:
-    """Processes that run WORKER in a folder: started by torchrun, or one by one, as by srun."""
+    """Processes that run WORKER in a folder: started by torchrun, or one by one, as by srun, but for their imports."""
 
     def __init__(self, folder, case, ranks=3, torchrun=False, timeout_s=PATIENCE_S, absent=(), named=None, port=None):
         self.folder, self.ranks, self.mark = folder, ranks, f"mark-{os.getpid()}-{folder.name}"
@@ -111,7 +125,8 @@ class Job:
         numbers = named or [rank for rank in range(ranks) if rank not in absent]
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PRESENT": str(len(numbers))}
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        self.processes = [self._spawn(command, env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in numbers]
+        by_rank = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in numbers]
+        self.processes = [Forked(run_worker, folder, command[1:], own) for own in by_rank]
 
     def _spawn(self, command, env):
         with open(self.folder / "stderr", "ab") as stderr:

@@ -47,10 +47,7 @@ def cases(tmp_path):
 
 
 def test_every_task(cases, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have
     wanted = {name: make(*case, 1) for name, case in cases.items()}
-    torch.set_num_threads(threads)
     for found in run(RANKS, make_all, tmp_path, cases):
         for name, one in wanted.items():
             for way, many in zip(WAYS, found[name], strict=True):

@@ -1,6 +1,5 @@
 """The entry points of other projects: diffusers' own pipelines with our transformer, state dicts, configs, samplers."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -33,16 +32,6 @@ SHAPE = {"in_dim": 16, "out_dim": 16, "dim": 64, "ffn_dim": 128, "num_heads": 2,
 SHAPE |= {"freq_dim": 32, "text_dim": 32, "text_len": 512}
 HEADS = {"num_heads": 2}
 PROMPT = "a red circle moving right on a black background"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The pipeline collects garbage after its stages, which takes longer than these models do: spare it the imports."""
-    import transformers  # noqa: F401
-
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ from wan.pipeline import WanPipeline
 from wan.plan import Machine, machine, make_plan
 from wan.tasks import load_task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GB = 10**9
 
 

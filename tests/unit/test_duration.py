@@ -29,7 +29,7 @@ def counted(call):
 
 
 @pytest.mark.parametrize("task", ["t2v-tiny", "ti2v-5B"])
-@pytest.mark.parametrize("frames", [1, 25])
+@pytest.mark.parametrize("frames", [1, 17])
 @pytest.mark.parametrize("tile", [0, 64])
 def test_work_of_the_vae_is_that_of_all_chunks_and_tiles(task, frames, tile):
     """Of which a few are run."""
@@ -226,12 +226,14 @@ def test_memory_that_this_process_holds_is_not_free(monkeypatch):
 
 
 def test_memory_of_another_pipeline_is_not_free(monkeypatch):
+    from wan import plan
     from wan.plan import machine
 
     monkeypatch.setattr(machine, "free_ram", lambda: 8 * 10**9)
     held = torch.ones(400 << 20, dtype=torch.uint8)  # beyond what a bare process takes
     ram = machine.look(build_request({"device": "cpu"})).ram_bytes
     assert 8 * 10**9 < ram <= 8 * 10**9 + machine.PROCESS_BYTES
-    ours = machine.look(build_request({"device": "cpu"}), held=machine.Held(ram=10**9)).ram_bytes
-    assert ours == ram + 10**9
+    asked = torch.device("cpu"), build_request({}), load_task("t2v-tiny")
+    ours = machine.Held(ram=10**9)  # by models that can be let go of
+    assert plan.measure(*asked, held=ours).ram_bytes == ram + 10**9
     assert len(held) and "torch" in sys.modules

@@ -27,8 +27,6 @@ TINY = Path(__file__).parents[2] / "wan/assets/tiny"
 STRIPES = str(TINY / "loras/stripes.safetensors")
 QUICK = {"prompt": "a red circle moving right on a black background", "seed": 3, "frame_num": 5, "sample_steps": 3}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def engine():

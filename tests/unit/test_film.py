@@ -19,8 +19,6 @@ PROMPT = "a red circle moving right on a black background"
 QUICK = {"prompt": PROMPT, "seed": 3, "frame_num": 5, "sample_steps": 2, "size": "32*32"}
 FLAGS = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Chain(Film):
     """Each clip begins with noise to which the last frame of the one before is added, and drops its first frame."""

@@ -1,16 +1,14 @@
 """The task told from a checkpoint: by shapes, by what lies where, and by names where shapes are alike."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from tests.unit.weight_helpers import REPO, manifest
+from tests.unit.weight_helpers import REPO, dit_shapes, manifest, sparse
+from wan import convert
 from wan.cli import main
 from wan.errors import SwanError, UsageError
-from wan.models.dit import WanModel
 from wan.options import build_load, build_request
 from wan.tasks import embedded_checkpoint, load_task, task_names
 from wan.weights.infer_task import infer_task
@@ -20,34 +18,15 @@ MANIFESTS = {"t2v-A14B": "t2v-A14B", "i2v-A14B": "i2v-A14B", "vace-A14B": "vace-
 RELEASED = [name for name in task_names() if not load_task(name).get("checkpoint")]
 
 
-def sparse(path, shapes):
-    """A safetensors file of these shapes in bf16, whose data is a hole."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
-def shapes_of(task):
-    with torch.device("meta"):
-        return {name: tuple(one.shape) for name, one in WanModel(**load_task(task).dit).state_dict().items()}
-
-
 def official(folder, task, shapes=None):
     for part in load_task(task).get("experts", {"model": "."}).values():
-        sparse(folder / part / "diffusion_pytorch_model.safetensors", shapes or shapes_of(task))
+        sparse(folder / part / "diffusion_pytorch_model.safetensors", shapes or dit_shapes(task))
     return str(folder)
 
 
 def diffusers(folder, task):
     for part in ("transformer", "transformer_2")[: len(load_task(task).get("experts", "1"))]:
-        sparse(folder / part / "diffusion_pytorch_model.safetensors", shapes_of(task))
+        sparse(folder / part / "diffusion_pytorch_model.safetensors", dit_shapes(task))
     return str(folder)
 
 
@@ -66,7 +45,7 @@ def test_every_released_checkpoint(tmp_path, task):
 @pytest.mark.parametrize("task", RELEASED)
 def test_every_task_is_told_from_single_files(tmp_path, task):
     flags = {"high": "a", "low": "b"} if "experts" in load_task(task) else {"dit": "wan2.1"}
-    files = {part: str(sparse(tmp_path / f"{name}.safetensors", shapes_of(task))) for part, name in flags.items()}
+    files = {part: str(sparse(tmp_path / f"{name}.safetensors", dit_shapes(task))) for part, name in flags.items()}
     assert infer_task("", files) == (task, f"told from {next(iter(files.values()))}")
 
 
@@ -88,7 +67,7 @@ def test_hub_ids_are_told_by_name(task, tmp_path, monkeypatch):
     ],
 )
 def test_one_of_two_experts_is_refused(tmp_path, task, name, words):
-    path = sparse(tmp_path / f"{name}.safetensors", shapes_of(task))
+    path = sparse(tmp_path / f"{name}.safetensors", dit_shapes(task))
     with pytest.raises(UsageError) as error:
         infer_task("", {"dit": str(path)})
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -96,17 +75,17 @@ def test_one_of_two_experts_is_refused(tmp_path, task, name, words):
 
 def test_names_decide_between_shapes_that_are_alike(tmp_path):
     for name in ("Wan2.1-T2V-14B/model", "wan2_1_t2v_14B", "Wan21_T2V"):
-        path = sparse(tmp_path / f"{name}.safetensors", shapes_of("t2v-14B"))
+        path = sparse(tmp_path / f"{name}.safetensors", dit_shapes("t2v-14B"))
         assert infer_task("", {"dit": str(path)})[0] == "t2v-14B"
     folder = tmp_path / "one"
-    sparse(folder / "Wan2.2-HighNoise.safetensors", shapes_of("t2v-14B"))
+    sparse(folder / "Wan2.2-HighNoise.safetensors", dit_shapes("t2v-14B"))
     with pytest.raises(UsageError, match="two experts of t2v-A14B"):
         infer_task(str(folder), {})
 
 
 def test_what_cannot_be_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    dit = sparse(tmp_path / "x.safetensors", {**shapes_of("t2v-1.3B"), "blocks.30.ffn.0.weight": (8960, 1536)})
+    dit = sparse(tmp_path / "x.safetensors", {**dit_shapes("t2v-1.3B"), "blocks.30.ffn.0.weight": (8960, 1536)})
     for ckpt_dir, files, kind, words in (
         (
             "org/unknown",
@@ -147,9 +126,9 @@ def test_no_torch_for_it():
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-def test_quantised_files(tmp_path):
-    for kind in ("mlx", "fp8"):
-        run = [sys.executable, "-m", "wan.convert", "--to", kind, "--checkpoint-dir", TINY, "--quiet"]
-        more = ["--quantize", "--group-size", "32"] if kind == "mlx" else []
-        subprocess.run([*run, "--output-dir", str(tmp_path / kind), *more], cwd=REPO, check=True, capture_output=True)
-        assert infer_task(str(tmp_path / kind), {})[0] == "t2v-tiny"
+def test_quantised_files(tmp_path, capsys):
+    for kind, more in (("mlx", ["--quantize", "--group-size", "32"]), ("fp8", [])):
+        folder = str(tmp_path / kind)
+        flags = ["--to", kind, "--checkpoint-dir", TINY, "--output-dir", folder, "--quiet", *more]
+        assert convert.main(flags) == 0, capsys.readouterr()
+        assert infer_task(folder, {})[0] == "t2v-tiny"

@@ -22,8 +22,6 @@ from tools.tiny.world import (
     sample,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = Verdict(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS)
 
 

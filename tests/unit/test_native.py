@@ -23,7 +23,10 @@ EVIL = """
 __attribute__((constructor)) static void run(void) { fclose(fopen("%s", "w")); }
 int dequantize(void) { return 0; }
 """
-pytestmark = pytest.mark.skipif(CC is None or not hasattr(os, "geteuid"), reason="needs a C compiler, and POSIX")
+pytestmark = [
+    pytest.mark.skipif(CC is None or not hasattr(os, "geteuid"), reason="needs a C compiler, and POSIX"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The whole pipeline of every kind of task, from files in the official layout to frames, on tiny random weights."""
 
-import gc
 import types
 
 import numpy as np
@@ -29,16 +28,6 @@ CASES = {
 }
 WITH_IMAGES = [name for name, (_, images) in CASES.items() if images]
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The pipeline collects garbage after each stage, which takes longer than these models do: spare it the imports."""
-    import transformers  # noqa: F401
-
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ TINY = REPO / "wan/assets/tiny"
 LORA = str(TINY / "loras/stripes.safetensors")
 DIT = str(TINY / "diffusion_pytorch_model.safetensors")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def request_of(tmp_path):

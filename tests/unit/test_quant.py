@@ -18,6 +18,8 @@ from wan.quant.ggml import BY_ID, BY_NAME, random_blocks
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 LIBRARY_TYPES = ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0"]
 
 

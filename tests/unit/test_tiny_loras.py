@@ -18,8 +18,6 @@ from wan.tasks import embedded_checkpoint, load_task
 from wan.weights.export import export_gguf
 from wan.weights.source import open_source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def open_pipe(task="t2v-tiny", **options):
     return WanPipeline.from_request(make_request(None, 0, None, None, task=task, **options), load_task(task))

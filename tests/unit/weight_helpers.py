@@ -4,12 +4,16 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.golden.cases import Case, load_cases
+from wan.plan.runs import build
+from wan.tasks import load_task
 from wan.weights.source import Source, TensorInfo
 
 REPO = Path(__file__).resolve().parents[2]
@@ -33,6 +37,26 @@ class ShapeSource(Source):
 
     def __init__(self, shapes: dict[str, list[int]], path: str = "shapes.safetensors"):
         super().__init__([Path(path)], {name: TensorInfo(tuple(s), torch.bfloat16) for name, s in shapes.items()})
+
+
+def sparse(path: Path, shapes: Mapping[str, Sequence[int]]) -> Path:
+    """A safetensors file of these shapes in bf16, whose data is a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@cache
+def dit_shapes(task: str) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a task's transformer."""
+    return {name: tuple(one.shape) for name, one in build("dit", load_task(task).dit).state_dict().items()}
 
 
 def fact(relative: str):

@@ -1,4 +1,4 @@
-"""The files of a run: where they are, how large, and two that contradict each other. No torch."""
+"""The files of a run: where they are, how large, and two that contradict each other."""
 
 from __future__ import annotations
 

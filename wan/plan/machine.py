@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ import psutil
 
 from wan.errors import UsageError
 from wan.options import Request
-from wan.plan.nvidia import free_vram
 
 if TYPE_CHECKING:
     import torch
@@ -66,21 +64,18 @@ class Held:
 NOTHING = Held()
 
 
-def look(request: Request, local_size: int = 1, held: Held = NOTHING) -> Machine:
-    """The machine as far as it can be known without torch. local_size: processes of this run on it."""
-    ram = request.load.ram_bytes or _ram_of_one(local_size, held.ram)
-    kind = request.load.device.partition(":")[0]
-    vram = free_vram(request.load.device) if kind in ("auto", "cuda") else None
-    vram = vram and vram + held.device
+def look(request: Request, local_size: int = 1) -> Machine:
+    """A machine that has the device asked for, with what is asked of its memory, its rates assumed: a GPU has
+    `--vram_gb`, or memory that nobody knows. local_size: processes of this run on it."""
+    ram, kind = request.load.ram_bytes or _ram_of_one(local_size), request.load.device.partition(":")[0]
     if kind == "auto":
-        is_mac = sys.platform == "darwin" and os.uname().machine == "arm64"
-        kind = "cuda" if vram or request.load.vram_bytes else "mps" if is_mac else "cpu"
+        kind = "cuda" if request.load.vram_bytes else "cpu"
     if kind == "cpu":
         _refuse_vram(request)
         return Machine("cpu", ram, None, CPU_FLOPS, has_bf16=_has_bf16())
     if kind == "mps":
         return Machine("mps", ram, request.load.vram_bytes or ram, MPS_FLOPS)
-    return Machine("cuda", ram, request.load.vram_bytes or vram, GPU_FLOPS)
+    return Machine("cuda", ram, request.load.vram_bytes, GPU_FLOPS)
 
 
 def look_with_torch(
@@ -135,7 +130,7 @@ def _has_bf16() -> bool:
     return False
 
 
-def _ram_of_one(local_size: int, models: int) -> int:
+def _ram_of_one(local_size: int, models: int = 0) -> int:
     """What each of the processes of this machine may hold in all: its part of what is free, what any process of a run
     holds before its first weight, and its models. What this one holds beyond that, another pipeline say, stays in use.
     """

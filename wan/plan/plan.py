@@ -76,7 +76,7 @@ class Plan:
             | {"total": flops.total / 1e12},
             "tflop_total": load.forwards * flops.total / 1e12,
             "parameters": parameters(spec),
-            "blocks": spec.dit.num_layers,
+            "blocks": len(load.components[load.experts[0]].dense.blocks),
             "machine": asdict(self.machine),
             "placement": asdict(self.placement) | {"released": list(self.placement.released)},
             "memory_bytes": self.memory,

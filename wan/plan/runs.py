@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,8 +46,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Forward:
-    """FLOPs of one forward of a DiT: `linear` by part of all blocks, and of what is outside ("rest"); `attention` by
-    part."""
+    """FLOPs of one forward of a DiT: `linear` by part of all blocks and of what adapters put after them, and of what is
+    outside ("rest"); `attention` by part."""
 
     linear: Mapping[str, float]
     attention: Mapping[str, float]
@@ -59,9 +60,8 @@ class Forward:
         found = {"linear": sum(self.linear.values())}
         return found | {f"{part.partition('_')[0]}_attention": self.attention[part] for part in PARTS[:2]}
 
-    def of_block(self, layers: int) -> list[float]:
-        """By part, of one block."""
-        return [(self.linear[part] + self.attention[part]) / layers for part in PARTS]
+    def of_part(self, part: str) -> float:
+        return self.linear[part] + self.attention.get(part, 0.0)
 
 
 # Models
@@ -116,18 +116,21 @@ def _forward(dit: str, size: tuple[int, ...]) -> Forward:
     config = json.loads(dit)
     layers, model = config["num_layers"], _few_blocks(config, "bf16")
     tally = Tally()
-    parts = [(part, getattr(block, part)) for block in model.blocks for part in PARTS]
-    hints = len(config.get("vace_layers", ()))
-    places = {module: part for part, owner in parts for module in (owner, *owner.children())}  # some are not called
-    places |= {one: "hint" for adapter in model.adapters for one in adapter.names["vace_blocks"].modules()}
+    places = {}
+    for unit in model.units().values():
+        where = "block" if unit in model.blocks else "hint"
+        for part in unit.parts:
+            owner = getattr(unit, part)
+            places |= {module: f"{where} {part}" for module in (owner, *owner.children())}  # some are not called
     with torch.inference_mode(), counted_for("cpu"), tally, tally.places(places):
         _predict(model, _empty(1, config["out_dim"], *size), torch.tensor([500.0]))
-    each = layers / len(model.blocks)
-    linear = {part: tally.flops[part, "matmul"] * each for part in PARTS}
-    linear["rest"] = tally.flops["rest", "matmul"] + hints * tally.flops["hint", "matmul"]
-    attention = {part: tally.flops[part, "attention"] * each for part in PARTS}
-    attention["self_attn"] += hints * tally.flops["hint", "attention"]
-    return Forward(linear, attention)
+    times = {"block": layers / len(model.blocks), "hint": len(config.get("vace_layers", ()))}
+    found = {"matmul": Counter(rest=tally.flops["rest", "matmul"]), "attention": Counter()}
+    for (place, kind), flops in tally.flops.items():
+        where, _, part = place.partition(" ")
+        if part:
+            found[kind][part] += flops * (1 if part == "before_proj" else times[where])  # of the first hint alone
+    return Forward(found["matmul"], found["attention"])
 
 
 @_CACHED

@@ -1,4 +1,4 @@
-"""Smaller videos than the one asked for, as flags that this request may have. No torch."""
+"""Smaller videos than the one asked for, as flags that this request may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan as lines for people. No torch."""
+"""The plan as lines for people."""
 
 from __future__ import annotations
 

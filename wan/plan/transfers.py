@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,17 +37,17 @@ def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[st
     name = expert_names(load.spec)[0]
     sizes = load.components[name].sizes(placement.packed.get(name, ""))
     stay = resident_indices(len(sizes.blocks), placement.resident_blocks)
-    flops = load.forward_flops.of_block(len(sizes.blocks))
+    counts = Counter(part for parts in sizes.blocks for part in parts)
+    flops = {part: load.forward_flops.of_part(part) / count for part, count in counts.items()}
     sent, computed = [], []
     for block, parts in enumerate(sizes.blocks):
-        travels = [0] * len(parts) if block in stay else parts
+        travels = [0 if block in stay else size for size in parts.values()]
+        work = [flops[part] for part in parts]
         if placement.offload == "block":
-            travels, work = [sum(travels)], [sum(flops)]
-        else:
-            work = flops
+            travels, work = [sum(travels)], [sum(work)]
         sent += [size / rate for size in travels]
         computed += [one / ranks / machine.flops for one in work]
-    bytes_sent = sum(sum(one) for block, one in enumerate(sizes.blocks) if block not in stay)
+    bytes_sent = sum(sum(one.values()) for block, one in enumerate(sizes.blocks) if block not in stay)
     exposed = exposed_seconds(sent, computed)
     return found | {
         "bytes_per_forward": bytes_sent,

@@ -39,19 +39,19 @@ _SMALL_BYTES = 32 << 20
 class Sizes:
     """Bytes of a component in memory.
 
-    blocks: of the matrices of each block, by its parts; unpacked: of the largest matrix once dequantised, for packed
-    ones, one at a time.
+    blocks: of the matrices of each block, and of what adapters put after it, by part; unpacked: of the largest matrix
+    once dequantised, for packed ones, one at a time.
     """
 
     total: int
-    blocks: tuple[tuple[int, ...], ...] = ()
+    blocks: tuple[Mapping[str, int], ...] = ()
     unpacked: int = 0
 
     def units(self, offload: str) -> list[int]:
         """Bytes of what travels at once, in the order of its use, were all blocks streamed."""
-        return (
-            [sum(one) for one in self.blocks] if offload == "block" else [size for one in self.blocks for size in one]
-        )
+        if offload == "block":
+            return [sum(one.values()) for one in self.blocks]
+        return [size for one in self.blocks for size in one.values()]
 
 
 @dataclass(frozen=True)
@@ -191,18 +191,16 @@ def _prepared(model: nn.Module, source: Source, kind: str, dtype: str, stream: b
 
 def _sizes(model: nn.Module, dtype: str) -> Sizes:
     """As the model is: dense in its type, or with packed layers."""
-    blocks: list[tuple[int, ...]] = []
+    blocks = []
     if isinstance(model, WanModel):
         for path, unit in model.units().items():
-            parts = [(f"{path}.{part}.", getattr(unit, part)) for part in unit.parts]
-            blocks.append(
-                tuple(
-                    _bytes(one for name, one in part.named_parameters() if is_streamed(start + name, one))
-                    for start, part in parts
-                )
-            )
+            parts = {part: getattr(unit, part).named_parameters(f"{path}.{part}") for part in unit.parts}
+            streamed = {
+                part: _bytes(one for name, one in found if is_streamed(name, one)) for part, found in parts.items()
+            }
+            blocks.append(streamed)
     elif layers := getattr(getattr(model, "encoder", None), "block", None):
-        blocks = [(_bytes(layer.parameters()),) for layer in layers]
+        blocks = [{"layer": _bytes(layer.parameters())} for layer in layers]
     packed = [math.prod(one.shape) for one in model.modules() if isinstance(one, QuantLinear)]
     return Sizes(_bytes(model.parameters()), tuple(blocks), max(packed, default=0) * DTYPES[dtype].itemsize)
 
