@@ -141,34 +141,47 @@ def _packets(container: InputContainer, stream: VideoStream) -> tuple[list[Any],
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """(container, its first video stream), sizes checked. What goes wrong within is a SwanError that names the file."""
+def opened_container(path: str, what: str, formats: str = "") -> Iterator[InputContainer]:
+    """A file of pictures or sound, opened by FFmpeg. What goes wrong within is a SwanError that names the file.
+
+    what: it should be, in words; formats: that are read besides those of videos
+    """
     import av
 
     with open_plain(path) as file:
         try:
             _check_claims(file)
-            options = {"format_whitelist": _FORMATS, "max_pixels": str(MAX_PIXELS)}
+            allowed = f"{_FORMATS},{formats}"
+            options = {"format_whitelist": allowed, "max_pixels": str(MAX_PIXELS)}
             with av.open(file, options=options, metadata_errors="replace", buffer_size=_BUFFER_BYTES) as container:
-                cover = av.stream.Disposition.attached_pic  # of an album
-                streams = [one for one in container.streams.video if not one.disposition & cover]
-                if not streams:
-                    raise SwanError("it has sound, but no picture" if container.streams.audio else "it has no picture")
-                if streams[0].codec_context is None:
-                    raise SwanError("how its pictures are coded is not known")
-                stream, most = streams[0], most_pixels(os.fstat(file.fileno()).st_size)
-                if stream.width * stream.height > most:
-                    raise SwanError(f"{stream.width}x{stream.height} are more than {most:,} pixels")
-                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for what the stream itself claims
-                stream.thread_type = "AUTO"
-                yield container, stream
+                yield container
         except SwanError as error:
-            raise type(error)(f"cannot read video {printable(path)}: {error}") from error
+            raise type(error)(f"cannot read {what} {printable(path)}: {error}") from error
         except av.FFmpegError as error:
             why = "damaged, cut off, or of a format that is not known"
-            raise SwanError(f"cannot read video {printable(path)}: {why} ({error.strerror})") from error
+            raise SwanError(f"cannot read {what} {printable(path)}: {why} ({error.strerror})") from error
         except (MemoryError, ValueError, OSError) as error:
-            raise SwanError(f"cannot read video {printable(path)}: {one_line(error)}") from error
+            raise SwanError(f"cannot read {what} {printable(path)}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """(container, its first video stream), sizes checked."""
+    import av
+
+    with opened_container(path, "video") as container:
+        cover = av.stream.Disposition.attached_pic  # of an album
+        streams = [one for one in container.streams.video if not one.disposition & cover]
+        if not streams:
+            raise SwanError("it has sound, but no picture" if container.streams.audio else "it has no picture")
+        if streams[0].codec_context is None:
+            raise SwanError("how its pictures are coded is not known")
+        stream, most = streams[0], most_pixels(os.path.getsize(path))
+        if stream.width * stream.height > most:
+            raise SwanError(f"{stream.width}x{stream.height} are more than {most:,} pixels")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for what the stream itself claims
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
 def _turns(frame: VideoFrame) -> int:

@@ -17,7 +17,13 @@ class Film:
 
     Who samples asks for each clip in turn: `condition`, `noise`, `latents`, `frames`. What a clip needs of those before
     is kept here, as `state`.
+
+    hear: reads what the audio encoder is to hear before the first clip, mono at 16 kHz; None: there is none. What the
+    encoder makes of it, [layers, D, frames], is put into `features`.
     """
+
+    hear: Callable[[], Tensor] | None = None
+    features: Tensor
 
     def __init__(self, sample: Any, make_condition: Callable[[Encode], Condition], clips: int = 1):
         self.sample, self.make_condition, self.clips = sample, make_condition, clips
