@@ -16,7 +16,6 @@ from wan.video import opened_container
 
 if TYPE_CHECKING:
     import numpy as np
-    from av import AudioFrame
 
 RATE = 16_000  # samples a second
 STEPS_PER_S, FEATURES_PER_S = 50, 30  # of the audio encoder, as it is counted; and of what is made of its steps
@@ -108,11 +107,11 @@ def _parts(path: str) -> Iterator[np.ndarray]:
             raise SwanError("how its sound is coded is not known")
         stream.thread_type = "AUTO"
         rate, resampler = 0, None
-        for channels, its_rate in _channels(container, stream):
+        for piece, its_rate in _pieces(container, stream):
             if its_rate != rate:  # it may change on the way
                 yield from _flushed(resampler)
-                rate, resampler = its_rate, AudioResampler("fltp", "mono", RATE)
-            mono = AudioFrame.from_ndarray(np.ascontiguousarray(channels.mean(0)[None]), "fltp", "mono")
+                rate, resampler = its_rate, AudioResampler("flt", "mono", RATE)
+            mono = AudioFrame.from_ndarray(piece.mean(1, dtype=np.float32)[None], "flt", "mono")
             mono.sample_rate = rate
             for part in resampler.resample(mono):
                 yield part.to_ndarray()[0]
@@ -121,8 +120,8 @@ def _parts(path: str) -> Iterator[np.ndarray]:
             raise SwanError("its sound is empty")
 
 
-def _channels(container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:
-    """(fp32 [channels, n], samples a second) of each piece that is decoded."""
+def _pieces(container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:
+    """(fp32 [n, channels], samples a second) of what is decoded, piece by piece."""
     from av import AudioResampler
 
     known, to_float = None, None
@@ -130,15 +129,11 @@ def _channels(container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:
         if packet.is_corrupt:
             raise SwanError("damaged or cut off")
         for frame in packet.decode():
-            kind = _kind(frame)
+            kind = frame.format.name, frame.layout.name, frame.sample_rate
             if kind != known:
-                known, to_float = kind, AudioResampler("fltp", frame.layout, frame.sample_rate)
-            for piece in to_float.resample(frame):
-                yield piece.to_ndarray(), frame.sample_rate
-
-
-def _kind(frame: AudioFrame) -> tuple[str, str, int]:
-    return frame.format.name, frame.layout.name, frame.sample_rate
+                known, to_float = kind, AudioResampler("flt", frame.layout, frame.sample_rate)
+            for piece in to_float.resample(frame):  # packed: PyAV miscounts the planes of eight channels
+                yield piece.to_ndarray().reshape(-1, frame.layout.nb_channels), frame.sample_rate
 
 
 def _flushed(resampler: Any) -> Iterator[np.ndarray]:

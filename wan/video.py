@@ -40,7 +40,7 @@ class VideoFile:
     """A video, or a picture, which may be one in memory, as a video of one frame.
 
     path: absolute; width, height: px, upright; times: when its frames begin, in seconds, rising from 0; end: when the
-    last one ends; stamps: the times as the file gives them, none where it does not
+    last one ends; fps: frames a second as the file has them; stamps: the times as it gives them, none where it does not
     """
 
     path: Any
@@ -48,6 +48,7 @@ class VideoFile:
     height: int
     times: tuple[float, ...]
     end: float
+    fps: float
     stamps: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -103,7 +104,7 @@ def open_video(path: Any) -> VideoFile:
         if isinstance(path, str) and (count := frames_of_image(path)) > 1:
             told = f"{printable(path)}: an animated picture of {count} frames, of which only the first would be seen"
             raise SwanError(f"{told}: make it a video, or save that frame alone")
-        return VideoFile(path, width, height, (0.0,), 1 / _USUAL_FPS)
+        return VideoFile(path, width, height, (0.0,), 1 / _USUAL_FPS, _USUAL_FPS)
     with _opened(path) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
@@ -114,9 +115,9 @@ def open_video(path: Any) -> VideoFile:
         unit, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or _USUAL_FPS)
     if None in stamps:  # of raw streams
         times = tuple(index / rate for index in range(len(stamps)))
-        return VideoFile(path, width, height, times, len(stamps) / rate)
+        return VideoFile(path, width, height, times, len(stamps) / rate, rate)
     times = tuple((stamp - stamps[0]) * unit for stamp in stamps)
-    return VideoFile(path, width, height, times, times[-1] + (duration * unit or 1 / rate), tuple(stamps))
+    return VideoFile(path, width, height, times, times[-1] + (duration * unit or 1 / rate), rate, tuple(stamps))
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> tuple[list[Any], int]:

@@ -18,16 +18,19 @@ class Film:
     Who samples asks for each clip in turn: `condition`, `noise`, `latents`, `frames`. What a clip needs of those before
     is kept here, as `state`.
 
-    hear: reads what the audio encoder is to hear before the first clip, mono at 16 kHz; None: there is none. What the
-    encoder makes of it, [layers, D, frames], is put into `features`.
+    has_audio: whether the audio encoder is asked, by `hear`, before the first clip; `features`: what that gave
     """
 
-    hear: Callable[[], Tensor] | None = None
+    has_audio = False
     features: Tensor
 
     def __init__(self, sample: Any, make_condition: Callable[[Encode], Condition], clips: int = 1):
         self.sample, self.make_condition, self.clips = sample, make_condition, clips
         self.state: dict[str, Tensor] = {}  # enough to go on with the next clip in another process
+
+    def hear(self, encoder: Callable[..., Tensor]) -> Tensor:
+        """What the audio encoder makes of the audio, [layers, D, frames]. encoder: see `wan.models.audio`."""
+        raise NotImplementedError
 
     def condition(self, clip: int, encode: Encode) -> Condition:
         return self.make_condition(encode)

@@ -20,9 +20,8 @@ from wan.cache import StepContext
 from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.film import Film
 from wan.conditioning.image import to_pixels
+from wan.conditioning.sizes import LOST_FRAMES
 
-MOTION_FRAMES = 73  # of the film so far that a clip sees
-_FIRST_LOST = 3  # frames of the first clip that come of a single latent in front of them, and are left out
 _GIVEN_FRAMES = 6  # of motion, that stand for a film which begins with the reference
 Pose = Callable[[int, int], Iterable[np.ndarray]]  # (from which frame on, how many) -> those that there are, uint8
 
@@ -59,24 +58,31 @@ class S2VFilm(Film):
     and behind those of the motion n.
     """
 
+    has_audio = True
+
     def __init__(
         self,
         sample: Any,
         reference: Tensor,
-        hear: Callable[[], Tensor] | None = None,
+        samples: Callable[[], Tensor] | None = None,
         pose: Pose | None = None,
-        motion_frames: int = MOTION_FRAMES,
+        *,
+        fps: int = 16,
+        motion_frames: int = 73,
     ):
         """sample: seed, num_clip, infer_frames, start_from_ref, trim_first_frames; reference: [3, H, W] in [-1, 1];
-        hear: see `Film`."""
-        self.sample, self.clips, self.hear = sample, sample.num_clip, hear
-        self.reference, self.pose = reference, pose
+        samples: gives the audio, [S] mono at 16 kHz."""
+        self.sample, self.clips, self.fps = sample, sample.num_clip, fps
+        self.reference, self.samples, self.pose = reference, samples, pose
         self.motion_frames = motion_frames, (motion_frames + 3) // 4
         motion = reference.new_zeros(3, motion_frames, *reference.shape[1:])
         if sample.start_from_ref:
             motion[:, -_GIVEN_FRAMES:] = reference[:, None]
         self.state = {"motion": motion}
         self._given: dict[str, Tensor] = {}  # latents of what this process has encoded
+
+    def hear(self, encoder: Callable[..., Tensor]) -> Tensor:
+        return encoder(self.samples(), self.fps, self.clips * self.sample.infer_frames)
 
     def condition(self, clip: int, encode: Encode) -> S2VCondition:
         given = self._given
@@ -103,9 +109,10 @@ class S2VFilm(Film):
     def frames(self, clip: int, video: Tensor) -> Tensor:
         video = video[:, -self.sample.infer_frames :]
         if self._begins(clip):
-            video = video[:, _FIRST_LOST:]
-        motion = torch.cat([self.state["motion"].to(video), video], dim=1)[:, -self.motion_frames[0] :]
-        self.state["motion"] = motion.clone()  # no part of what the caller changes
+            video = video[:, LOST_FRAMES:]
+        count = self.motion_frames[0]
+        last = video[:, -count:].to("cpu", copy=True)  # the caller changes it, and the device has better to keep
+        self.state["motion"] = torch.cat([self.state["motion"], last], dim=1)[:, -count:].clone()
         return video[:, self.sample.trim_first_frames if clip == 0 else 0 :]
 
     def _begins(self, clip: int) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from wan.errors import UsageError
 
 TEMPORAL_STRIDE = 4  # frames per latent frame, after the first, which stands alone
+LOST_FRAMES = 3  # of the first clip of s2v, which comes behind a latent of one frame
 MAX_COVERING = 16  # so many times the area that is seen may be scaled to cover it
 
 

@@ -21,7 +21,7 @@ _HEAD_DIM = 64  # of the released models
 _HOP = math.prod(STRIDES)  # samples from step to step
 _SEEN = 1 + sum((width - 1) * math.prod(STRIDES[:i]) for i, width in enumerate(WIDTHS))  # by one step
 _CHUNK_STEPS = 1000  # that the convolutions make at a time, which changes no number
-WINDOW_STEPS, _MARGIN_STEPS = 6000, 500  # that attend to each other: two minutes, and ten seconds around them
+WINDOW_STEPS, MARGIN_STEPS = 6000, 500  # that attend to each other: two minutes, and ten seconds around them
 
 
 class AudioEncoder(nn.Module):
@@ -48,8 +48,8 @@ class AudioEncoder(nn.Module):
         parts = []
         for start in range(0, math.floor(at[-1]) + 1, WINDOW_STEPS):
             stop = min(start + WINDOW_STEPS, steps)
-            first, last = max(0, start - _MARGIN_STEPS), min(stop + _MARGIN_STEPS, steps)
-            states_NTD = self.hidden_states(samples[first * _HOP : (last - 1) * _HOP + _SEEN])
+            first, last = max(0, start - MARGIN_STEPS), min(stop + MARGIN_STEPS, steps)
+            states_NTD = self.hidden_states(samples[first * _HOP :][: samples_of(last - first)])
             here = at[(at >= start) & (at < stop)] - first
             parts.append(_between(states_NTD, here.to(states_NTD.device)).cpu())
         return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
@@ -60,7 +60,7 @@ class AudioEncoder(nn.Module):
         steps, parts = steps_of(len(samples)), []
         for start in range(0, steps, _CHUNK_STEPS):
             stop = min(start + _CHUNK_STEPS, steps)
-            part = samples[start * _HOP : (stop - 1) * _HOP + _SEEN].to(weight.device, weight.dtype)
+            part = samples[start * _HOP :][: samples_of(stop - start)].to(weight.device, weight.dtype)
             parts.append(extractor(part[None]).transpose(1, 2))
         # Layer by layer: of the states that `encoder` gives, transformers 4 norms the last one, and 5 does not.
         encoder = self.model.encoder
@@ -70,6 +70,11 @@ class AudioEncoder(nn.Module):
             out = layer(states[-1])
             states.append(out[0] if isinstance(out, tuple) else out)
         return torch.cat([*states[:-1], encoder.layer_norm(states[-1])])
+
+
+def samples_of(steps: int) -> int:
+    """That so many steps see."""
+    return (steps - 1) * _HOP + _SEEN
 
 
 def normalised(samples: Tensor) -> Tensor:
@@ -102,13 +107,13 @@ def load_audio_encoder(
     num_heads: not visible in the shapes; default from a config.json beside the file, else from the usual head width.
     """
     model = empty_audio_encoder(source, num_heads)
-    load_weights(model, source, "audio", device=device, dtype=dtype)
+    load_weights(model, source, "wav2vec", device=device, dtype=dtype)
     return AudioEncoder(model)
 
 
 def empty_audio_encoder(source: Source, num_heads: int | None = None) -> nn.Module:
     """wav2vec2 of the shapes in `source`, on the meta device. Raises SwanError if that is none."""
-    shapes = our_shapes(source, "audio")
+    shapes = our_shapes(source, "wav2vec")
     try:
         dim, conv_dim = shapes["feature_projection.projection.weight"]
         _, per_group, position_width = shapes["encoder.pos_conv_embed.conv.parametrizations.weight.original1"]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from wan.errors import SwanError
 
-COMPONENTS = ("dit", "vae", "t5", "clip", "audio")
+COMPONENTS = ("dit", "vae", "t5", "clip", "wav2vec")
 
 
 class Rows(NamedTuple):
@@ -217,7 +217,7 @@ _DIALECTS: dict[str, tuple[Dialect, ...]] = {
         Dialect("gguf", r"^enc\.blk\.", _T5_GGUF),
     ),
     "clip": (Dialect("official", r"^visual\.", _CLIP_OFFICIAL),),
-    "audio": (Dialect("transformers before torch 2", r"\.weight_g$", _AUDIO_OLD),),
+    "wav2vec": (Dialect("transformers before torch 2", r"\.weight_g$", _AUDIO_OLD),),
 }
 # The dialect with our own names needs no rules.
 _NATIVE = {
@@ -225,7 +225,7 @@ _NATIVE = {
     "vae": Dialect("official", "", {}),
     "t5": Dialect("transformers", "", {}),
     "clip": Dialect("transformers", "", {}),
-    "audio": Dialect("transformers", "", {}),
+    "wav2vec": Dialect("transformers", "", {}),
 }
 
 _DIT_TO_DIFFUSERS = Dialect("diffusers", "", {str(ours): path for path, ours in _DIT_DIFFUSERS.items()})
@@ -238,7 +238,7 @@ _PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
     "t5": ("text_encoders.umt5xxl.transformer.",),
     "clip": ("vision_model.",),
-    "audio": ("wav2vec2.",),
+    "wav2vec": ("wav2vec2.",),
 }
 
 # Any other prefix is what stands before names like these, as trainers and savers leave it: `model.`, `pipe.dit.`.
@@ -251,7 +251,7 @@ _LANDMARKS = {
     r"|blocks\.\d+\.(attn|pos_embedding|norm[12]|ffn\.(gate|fc1|fc2))\.",
     "clip": r"visual\.(transformer|cls_embedding|pos_embedding|patch_embedding|pre_norm|post_norm)"
     r"|(embeddings|encoder\.layers\.\d+|pre_layrnorm|post_layernorm)\.",
-    "audio": r"(feature_extractor|feature_projection|encoder\.(layers\.\d+|pos_conv_embed|layer_norm))\.",
+    "wav2vec": r"(feature_extractor|feature_projection|encoder\.(layers\.\d+|pos_conv_embed|layer_norm))\.",
 }
 _MAX_PREFIX_PARTS = 8
 # Parts of names that wrappers of modules put in, at the start or in the middle: torch.compile, DDP, FSDP.
@@ -264,7 +264,7 @@ _IGNORED = {
     "t5": r"spiece_model|scaled_fp8",
     "clip": r"(textual|text_model|visual_projection|text_projection)\..*|log_scale|logit_scale|visual\.head"
     r"|embeddings\.position_ids",
-    "audio": r"(lm_head|quantizer|project_q|project_hid)\..*|masked_spec_embed",
+    "wav2vec": r"(lm_head|quantizer|project_q|project_hid)\..*|masked_spec_embed",
 }
 
 
@@ -343,10 +343,8 @@ def _strip(keys: list[str], component: str) -> dict[str, str]:
     plain = [without_wrappers(key) for key in keys]
     prefix = _prefix(plain, component)
     ignored = re.compile(_IGNORED[component])
-    holds_others = prefix in _PREFIXES[component] and component not in (
-        "clip",
-        "audio",
-    )  # whose prefix is on some tensors only
+    # A prefix of these is on some tensors only, and the others are none of the component.
+    holds_others = prefix in _PREFIXES[component] and component not in ("clip", "wav2vec")
     found: dict[str, str] = {}
     for name, key in zip(plain, keys):
         if holds_others and not name.startswith(prefix):

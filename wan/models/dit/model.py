@@ -55,6 +55,7 @@ class WanModel(nn.Module):
         cond_dim: int = 16,
         enable_adain: bool = True,
         enable_framepack: bool = True,
+        motion_frames: int = 73,
         attention: str = "sdpa",
         ops: str | None = None,
         parallel: Parallel | None = None,
@@ -89,6 +90,7 @@ class WanModel(nn.Module):
                     num_audio_token=num_audio_token,
                     adain=enable_adain,
                     framepack=enable_framepack,
+                    motion_frames=motion_frames,
                 )
             )
         for name, module in (pair for adapter in self.adapters for pair in adapter.names.items()):

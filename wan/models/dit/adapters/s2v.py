@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.block import Context, CrossAttention, Hold
 from wan.models.dit.sequence import Group, Sequence
+from wan.weights.infer import AUDIO_LAYERS
 
-AUDIO_LAYERS = 25  # of wav2vec2, whose mixture is learned
 REFERENCE_AT = 30  # frame that the reference stands at
 PACKED = (1, 2, 16)  # motion latents by how finely they are cut: the nearest, those before it, and the rest
 EPS = 1e-6  # of its norms, whatever that of the blocks
@@ -203,8 +203,10 @@ class S2V(Adapter):
         num_audio_token: int,
         adain: bool,
         framepack: bool,
+        motion_frames: int,
     ):
-        """patch_embedding: the model's own, which the reference goes through as well."""
+        """patch_embedding: the model's own, which the reference goes through too; motion_frames: as runs give it."""
+        self.motion_frames = motion_frames
         self.layers = {layer: n for n, layer in enumerate(sorted(layers))}
         self.patch_embedding, dim = patch_embedding, patch_embedding.out_channels
         self.cond_encoder = nn.Conv3d(cond_dim, dim, patch_embedding.kernel_size, patch_embedding.stride)
@@ -218,6 +220,18 @@ class S2V(Adapter):
             "audio_injector": self.injector,
             "trainable_cond_mask": self.marks,
         } | ({"frame_packer": self.packer} if framepack else {})
+
+    def imagined(self, latent: Tensor) -> dict[str, Any]:
+        _, channels, frames, *size = latent.shape
+        motion = self.motion_frames, (self.motion_frames + 3) // 4
+        audio_dim = self.audio_encoder.encoder.conv1_local.conv.in_channels
+        return {
+            "ref_latents": latent.new_empty(1, channels, 1, *size),
+            "motion_latents": latent.new_empty(1, channels, motion[1], *size),
+            "cond_states": latent.new_empty(1, self.cond_encoder.in_channels, frames, *size),
+            "audio_input": latent.new_empty(1, AUDIO_LAYERS, audio_dim, 4 * frames),
+            "motion_frames": motion,
+        }
 
     def modules(self, block: int) -> dict[str, nn.Module]:
         n, norms = self.layers.get(block), self.injector.injector_adain_layers
