@@ -22,6 +22,8 @@ STEPS_PER_S, FEATURES_PER_S = 50, 30  # of the audio encoder, as it is counted; 
 WIDTHS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)  # of the encoder's convolutions
 SILENT = 1e-3  # -60 dB of the loudest that there can be
 _LEAST_STEPS = 2
+_TELL_LENGTH = ("wav", "flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2")  # in their headers; of others it is guessed
+_LEAST_HELD = 0.9  # of what is claimed
 _FORMATS = "mp3,wav,w64,flac,aac,aiff,ogg,caf,au,amr,ac3,eac3,dts,wv,ape,tta"  # without a picture
 
 
@@ -106,11 +108,12 @@ def _parts(path: str) -> Iterator[np.ndarray]:
         if stream.codec_context is None:
             raise SwanError("how its sound is coded is not known")
         stream.thread_type = "AUTO"
-        rate, resampler = 0, None
+        rate, resampler, held = 0, None, 0.0
         for piece, its_rate in _pieces(container, stream):
             if its_rate != rate:  # it may change on the way
                 yield from _flushed(resampler)
                 rate, resampler = its_rate, AudioResampler("flt", "mono", RATE)
+            held += len(piece) / rate
             mono = AudioFrame.from_ndarray(piece.mean(1, dtype=np.float32)[None], "flt", "mono")
             mono.sample_rate = rate
             for part in resampler.resample(mono):
@@ -118,6 +121,9 @@ def _parts(path: str) -> Iterator[np.ndarray]:
         yield from _flushed(resampler)
         if resampler is None:
             raise SwanError("its sound is empty")
+        claimed = float((stream.duration or 0) * stream.time_base)
+        if container.format.name in _TELL_LENGTH and held < _LEAST_HELD * claimed:
+            raise SwanError(f"cut off: it claims {claimed:.1f} s and holds {held:.1f}")
 
 
 def _pieces(container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:
