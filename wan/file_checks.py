@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from wan.errors import SwanError, one_line
+from wan.models.audio import empty_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.encoders import empty_clip_encoder, empty_text_encoder
 from wan.models.text import check_tokenizer
@@ -51,8 +52,8 @@ def faults(request: Request, spec: Any) -> list[str]:
 
 
 def check_component(name: str, checkpoint: Checkpoint) -> None:
-    """The files of a transformer, "vae", "t5" or "clip" against the task: containers, sizes, and every name and shape
-    against the model as it is built on the meta device. Raises SwanError, one line."""
+    """The files of a transformer, "vae", "t5", "clip" or "wav2vec" against the task: containers, sizes, and every name
+    and shape against the model as it is built on the meta device. Raises SwanError, one line."""
     source, spec, part = checkpoint.source(name), checkpoint.spec, "dit" if name in checkpoint.files.dit else name
     if part == "dit":
         check_dit(source, spec)
@@ -63,7 +64,8 @@ def check_component(name: str, checkpoint: Checkpoint) -> None:
             model = WanVAE(**spec.vae)
     else:
         check_encoder(source, part, spec)
-        model = (empty_text_encoder if part == "t5" else empty_clip_encoder)(source)
+        makers = {"t5": empty_text_encoder, "clip": empty_clip_encoder, "wav2vec": empty_audio_encoder}
+        model = makers[part](source)
     check_weights(model, source, part)
 
 

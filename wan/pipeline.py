@@ -32,6 +32,7 @@ from wan.distributed.parallel import Parallel
 from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.file_checks import check_files, open_loras
 from wan.models.attention import check_attention
+from wan.models.audio import load_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.dit.sequence import Times
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
@@ -59,6 +60,7 @@ from wan.weights.lora import Lora, set_loras
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NEGATIVE = None  # among texts by their prompts
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STAGE_OF = {"t5": "encode_text", "wav2vec": "encode_audio", "clip": "encode_image", "vae": "decode"}  # by model
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 OnClip = Callable[[np.ndarray, Made], None]  # (frames of a clip, uint8 [T, H, W, 3], and what there is with it)
@@ -258,6 +260,8 @@ class WanPipeline:
         with _timed("encode", seconds, report, self.device, ends=False):
             prompts = list(dict.fromkeys(map(film.prompt, range(first, film.clips))))
             texts = self._encode_texts(request, prompts)
+            if film.has_audio:
+                film.features = self._hear(film)
         for clip in range(first, film.clips):
             with _timed("encode", seconds, report, self.device, clip, film.clips, begins=clip > first):
                 condition = self._encode_images(film, clip, request)
@@ -286,6 +290,17 @@ class WanPipeline:
         embeddings = encode() if self.load.t5_fsdp else self.parallel.once(encode, self.device)
         self.checks.text(embeddings)
         return dict(zip([prompts[0], *(NEGATIVE for _ in negative), *prompts[1:]], embeddings, strict=True))
+
+    def _hear(self, film: Film) -> Tensor:
+        """Features of the audio, on the CPU, for all clips."""
+
+        def hear() -> list[Tensor]:
+            with self._model("wav2vec") as encoder:
+                return [film.hear(encoder).to(self.device, DTYPES[self.load.dtype])]
+
+        features = self.parallel.once(hear, self.device)[0]
+        self.checks.audio(features)
+        return features.cpu()
 
     def _condition(self, film: Film, clip: int, request: Request) -> Condition:
         """With the VAE, which is loaded when something is to be encoded, and stays until all is."""
@@ -434,7 +449,7 @@ class WanPipeline:
     @contextmanager
     def _model(self, name: str, stage: str = "") -> Iterator[Any]:
         """A model for the length of a stage; let go of afterwards when offloading, unless models are kept."""
-        self._make_room(stage or {"t5": "encode_text", "clip": "encode_image", "vae": "decode"}[name], name)
+        self._make_room(stage or STAGE_OF[name], name)
         if name not in self._models:
             self._models[name] = getattr(self, f"_load_{name}")()
             return_freed_memory()  # what passed by on the way
@@ -448,7 +463,7 @@ class WanPipeline:
         self._used.pop(name, None)
         if name in self.files.dit:
             self.experts.let_go(name)
-        elif self._models.pop(name, None) is not None and name in ("t5", "clip"):
+        elif self._models.pop(name, None) is not None and name in ("t5", "clip", "wav2vec"):
             gc.collect()  # transformers' models hold themselves in a cycle
         _empty_cache()
 
@@ -490,6 +505,9 @@ class WanPipeline:
 
     def _load_clip(self):
         return load_clip_encoder(self.checkpoint.source("clip"), device=self.device, dtype=DTYPES[self.load.dtype])
+
+    def _load_wav2vec(self):
+        return load_audio_encoder(self.checkpoint.source("wav2vec"), device=self.device, dtype=torch.float32)
 
     def _load_vae(self) -> WanVAE:
         vae, dtype = _empty_vae(self.spec), DTYPES[self.load.vae_dtype]

@@ -44,6 +44,11 @@ class StageChecks:
             what = "what the image encoder makes of the image is not finite"
             raise _error("encode_image", what, self._files.clip, ("dtype", self.load.dtype), "clip")
 
+    def audio(self, features: Tensor) -> None:
+        if not is_finite(features):
+            what = "what the audio encoder makes of the audio is not finite"
+            raise _error("encode_audio", what, self._files.wav2vec, ("dtype", "fp32"), "wav2vec")
+
     def step(self, request: Request, ctx: StepContext, latent: Tensor, model: nn.Module | None) -> None:
         """The one wait for the device in a step: the progress that is shown next has been made."""
         size = largest(latent)

@@ -40,7 +40,7 @@ class VideoFile:
     """A video, or a picture, which may be one in memory, as a video of one frame.
 
     path: absolute; width, height: px, upright; times: when its frames begin, in seconds, rising from 0; end: when the
-    last one ends; stamps: the times as the file gives them, none where it does not
+    last one ends; fps: frames a second as the file has them; stamps: the times as it gives them, none where it does not
     """
 
     path: Any
@@ -48,6 +48,7 @@ class VideoFile:
     height: int
     times: tuple[float, ...]
     end: float
+    fps: float
     stamps: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -103,7 +104,7 @@ def open_video(path: Any) -> VideoFile:
         if isinstance(path, str) and (count := frames_of_image(path)) > 1:
             told = f"{printable(path)}: an animated picture of {count} frames, of which only the first would be seen"
             raise SwanError(f"{told}: make it a video, or save that frame alone")
-        return VideoFile(path, width, height, (0.0,), 1 / _USUAL_FPS)
+        return VideoFile(path, width, height, (0.0,), 1 / _USUAL_FPS, _USUAL_FPS)
     with _opened(path) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
@@ -114,9 +115,9 @@ def open_video(path: Any) -> VideoFile:
         unit, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or _USUAL_FPS)
     if None in stamps:  # of raw streams
         times = tuple(index / rate for index in range(len(stamps)))
-        return VideoFile(path, width, height, times, len(stamps) / rate)
+        return VideoFile(path, width, height, times, len(stamps) / rate, rate)
     times = tuple((stamp - stamps[0]) * unit for stamp in stamps)
-    return VideoFile(path, width, height, times, times[-1] + (duration * unit or 1 / rate), tuple(stamps))
+    return VideoFile(path, width, height, times, times[-1] + (duration * unit or 1 / rate), rate, tuple(stamps))
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> tuple[list[Any], int]:
@@ -141,34 +142,47 @@ def _packets(container: InputContainer, stream: VideoStream) -> tuple[list[Any],
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """(container, its first video stream), sizes checked. What goes wrong within is a SwanError that names the file."""
+def opened_container(path: str, what: str, formats: str = "") -> Iterator[InputContainer]:
+    """A file of pictures or sound, opened by FFmpeg. What goes wrong within is a SwanError that names the file.
+
+    what: it should be, in words; formats: that are read besides those of videos
+    """
     import av
 
     with open_plain(path) as file:
         try:
             _check_claims(file)
-            options = {"format_whitelist": _FORMATS, "max_pixels": str(MAX_PIXELS)}
+            allowed = f"{_FORMATS},{formats}"
+            options = {"format_whitelist": allowed, "max_pixels": str(MAX_PIXELS)}
             with av.open(file, options=options, metadata_errors="replace", buffer_size=_BUFFER_BYTES) as container:
-                cover = av.stream.Disposition.attached_pic  # of an album
-                streams = [one for one in container.streams.video if not one.disposition & cover]
-                if not streams:
-                    raise SwanError("it has sound, but no picture" if container.streams.audio else "it has no picture")
-                if streams[0].codec_context is None:
-                    raise SwanError("how its pictures are coded is not known")
-                stream, most = streams[0], most_pixels(os.fstat(file.fileno()).st_size)
-                if stream.width * stream.height > most:
-                    raise SwanError(f"{stream.width}x{stream.height} are more than {most:,} pixels")
-                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for what the stream itself claims
-                stream.thread_type = "AUTO"
-                yield container, stream
+                yield container
         except SwanError as error:
-            raise type(error)(f"cannot read video {printable(path)}: {error}") from error
+            raise type(error)(f"cannot read {what} {printable(path)}: {error}") from error
         except av.FFmpegError as error:
             why = "damaged, cut off, or of a format that is not known"
-            raise SwanError(f"cannot read video {printable(path)}: {why} ({error.strerror})") from error
+            raise SwanError(f"cannot read {what} {printable(path)}: {why} ({error.strerror})") from error
         except (MemoryError, ValueError, OSError) as error:
-            raise SwanError(f"cannot read video {printable(path)}: {one_line(error)}") from error
+            raise SwanError(f"cannot read {what} {printable(path)}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """(container, its first video stream), sizes checked."""
+    import av
+
+    with opened_container(path, "video") as container:
+        cover = av.stream.Disposition.attached_pic  # of an album
+        streams = [one for one in container.streams.video if not one.disposition & cover]
+        if not streams:
+            raise SwanError("it has sound, but no picture" if container.streams.audio else "it has no picture")
+        if streams[0].codec_context is None:
+            raise SwanError("how its pictures are coded is not known")
+        stream, most = streams[0], most_pixels(os.path.getsize(path))
+        if stream.width * stream.height > most:
+            raise SwanError(f"{stream.width}x{stream.height} are more than {most:,} pixels")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for what the stream itself claims
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
 def _turns(frame: VideoFrame) -> int:

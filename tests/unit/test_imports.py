@@ -14,12 +14,12 @@ BESIDE = ("cache", "distributed")  # folders whose modules are those of wan.cach
 # A module imports from its own layer or from those before it.
 LAYERS = [
     ("wan", "wan.errors", "wan.files", "wan.finite", "wan.cache", "wan.distributed"),
-    ("wan.tasks", "wan.pictures", "wan.media", "wan.video", "wan.command"),
+    ("wan.tasks", "wan.pictures", "wan.media", "wan.video", "wan.audio", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
-    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace"),
+    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace", "wan.tasks.s2v"),
     ("wan.denoise", "wan.options", "wan.plan"),
     ("wan.experts", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview", "wan.unfinished"),

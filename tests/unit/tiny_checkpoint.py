@@ -10,9 +10,11 @@ from easydict import EasyDict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wan.models.audio import audio_model
 from wan.models.dit import WanModel
 from wan.models.vae import WanVAE
 from wan.tasks import load_task
+from wan.weights.infer import AUDIO_LAYERS
 
 CLIP_DIM, CLIP_TOKENS, CLIP_PATCH_PX = 1280, 257, 14  # what img_emb of the DiT wants
 
@@ -25,6 +27,8 @@ def shrunk(task: str) -> EasyDict:
     spec.dit.update(text_len=text_len, dim=48, ffn_dim=64, freq_dim=32, text_dim=32, num_heads=2, num_layers=2)
     if "vace_layers" in spec.dit:
         spec.dit.update(num_layers=3, vace_layers=[0, 2])
+    if "audio_inject_layers" in spec.dit:
+        spec.dit.update(num_layers=3, audio_inject_layers=[0, 2], audio_dim=32, motion_frames=9)
     spec.vae.update(dim=8, num_res_blocks=1)
     if "dec_dim" in spec.vae:
         spec.vae.dec_dim = 8
@@ -44,6 +48,9 @@ def write_checkpoint(folder: Path, spec: EasyDict, seed: int = 0) -> Path:
         torch.save(t5_state(spec), folder / spec.files.t5)
         if "clip" in spec.files:
             torch.save(clip_state(), folder / spec.files.clip)
+        if "wav2vec" in spec.files:
+            (folder / spec.files.wav2vec).mkdir()
+            save_file(wav2vec_state(spec), folder / spec.files.wav2vec / "model.safetensors")
     write_tokenizer(folder / spec.files.tokenizer)
     return folder
 
@@ -94,6 +101,17 @@ def clip_state(layers: int = 2, mlp_dim: int = 64) -> dict[str, Tensor]:
         for name, shape in shapes.items():
             state |= {f"{block}.{name}.weight": _matrix(*shape), f"{block}.{name}.bias": torch.zeros(shape[0])}
     return {name: tensor.half() for name, tensor in state.items()}
+
+
+def wav2vec_state(spec: EasyDict) -> dict[str, Tensor]:
+    """Names of transformers -> random tensors of an audio encoder, with the head that is not used."""
+    shape = {"num_heads": 2, "conv_dim": 8, "position_width": 16, "position_groups": 4}
+    model = audio_model(dim=spec.dit.audio_dim, dim_ffn=48, num_layers=AUDIO_LAYERS - 1, **shape)
+    state = {}
+    for name, one in model.state_dict().items():
+        is_norm = "norm.weight" in name or name.endswith("original0")
+        state[f"wav2vec2.{name}"] = torch.ones(one.shape) if is_norm else torch.randn(one.shape) * 0.2
+    return state | {"lm_head.weight": torch.zeros(4, spec.dit.audio_dim)}
 
 
 def write_tokenizer(folder: Path) -> None:

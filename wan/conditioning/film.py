@@ -27,9 +27,13 @@ class Film:
 
     Who samples asks for each clip in turn: `condition`, `start`, `latents`, `frames`. What a clip needs of those before
     is kept here, as `state`.
+
+    has_audio: whether the audio encoder is asked, by `hear`, before the first clip; `features`: what that gave
     """
 
     source: Tensor | None = None  # latents that the clip at hand is made of, see `wan.conditioning.source`
+    has_audio = False
+    features: Tensor
 
     def __init__(
         self,
@@ -40,6 +44,10 @@ class Film:
     ):
         self.sample, self.make_condition, self.clips, self.make_source = sample, make_condition, clips, make_source
         self.state: dict[str, Tensor] = {}  # on the CPU; enough to go on with the next clip in another process
+
+    def hear(self, encoder: Callable[..., Tensor]) -> Tensor:
+        """What the audio encoder makes of the audio, [layers, D, frames]. encoder: see `wan.models.audio`."""
+        raise NotImplementedError
 
     def condition(self, clip: int, encode: Encode) -> Condition:
         self.source = self.make_source(encode)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from wan.errors import UsageError
 
 TEMPORAL_STRIDE = 4  # frames per latent frame, after the first, which stands alone
+LOST_FRAMES = 3  # of the first clip of s2v, which comes behind a latent of one frame
 MAX_COVERING = 16  # so many times the area that is seen may be scaled to cover it
 
 
@@ -75,6 +76,30 @@ def vace_size(
     columns = int(cells / rows)
     _checked(rows, columns, area, img_h, img_w)
     return rows * multiple, columns * multiple, (latents - 1) * TEMPORAL_STRIDE + 1
+
+
+def s2v_size(max_area: int, img_h: int, img_w: int, *, multiple: int = 64) -> tuple[int, int]:
+    """(height, width) of a speech video: the picture's, padded up to whole multiples, where that is at most `max_area`;
+    else it is made smaller, in steps of a hundredth of the way to where it surely is.
+
+    Source: behaviour of the official `WanS2V.get_size_less_than_area`.
+    """
+    pixels, most, least = img_h * img_w, 1.0, 0.1
+    if pixels > max_area:
+        b, c = (multiple - 1) * (img_h + img_w), (multiple - 1) ** 2 - max_area
+        if (root := b**2 - 2 * pixels * c) < 0:
+            raise UsageError(f"{max_area:,} pixels are too few for an image of {img_w}x{img_h}")
+        most, least = math.sqrt(max_area / pixels), (-b + math.sqrt(root)) / (2 * pixels)
+    for step in range(100):
+        scale = most - (most - least) * step / 100
+        height, width = (-(-int(side * scale) // multiple) * multiple for side in (img_h, img_w))
+        if height * width <= max_area:
+            return _checked(height, width, max_area, img_h, img_w)
+    width = int((max_area * img_w / img_h) ** 0.5 // multiple * multiple)
+    height = int((max_area / (img_w / img_h)) ** 0.5 // multiple * multiple)
+    if width >= img_w or height >= img_h:
+        height, width = img_h // multiple * multiple, img_w // multiple * multiple
+    return _checked(height, width, max_area, img_h, img_w)
 
 
 def frame_ids(times: Sequence[float], end: float, count: int) -> list[int]:

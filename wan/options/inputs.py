@@ -7,6 +7,7 @@ from typing import Any
 
 from easydict import EasyDict
 
+from wan.audio import AudioFile
 from wan.errors import UsageError
 from wan.options.names import STORED_PICTURES
 from wan.options.sampling import check_frame_num
@@ -42,7 +43,7 @@ def _tasks(name: str) -> str:
 def input_of(at: Asked, name: str) -> Any:
     """An input as a Sample has it: the absolute path of a file, or the picture in memory; None where there is none."""
     one = inputs_of(at).get(name)
-    if isinstance(one, VideoFile):
+    if isinstance(one, (VideoFile, AudioFile)):
         return one.path
     return one[0] if isinstance(one, tuple) and name in STORED_PICTURES else one
 

@@ -51,7 +51,7 @@ class LoadOptions:
     task_told:   how it was told from the checkpoint; "" where it was given, or is the default
     ckpt_dir:    folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
     checkpoint:  what was found there, once it was looked for: a `wan.weights.checkpoint.Checkpoint`, or None
-    dit ... clip: single files given in place of the checkpoint's own, absolute, or None
+    dit ... wav2vec: single files given in place of the checkpoint's own, absolute, or None
     dtype:       compute type of DiT and image encoder: bf16, fp16 or fp32; auto_dtype: it was not asked for, and the
                  plan may take another, see `wan.plan.settle_dtype`
     offload:     none (models stay), model (each is released after its stage), block, phase (parts of the DiT come as
@@ -86,6 +86,7 @@ class LoadOptions:
     vae: str | None = _part("vae", "take the VAE from this file")
     t5: str | None = _part("t5", "take the text encoder from this file")
     clip: str | None = _part("clip", "take the image encoder from this file")
+    wav2vec: str | None = _part("wav2vec", "take the audio encoder from this file or folder")
     tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", "DIR")
     gguf_mode: str = option(
         "name",

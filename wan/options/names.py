@@ -7,7 +7,7 @@ SOLVER_NAMES = ("unipc", "dpm++", "euler")
 DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
 T5_DTYPE_NAMES = DTYPE_NAMES
 VAE_DTYPE_NAMES = ("fp32", "bf16")
-FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
+FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip", "wav2vec")
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
 LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
 ATTENTION_NAMES = ("sdpa", "flash_attn2", "flash_attn3", "sage_attn2")  # all but the first compute in 16 bits alone
@@ -26,6 +26,6 @@ RESIDENCY_NAMES = ("auto", "stage", "keep")
 OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
 MAX_RANKS = 4096
 # Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.
-VIDEO_FLAGS = ("video", "src_video", "src_mask", "inpaint", "extend")
+VIDEO_FLAGS = ("video", "src_video", "src_mask", "inpaint", "extend", "pose_video", "audio")
 STORED_FILES = ("ckpt_dir", *FILE_FLAGS, *LORA_FLAGS, "cache_coefficients", *VIDEO_FLAGS, "src_ref_images")
 STORED_PICTURES = ("image", "last_frame")

@@ -70,6 +70,20 @@ def _first_step(at: Asked) -> int:
     return 0 if strength is None else steps - max(1, round(steps * strength))
 
 
+def _audio(at: Asked, given: Any) -> str | None:
+    audio = inputs_of(at).get("audio")
+    if audio is not None and audio.is_silent:
+        at.warnings.append(f"--audio {audio.path} is silent: nothing will be spoken")
+    return input_of(at, "audio")
+
+
+def _num_clip(at: Asked, given: Any) -> int | None:
+    clips = input_of(at, "num_clip")
+    if given is not None and int(given) > clips:
+        at.warnings.append(f"--num_clip {given} is more than --audio needs: {clips}")
+    return clips
+
+
 def _lora(flag: str, what: str) -> Any:
     help = f"a LoRA for {what}, of strength X; may be repeated"
     check = lambda at, given: check_lora(at.spec, flag, given)  # noqa: E731
@@ -82,6 +96,8 @@ class Sample:
 
     image:          the (first) image, absolute path, or None; image_option: the image that the user gave (None: none,
                     or the one that comes with an embedded task); last_frame: the last frame of flf2v
+    audio ...:      of s2v, absolute paths, and numbers with their defaults filled in; None for other tasks
+    audio_samples:  that it has at 16 kHz
     size:           what was asked for, "W*H"; with an image only its area counts
     width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
@@ -150,6 +166,14 @@ class Sample:
     extend: Any = _input(
         "extend", "picture", "clip, or picture, that the video begins with; see --last_frame (vace)", "FILE"
     )
+    audio: str | None = option("file", _WHAT, "FILE", "speech or song, of any format that FFmpeg reads (s2v)", _audio)
+    audio_samples: int | None = derived(lambda at: getattr(inputs_of(at).get("audio"), "samples", None))
+    pose_video: Any = _input("pose_video", "file", "video of poses that it moves by (s2v)", "FILE")
+    num_clip: int | None = option(
+        "number", _WHAT, "N", "clips to make; default, and at most: as many as --audio needs (s2v)", _num_clip
+    )
+    infer_frames: int | None = _input("infer_frames", "number", "frames of a clip, 4n; default 80 (s2v)", "N")
+    start_from_ref: bool | None = _input("start_from_ref", "flag", "begin with --image itself (s2v)", "")
     size: str = option(
         "name",
         _WHAT,
@@ -245,6 +269,11 @@ class Sample:
 
     OTHERS: ClassVar[dict[str, Option]] = {
         "first_frame": Option("picture", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),
+        "enable_tts": Option("flag", "not here: give a file of speech with --audio", _WHAT, stored=False),
+        **{
+            name: Option("text", "as --enable_tts", _WHAT, "TEXT", stored=False)
+            for name in ("tts_prompt_audio", "tts_prompt_text", "tts_text")
+        },
         "preset": Option(
             "name",
             f"settings of a kind of model, one of: {', '.join(preset_names())}",

@@ -48,16 +48,18 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     if placement.text == "stream":
         text += load.components["t5"].sizes(placement.packed.get("t5", "")).total / machine.transfer_rate
     seconds = {"encode_text": read["t5"] + text}
+    if "encode_audio" in load.stages:
+        seconds["encode_audio"] = read["wav2vec"] + load.hearing().flops / (machine.flops * reached["text"])
     if "encode_image" in load.stages:
         work = tiled.encoding(kind).flops / vae_rate
         if "clip" in load.components:
             work += read["clip"] + load.looking().flops / (machine.flops * reached["text"])
-        seconds["encode_image"] = work + read["vae"]
+        seconds["encode_image"] = load.clips * work + read["vae"]
     seconds["load"] = sum(read[name] for name in expert_names(spec))
     waited = transfers(load, machine, placement)["exposed_seconds_per_forward"]
     forward = load.forward_flops.total / request.load.grid.sequence / (machine.flops * reached["dit"]) + waited
     seconds["denoise"] = load.forwards / request.load.grid.cfg * forward
-    seconds["decode"] = tiled.decoding(kind).flops / vae_rate
+    seconds["decode"] = load.clips * tiled.decoding(kind).flops / vae_rate
     if "encode_image" not in load.stages or "vae" in placement.released:
         seconds["decode"] += read["vae"]
     return seconds | {"total": sum(seconds.values())}
@@ -131,7 +133,7 @@ def _cache_flag(request: Request, spec: EasyDict) -> str | None:
 def _other_models(load: Workload) -> Iterator[tuple[str, Workload]]:
     """Smaller models that take the same inputs. Files and LoRAs that were given are of this one."""
     request, spec = load.request, load.spec
-    if request.sample.loras or request.load.files or spec.kind == "flf2v":
+    if request.sample.loras or request.load.files or spec.kind in ("flf2v", "s2v"):
         return
     for name in task_names():
         other = load_task(name)

@@ -48,7 +48,7 @@ def missing_files(plan: Mapping[str, Any]) -> list[str]:
 
 
 def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
-    """The files of "dit" (or "high", "low"), "t5", "tokenizer", "clip" or "vae"; [] if there are none here."""
+    """The files of "dit" (or "high", "low"), "tokenizer", "vae" or of an encoder; [] if there are none here."""
     return checkpoint_of(request, spec).paths(part)
 
 
@@ -101,4 +101,5 @@ def _is_quantised(source: Source) -> bool:
 def _official_paths(spec: EasyDict) -> dict[str, str]:
     """Component -> its place in the official checkpoint folder."""
     networks = spec.get("experts") or {"dit": "diffusion_pytorch_model*.safetensors"}
-    return {**networks, **{name: spec.files[name] for name in ("t5", "tokenizer", "clip", "vae") if name in spec.files}}
+    others = ("t5", "tokenizer", "wav2vec", "clip", "vae")
+    return {**networks, **{name: spec.files[name] for name in others if name in spec.files}}

@@ -13,6 +13,7 @@ from typing import Any
 
 from easydict import EasyDict
 
+from wan.audio import steps_of
 from wan.cache.options import policy_of
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import experts_of, scale_of
@@ -33,6 +34,7 @@ from wan.plan.weights import (
     share,
 )
 from wan.solvers import solver_of
+from wan.tasks.kind import Kind
 from wan.tasks.kinds import kind_of
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
@@ -46,6 +48,14 @@ class Workload:
 
     request: Request
     spec: EasyDict
+
+    @cached_property
+    def kind(self) -> Kind:
+        return kind_of(self.spec)
+
+    @cached_property
+    def clips(self) -> int:
+        return self.kind.clips(self.spec, self.request.sample)
 
     @cached_property
     def components(self) -> dict[str, Component]:
@@ -70,11 +80,11 @@ class Workload:
     def latent(self) -> tuple[int, int, int, int]:
         size = self.request.sample.frame_num, self.request.sample.height, self.request.sample.width
         channels, frames, *sides = latent_shape(self.spec.vae.z_dim, *size, self.spec.vae_stride[1])
-        return channels, frames + kind_of(self.spec).extra_frames(self.request.sample), *sides
+        return channels, frames + self.kind.extra_frames(self.request.sample), *sides
 
     @cached_property
     def all_tokens(self) -> int:
-        return math.prod(size // patch for size, patch in zip(self.latent[1:], self.spec.dit.patch_size))
+        return runs.token_count(self.spec, self.latent)
 
     @property
     def tokens(self) -> int:
@@ -89,8 +99,8 @@ class Workload:
 
     @cached_property
     def stages(self) -> list[str]:
-        has_image = kind_of(self.spec).encodes(self.request.sample)
-        return ["encode_text", *(["encode_image"] if has_image else []), "denoise", "decode"]
+        has = {"encode_audio": "wav2vec" in self.components, "encode_image": self.kind.encodes(self.request.sample)}
+        return ["encode_text", *(stage for stage in has if has[stage]), "denoise", "decode"]
 
     @cached_property
     def expert_of_step(self) -> list[str]:
@@ -102,7 +112,7 @@ class Workload:
     def forwards(self) -> int:
         """Of the DiT in the whole run: two a step with guidance."""
         scales = [scale_of(name, self.request.sample.guide_scale) for name in self.expert_of_step]
-        return sum(1 if scale == 1 else 2 for scale in scales)
+        return self.clips * sum(1 if scale == 1 else 2 for scale in scales)
 
     @cached_property
     def forward_flops(self) -> runs.Forward:
@@ -151,22 +161,20 @@ class Workload:
         one of its own."""
         return min(self.spec.dit.text_len, max(map(len, self.prompts)) + 2)
 
-    @property
-    def image_frames(self) -> int:
-        """Of the video that an image is encoded in."""
-        return 1 if self.spec.kind == "ti2v" else self.request.sample.frame_num
-
     def encoding(self, device: str) -> runs.Count:
-        """Of the image, by the VAE, with the video that it is encoded in."""
+        """Of the images and videos of a clip, by the VAE, with the videos that they are encoded in, one at a time."""
         request = self.request
-        size = self.image_frames, request.sample.height, request.sample.width
+        size, each = (request.sample.height, request.sample.width), self.kind.encoded_frames(self.spec, request.sample)
         how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
-        return runs.encoding(self.spec.vae, *size, *how)
+        counts = [runs.encoding(self.spec.vae, frames, *size, *how) for frames in each]
+        return runs.Count(max(one.peak for one in counts), sum(one.flops for one in counts))
 
     def decoding(self, device: str) -> runs.Count:
         request = self.request
         how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
-        return runs.decoding(self.spec.vae, self.latent, *how)
+        channels, frames, *sides = self.latent
+        frames += self.kind.latents_before(self.spec, request.sample)
+        return runs.decoding(self.spec.vae, (channels, frames, *sides), *how)
 
     def text_encoding(self) -> runs.Count:
         return runs.text_encoding(self.spec.text, len(self.prompts), self.text_tokens, self.request.load.t5_dtype)
@@ -175,11 +183,17 @@ class Workload:
         """Of the image, by CLIP."""
         return runs.image_looking(2 if self.request.sample.last_frame else 1, self.request.load.dtype)
 
+    def hearing(self) -> runs.Count:
+        """Of the audio, by its encoder."""
+        return runs.hearing(steps_of(self.request.sample.audio_samples))
+
     def working_bytes(self, stage: str, device: str) -> int:
         """What a stage holds at most beside weights, where it computes."""
         request = self.request
         if stage == "encode_text":
             return self.text_encoding().peak
+        if stage == "encode_audio":
+            return self.hearing().peak
         if stage == "denoise":
             is_guided = any(scale != 1 for scale in request.sample.guide_scale)
             how = request.load.dtype, device, request.load.grid, request.sample.solver, is_guided
@@ -215,22 +229,26 @@ class _Held:
 
     def __init__(self, load: Workload, on_cpu: bool, placement, is_first: bool):
         self.load, self.on_cpu, self.placement = load, on_cpu, placement
-        self.encodes = {"t5": is_first or load.request.load.t5_fsdp, "clip": is_first}
+        self.encodes = {"t5": is_first or load.request.load.t5_fsdp, "clip": is_first, "wav2vec": is_first}
+        self.encodes[""] = True  # all do
         self.kept = {"device": 0, "ram": 0}  # by models of earlier stages
 
     def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
         """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
         load = self.load
         work = load.working_bytes(stage, "cpu" if self.on_cpu else "cuda")
-        if stage == "encode_text" and not self.encodes["t5"]:
+        if not self.encodes[{"encode_text": "t5", "encode_audio": "wav2vec"}.get(stage, "")]:
             return dict(self.kept), 0, 0
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
             own, work, names = *self._denoise(work), load.experts
         else:
-            names = ["vae"] + ["clip"] * (
-                stage == "encode_image" and "clip" in load.components and self.encodes["clip"]
+            names = (
+                ["wav2vec"]
+                if stage == "encode_audio"
+                else ["vae"]
+                + ["clip"] * (stage == "encode_image" and "clip" in load.components and self.encodes["clip"])
             )
             sizes = [load.components[name].dense.total for name in names]
             stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]

@@ -175,7 +175,7 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
 def _released(request: Request, spec: EasyDict, name: str) -> tuple[str, ...]:
     kept = name == "none"
     keeps_vae = kept if request.load.vae_offload is None else not request.load.vae_offload
-    models = () if kept else ("t5", "clip", *expert_names(spec))
+    models = () if kept else ("t5", "wav2vec", "clip", *expert_names(spec))
     return (*models, *(() if keeps_vae else ("vae",)))
 
 

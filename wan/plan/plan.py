@@ -60,7 +60,8 @@ class Plan:
             "task": spec.name,
             "title": spec.title,
             "size": f"{request.sample.width}x{request.sample.height}",
-            "frames": request.sample.frame_num,
+            "frames": load.kind.frames(request.sample),
+            "clips": load.clips,
             "fps": request.sample.fps,
             "seed": request.sample.seed,
             "solver": request.sample.solver,
@@ -111,7 +112,7 @@ class Plan:
         """One row for each component and place: component, where ("GPU", "RAM" or "disk"), bytes, until when."""
         load, placement, rows = self.load, self.placement, []
         here = "RAM" if self.machine.device in ("cpu", "mps") else "GPU"
-        stage_of = {"t5": "encode_text", "clip": "encode_image", "vae": "decode"}
+        stage_of = {"t5": "encode_text", "wav2vec": "encode_audio", "clip": "encode_image", "vae": "decode"}
         for name, component in load.components.items():
             if component.kind == "dit" and name not in load.experts:
                 continue

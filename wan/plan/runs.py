@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from wan.denoise import denoise
 from wan.distributed.grid import Grid
 from wan.distributed.parallel import Parallel
+from wan.models.audio import MARGIN_STEPS, WINDOW_STEPS, AudioEncoder, audio_model, samples_of
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
-from wan.models.dit.sequence import Times
+from wan.models.dit.sequence import Group, Times
 from wan.models.encoders import clip_model, text_model
 from wan.models.ops.sliced import counted_for
 from wan.models.vae import WanVAE
@@ -33,6 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
 _BLOCKS, _STEPS = 2, 3  # the second block holds the first one's input, the third step the results of two
 _CHUNKS = 3  # of the VAE, of which later ones keep no more
+_ENCODERS = {"t5": text_model, "clip": clip_model, "wav2vec": audio_model}
+_AFTER_BLOCKS = ("vace_layers", "audio_inject_layers")  # of a configuration: blocks that something is put after
 _CACHED = lru_cache(maxsize=256)
 
 
@@ -68,9 +71,9 @@ class Forward:
 
 
 def build(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """A model on the meta device, without values. kind: "dit", "vae", "t5" or "clip"; config: as the task has it."""
-    if kind in ("t5", "clip"):
-        return (text_model if kind == "t5" else clip_model)(**config).to("meta")
+    """A model on the meta device, without values. kind: "dit", "vae" or an encoder; config: as the task has it."""
+    if kind in _ENCODERS:
+        return _ENCODERS[kind](**config).to("meta")
     with torch.device("meta"):
         return (WanModel if kind == "dit" else WanVAE)(**config)
 
@@ -111,6 +114,21 @@ def denoising_bytes(
     return _denoising(key(spec.dit), tuple(latent), dtype, device, grid, solver, is_guided, has_clean_frame)
 
 
+def token_count(spec: EasyDict, latent: tuple[int, ...]) -> int:
+    """Tokens of one sample, with those that are put beside the video's. latent: [z, T, h, w]."""
+    return _tokens(key(spec.dit), tuple(latent))
+
+
+@_CACHED
+def _tokens(dit: str, latent: tuple[int, ...]) -> int:
+    model = _few_blocks(json.loads(dit), "bf16")
+    x, grid = model.embed_patches(_empty(1, model.patch_embedding.in_channels, *latent[1:]))
+    groups = [Group(grid)]
+    for adapter in model.adapters:
+        x, groups = adapter.embed(adapter.imagined(_empty(1, *latent)), x, groups)
+    return sum(group.count for group in groups)
+
+
 @_CACHED
 def _forward(dit: str, size: tuple[int, ...]) -> Forward:
     config = json.loads(dit)
@@ -118,18 +136,21 @@ def _forward(dit: str, size: tuple[int, ...]) -> Forward:
     tally = Tally()
     places = {}
     for unit in model.units().values():
-        where = "block" if unit in model.blocks else "hint"
+        where = "block" if unit in model.blocks else "after"
+        places[unit] = f"{where} rest"
         for part in unit.parts:
             owner = getattr(unit, part)
             places |= {module: f"{where} {part}" for module in (owner, *owner.children())}  # some are not called
     with torch.inference_mode(), counted_for("cpu"), tally, tally.places(places):
         _predict(model, _empty(1, config["out_dim"], *size), torch.tensor([500.0]))
-    times = {"block": layers / len(model.blocks), "hint": len(config.get("vace_layers", ()))}
-    found = {"matmul": Counter(rest=tally.flops["rest", "matmul"]), "attention": Counter()}
+    after = max((len(config.get(key, ())) for key in _AFTER_BLOCKS), default=0)
+    times = {"block": layers / len(model.blocks), "after": after}
+    found = {kind: Counter(rest=tally.flops["rest", kind]) for kind in ("matmul", "attention")}
     for (place, kind), flops in tally.flops.items():
         where, _, part = place.partition(" ")
         if part:
             found[kind][part] += flops * (1 if part == "before_proj" else times[where])  # of the first hint alone
+    found["attention"]["cross_attn"] += found["attention"].pop("rest")  # what adapters look at
     return Forward(found["matmul"], found["attention"])
 
 
@@ -165,8 +186,7 @@ def _denoising(
 
 def _few_blocks(config: dict[str, Any], dtype: str, parallel: Parallel | None = None) -> WanModel:
     few = {**config, "num_layers": min(_BLOCKS, config["num_layers"])}
-    if "vace_layers" in config:
-        few["vace_layers"] = [0]
+    few |= {key: [0] for key in _AFTER_BLOCKS if key in config}
     model = in_type(build("dit", few), dtype)
     model.parallel = parallel or Parallel()
     return model
@@ -179,10 +199,7 @@ def _predict(model: WanModel, latent: Tensor, times: Tensor | Times) -> Tensor:
     clip_fea = None
     if model.img_emb is not None:
         clip_fea = _empty(1 if model.img_emb.emb_pos is None else 2, CLIP_TOKENS, CLIP_DIM)
-    inputs = {}
-    if model.adapters:
-        channels = next(iter(model.adapters)).names["vace_patch_embedding"].in_channels
-        inputs = {"vace_context": _empty(1, channels, *latent.shape[2:]), "vace_context_scale": 1.0}
+    inputs = {name: one for adapter in model.adapters for name, one in adapter.imagined(latent).items()}
     return model(latent, times, text, y=y, clip_fea=clip_fea, **inputs)
 
 
@@ -274,6 +291,16 @@ def image_looking(images: int, dtype: str) -> Count:
         pixels = _empty(images, 3, size, size).to(DTYPES[dtype])
         model(pixel_values=pixels, output_hidden_states=True)
     return Count(tally.peak, sum(tally.flops.values()))
+
+
+@_CACHED
+def hearing(steps: int) -> Count:
+    """Of so many steps of the audio encoder, in windows, see `AudioEncoder`."""
+    window = min(steps, WINDOW_STEPS + 2 * MARGIN_STEPS)
+    encoder = AudioEncoder(in_type(build("wav2vec", {}), "fp32"))
+    with torch.inference_mode(), Tally() as tally:
+        encoder.hidden_states(_empty(samples_of(window)))
+    return Count(tally.peak, sum(tally.flops.values()) * steps / window)
 
 
 def key(config: Mapping[str, Any]) -> str:

@@ -39,7 +39,9 @@ def smaller_sizes(request: Request, spec: EasyDict) -> Iterator[Size]:
 
 
 def smaller_frames(request: Request) -> list[int]:
-    """About half of the frames and a quarter, 4n+1 each."""
+    """About half of the frames and a quarter, 4n+1 each; none where --frame_num does not say how many there are."""
+    if request.sample.infer_frames is not None:
+        return []
     counts = [(request.sample.frame_num - 1) // part // 4 * 4 + 1 for part in (2, 4)]
     return [
         count

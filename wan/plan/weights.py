@@ -15,6 +15,7 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from wan.errors import SwanError
+from wan.models.audio import empty_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.encoders import empty_clip_encoder, empty_text_encoder
 from wan.offload import is_streamed
@@ -68,7 +69,7 @@ class Reading:
 class Component:
     """A model.
 
-    kind: "dit", "vae", "t5" or "clip"; config: as the task has it; packed: None where its files are dense.
+    kind: "dit", "vae", "t5", "clip" or "wav2vec"; config: as the task has it; packed: None where its files are dense.
     """
 
     name: str
@@ -91,21 +92,23 @@ class Component:
 
 
 def components(request: Request, spec: EasyDict) -> dict[str, Component]:
-    """By name: "t5", "clip", "vae", and "model" or "high" and "low". Files that are here are looked into."""
-    names = ["t5", *(["clip"] if "clip" in spec.files else []), *expert_names(spec), "vae"]
+    """By name: "t5", "wav2vec", "clip", "vae", and "model" or "high" and "low". Files that are here are looked into."""
+    names = ["t5", *(name for name in ("wav2vec", "clip") if name in spec.files), *expert_names(spec), "vae"]
     return {name: component(request, spec, name) for name in names}
 
 
 def component(request: Request, spec: EasyDict, name: str) -> Component:
-    kind = name if name in ("t5", "clip", "vae") else "dit"
-    dtype = {"t5": request.load.t5_dtype, "vae": request.load.vae_dtype}.get(kind, request.load.dtype)
+    kind = name if name in ("t5", "wav2vec", "clip", "vae") else "dit"
+    dtypes = {"t5": request.load.t5_dtype, "wav2vec": "fp32", "vae": request.load.vae_dtype}
+    dtype = dtypes.get(kind, request.load.dtype)
     checkpoint = checkpoint_of(request, spec)
     files = tuple(checkpoint.paths(name))
     config, packed = config_of(spec, kind), None
     dense, reading = _as_released(kind, key(config), dtype)
     try:
         if source := checkpoint.source(name) if files else None:
-            make = {"t5": empty_text_encoder, "clip": empty_clip_encoder}.get(kind, lambda _: build(kind, config))
+            makers = {"t5": empty_text_encoder, "clip": empty_clip_encoder, "wav2vec": empty_audio_encoder}
+            make = makers.get(kind, lambda _: build(kind, config))
             dense, reading = _prepared(make(source), source, kind, dtype, stream=False)
             if kind in ("dit", "t5") and source.is_quantized():
                 packed, reading = _prepared(make(source), source, kind, dtype, stream=True)
@@ -133,12 +136,13 @@ def expert_names(spec: EasyDict) -> list[str]:
 
 def config_of(spec: EasyDict, kind: str) -> Mapping[str, Any]:
     """What the task file says of a model."""
-    return {"dit": spec.dit, "vae": spec.vae, "t5": spec.text, "clip": {}}[kind]
+    return {"dit": spec.dit, "vae": spec.vae, "t5": spec.text, "clip": {}, "wav2vec": {}}[kind]
 
 
 def parameters(spec: EasyDict) -> dict[str, int]:
     """Number of parameters by component; `dit` is one expert."""
-    kinds = {"text": "t5", "dit": "dit", "vae": "vae"} | ({"clip": "clip"} if "clip" in spec.files else {})
+    kinds = {"text": "t5", "dit": "dit", "vae": "vae"}
+    kinds |= {name: name for name in ("wav2vec", "clip") if name in spec.files}
     return {name: count_parameters(spec, kind) for name, kind in kinds.items()}
 
 

@@ -11,7 +11,7 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
 
-KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace")  # see wan.tasks.kinds
+KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "s2v")  # see wan.tasks.kinds
 REPO = Path(__file__).resolve().parents[2]
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
@@ -47,6 +47,13 @@ SCHEMA: dict[str, Any] = {
         "clip?": bool,
         "vace_layers?": list,
         "vace_in_dim?": int,
+        "audio_inject_layers?": list,
+        "audio_dim?": int,
+        "num_audio_token?": int,
+        "cond_dim?": int,
+        "enable_adain?": bool,
+        "enable_framepack?": bool,
+        "motion_frames?": int,
     },
     "vae": {
         "version": str,
@@ -68,7 +75,7 @@ SCHEMA: dict[str, Any] = {
         "num_layers": int,
         "num_buckets": int,
     },
-    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "base?": str},
+    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "wav2vec?": str, "base?": str},
     "experts?": {"low": str, "high": str},
     "sampling": {
         "steps": int,
@@ -77,6 +84,7 @@ SCHEMA: dict[str, Any] = {
         "guide_scale": (float, int, list),
         "solver": str,
         "frame_num": int,
+        "infer_frames?": int,
         "fps": int,
         "size": str,
         "sizes": list,
@@ -172,6 +180,15 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
         and (data["kind"] != "i2v" or "checkpoint" not in data),
         "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
         "kind vace and dit.vace_layers go together": (data["kind"] == "vace") != bool(data["dit"].get("vace_layers")),
+        "kind s2v, dit.audio_inject_layers, files.wav2vec and sampling.infer_frames go together": 1
+        < len(
+            {
+                data["kind"] == "s2v",
+                bool(data["dit"].get("audio_inject_layers")),
+                "wav2vec" in data["files"],
+                "infer_frames" in data["sampling"],
+            }
+        ),
         "experts and boundary go together": two_experts != ("boundary" in data),
         "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,
     }

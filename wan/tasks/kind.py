@@ -67,6 +67,18 @@ class Kind:
         """Whether something is made with the VAE before denoising."""
         return sample.image is not None or sample.video is not None
 
+    def encoded_frames(self, spec: EasyDict, sample: Any) -> tuple[int, ...]:
+        """Of the videos that the VAE encodes for one clip, the most there are."""
+        return (sample.frame_num,)
+
+    def latents_before(self, spec: EasyDict, sample: Any) -> int:
+        """Latent frames that are decoded in front of those of a clip, at most."""
+        return 0
+
+    def frames(self, sample: Any) -> int:
+        """Of the whole film."""
+        return sample.frame_num
+
     def clips(self, spec: EasyDict, sample: Any) -> int:
         """How many are sampled, one after another, for one video."""
         return 1

@@ -7,6 +7,7 @@ from easydict import EasyDict
 from wan.tasks.image import FirstLast, Image
 from wan.tasks.kind import Kind
 from wan.tasks.latent import FirstLatent
+from wan.tasks.s2v import S2V
 from wan.tasks.vace import Vace
 
 KINDS: dict[str, Kind] = {
@@ -15,6 +16,7 @@ KINDS: dict[str, Kind] = {
     "flf2v": FirstLast(),
     "ti2v": FirstLatent(),
     "vace": Vace(),
+    "s2v": S2V(),
 }
 
 

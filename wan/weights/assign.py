@@ -55,7 +55,7 @@ def load_weights(
 class ModelWeights:
     """The weights of a model, built on the meta device, in a file: each by its name in the model and as it has it.
 
-    component: "dit", "vae", "t5" or "clip". Parameters become `dtype` (None: as in the file),
+    component: "dit", "vae", "t5", "clip" or "wav2vec". Parameters become `dtype` (None: as in the file),
     except where the model has a method `keep_fp32(name) -> bool` that says True. Buffers keep their own dtype, and
     buffers that are not in files must hold their values already (build them with device="cpu"). Quantised tensors are
     dequantised; with `stream`, those of linear layers and embeddings stay packed and the layers become QuantLinear and

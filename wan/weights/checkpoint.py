@@ -16,7 +16,7 @@ from wan.weights.source import INDEX_SUFFIX, Source, open_source
 
 
 class Checkpoint:
-    """Components by name: "model", or "high" and "low", and "vae", "t5" and perhaps "clip".
+    """Components by name: "model", or "high" and "low", and "vae", "t5" and perhaps "clip", "wav2vec".
 
     A file is opened when its component is first asked for, and stays open: what was checked is what is read, and a file
     that has changed since is an error. ckpt_dir, spec, single, partial: see `locate`. hub: whether a run would
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def components(self) -> list[str]:
-        return [*self.files.dit, "vae", "t5", *(["clip"] if self.spec["files"].get("clip") else [])]
+        return [*self.files.dit, "vae", "t5", *(part for part in ("clip", "wav2vec") if self.spec["files"].get(part))]
 
     def paths(self, name: str) -> list[Path]:
         """The files of a component, "dit" too being "model", or the folder of the "tokenizer"; [] where they are

@@ -12,6 +12,8 @@ from wan.weights.names import Rows, common_start, official_names
 from wan.weights.source import Source, TensorInfo, config_beside
 
 CLIP_DIM = 1280
+AUDIO_LAYERS = 25  # of wav2vec2 that S2V looks at: what enters the first, and what leaves each
+_RELEASED_LAYERS = {"audio_inject_layers": [0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39]}  # not evenly spread
 HEAD_DIM = 128  # of every released Wan transformer
 HEADS_KEY = "wan.attention.head_count"  # in GGUF files that we write
 
@@ -35,9 +37,10 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
 
     Keys, as `WanModel` takes them: model_type, patch_size, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim,
     num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2); of VACE also
-    vace_layers and vace_in_dim. The number of heads is not visible in shapes: it comes from the file's metadata (our
-    GGUF files have it), a config.json beside it, else from the head width 128. Nor is where hints go: it comes from a
-    config.json, else they are evenly spread, as in all releases.
+    vace_layers and vace_in_dim; of S2V audio_inject_layers, audio_dim, num_audio_token, cond_dim, enable_adain and
+    enable_framepack. The number of heads is not visible in shapes: it comes from the file's metadata (our GGUF files
+    have it), a config.json beside it, else from the head width 128. Nor is where hints and audio go: it comes from a
+    config.json, else it is as in the release, or evenly spread.
     Raises SwanError if this is no Wan transformer.
     """
     shapes = our_shapes(source, "dit")
@@ -61,9 +64,24 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
     config["clip"] = any(name.startswith("img_emb.") for name in shapes)
     config["model_type"] = _model_type(shapes, config)
     if config["model_type"] == "vace":
-        config["vace_layers"] = _vace_layers(source, count(shapes, "vace_blocks."), config["num_layers"])
+        config["vace_layers"] = _layers(source, "vace_layers", count(shapes, "vace_blocks."), config["num_layers"])
         config["vace_in_dim"] = _patch_embedding(shapes, "vace_patch_embedding.weight")[1]
+    if config["model_type"] == "s2v":
+        config |= _s2v_config(source, shapes, config)
     return config
+
+
+def _s2v_config(source: Source, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Any]:
+    count_injected = count(shapes, "audio_injector.injector.")
+    local = shapes.get("casual_audio_encoder.encoder.conv1_local.conv.weight", (0, 0))
+    return {
+        "audio_inject_layers": _layers(source, "audio_inject_layers", count_injected, config["num_layers"]),
+        "audio_dim": local[1],
+        "num_audio_token": local[0] // max(config["dim"] // 4, 1),
+        "cond_dim": _patch_embedding(shapes, "cond_encoder.weight")[1] if "cond_encoder.weight" in shapes else 0,
+        "enable_adain": any(name.startswith("audio_injector.injector_adain_layers.") for name in shapes),
+        "enable_framepack": any(name.startswith("frame_packer.") for name in shapes),
+    }
 
 
 def identify(source: Source) -> str | None:
@@ -104,6 +122,10 @@ def _identify(source: Source) -> str | None:
     if "embeddings.class_embedding" in clip:
         dim, layers = clip["embeddings.class_embedding"][-1], count(clip, "encoder.layers.")
         return f"a CLIP image encoder (dim {dim}, {layers} layers)"
+    audio = our_shapes(source, "wav2vec")
+    if "feature_projection.projection.weight" in audio:
+        dim, layers = audio["feature_projection.projection.weight"][0], count(audio, "encoder.layers.")
+        return f"a wav2vec2 audio encoder (dim {dim}, {layers} layers)"
     if "encoder.0.weight" in keys and any(key.startswith("decoder.") for key in keys):
         return "a tiny VAE (TAE)"
     return None
@@ -124,8 +146,9 @@ def check_dit(source: Source, spec: Mapping[str, Any]) -> None:
 def misfits(held: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
     """What the task needs where a transformer has something else, see `infer_dit_config`."""
     wanted = dict(spec["dit"])
-    if len(held.get("vace_layers", ())) == len(wanted.get("vace_layers", ())):
-        wanted.pop("vace_layers", None)  # how many is seen, where they go is the task's to say
+    for layers in ("vace_layers", "audio_inject_layers"):
+        if len(held.get(layers, ())) == len(wanted.get(layers, ())):
+            wanted.pop(layers, None)  # how many is seen, where they go is the task's to say
     compared = [key for key in held if key in wanted and key not in ("num_heads", "clip")]
     needs = [f"{key} {wanted[key]}" for key in compared if held[key] != wanted[key]]
     wants_clip = bool(spec.get("files", {}).get("clip"))
@@ -135,16 +158,24 @@ def misfits(held: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
 
 
 def check_encoder(source: Source, component: str, spec: Mapping[str, Any]) -> None:
-    """Check that `source` holds the text ("t5") or image ("clip") encoder whose output task `spec` reads.
+    """Check that `source` holds the text ("t5"), image ("clip") or audio ("wav2vec") encoder whose output task `spec`
+    reads.
 
     Raises SwanError that says what the file holds and what the task needs.
     """
     _check_scales(source)
-    kind, table = ("UMT5", "shared.weight") if component == "t5" else ("CLIP image", "embeddings.class_embedding")
-    shape = our_shapes(source, component).get(table)
-    if shape is None:
+    kind, table, dim = {
+        "t5": ("UMT5", "shared.weight", spec["dit"]["text_dim"]),
+        "clip": ("CLIP image", "embeddings.class_embedding", CLIP_DIM),
+        "wav2vec": ("wav2vec2", "encoder.layer_norm.weight", spec["dit"].get("audio_dim")),
+    }[component]
+    shapes = our_shapes(source, component)
+    if (shape := shapes.get(table)) is None:
         raise SwanError(f"{source.describe()}: not a {kind} encoder{looks_like(source)}")
-    dim = spec["dit"]["text_dim"] if component == "t5" else CLIP_DIM
+    if component == "wav2vec" and count(shapes, "encoder.layers.") != AUDIO_LAYERS - 1:
+        raise SwanError(
+            f"{source.describe()}: holds {identify(source)}; task {spec['name']} needs {AUDIO_LAYERS - 1} layers"
+        )
     if shape[-1] != dim:
         raise SwanError(f"{source.describe()}: holds {identify(source)}; task {spec['name']} needs dim {dim}")
 
@@ -163,12 +194,13 @@ def describe_dit(source: Source) -> str:
     return f"{name} (in_dim {held['in_dim']}, dim {held['dim']}, {held['num_layers']} layers)"
 
 
-def _vace_layers(source: Source, hints: int, layers: int) -> list[int]:
-    """The blocks that get a hint of VACE, in order."""
-    told = config_beside(source).get("vace_layers")
-    if isinstance(told, list) and len(told) == hints and all(type(one) is int and 0 <= one < layers for one in told):
-        return told
-    return list(range(0, layers, -(-layers // max(hints, 1))))[:hints]
+def _layers(source: Source, key: str, number: int, layers: int) -> list[int]:
+    """The blocks after which something is added, so many of all, in order; key: how a config.json calls them."""
+    for told in (config_beside(source).get(key), _RELEASED_LAYERS.get(key)):
+        is_list = isinstance(told, list) and len(told) == number
+        if is_list and all(type(one) is int and 0 <= one < layers for one in told):
+            return told
+    return list(range(0, layers, -(-layers // max(number, 1))))[:number]
 
 
 def _patch_embedding(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from wan.errors import SwanError, UsageError
 from wan.files import visible_files, visible_names
 from wan.weights.source import WEIGHT_SUFFIXES, weight_files
 
-OVERRIDES = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip")
+OVERRIDES = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip", "wav2vec")
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _DIFFUSERS = {
@@ -26,6 +26,7 @@ _DIFFUSERS = {
     "vae": "vae",
     "t5": "text_encoder",
     "clip": "image_encoder",
+    "wav2vec": "audio_encoder",
     "tokenizer": "tokenizer",
 }
 MLX_FILES = {  # of mlx-video, all in one folder
@@ -37,6 +38,7 @@ MLX_FILES = {  # of mlx-video, all in one folder
 }
 _MLX_VAE_ENCODER = "vae_encoder.safetensors"  # there in some versions
 _LIGHTX2V_BLOCK = re.compile(r"(non_)?block(_\d+)?\.safetensors")  # one file for each block
+_WAV2VEC_FILES = ("config.json", "model*.safetensors*", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
@@ -49,6 +51,7 @@ class CheckpointFiles:
     t5: list[Path]
     tokenizer: Path | None  # a folder
     clip: list[Path] | None  # only for tasks with an image encoder
+    wav2vec: list[Path] | None = None  # only for tasks with an audio encoder
     folder: Path | None = None  # the checkpoint's, downloaded if need be; None if single files are all of it
 
 
@@ -67,16 +70,16 @@ def locate(
     ckpt_dir: a folder in the layout of the official code, diffusers, LightX2V or mlx-video, or a hub id
     `org/name[@revision]`, which is downloaded (or found in the cache) by huggingface_hub. None if `overrides` name
     everything.
-    spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip`; `base`: the rest of a
-    transformer of which the folder has a part) and, for two experts, `experts` (`low`, `high` folder names).
-    overrides: a file or folder for any of "dit" (one expert), "high", "low", "vae", "t5", "tokenizer", "clip".
+    spec: `name`, `files` (official file names of `t5`, `vae`, `tokenizer` and perhaps `clip` and `wav2vec`; `base`: the
+    rest of a transformer of which the folder has a part) and, for two experts, `experts` (`low`, `high` folder names).
+    overrides: a file or folder for any of OVERRIDES; "dit" is for one expert.
     partial: what is missing may be; of a hub id, what is in its cache is found, and nothing is downloaded.
 
     Raises UsageError for a folder or an override that does not exist, SwanError for what is missing in the folder.
     """
     given = _check_overrides(overrides or {}, spec)
     experts = dict(spec.get("experts") or {"model": "."})
-    parts = [*experts, "vae", "t5", "tokenizer", *(["clip"] if spec["files"].get("clip") else [])]
+    parts = [*experts, "vae", "t5", "tokenizer", *(part for part in ("clip", "wav2vec") if spec["files"].get(part))]
     wanted = [part for part in parts if part not in given]
     root = _resolve(ckpt_dir, spec, wanted, partial) if wanted else None
     found: dict[str, Any] = {}
@@ -94,6 +97,7 @@ def locate(
         t5=found.get("t5", []),
         tokenizer=found.get("tokenizer"),
         clip=found.get("clip"),
+        wav2vec=found.get("wav2vec"),
         folder=root,
     )
 
@@ -164,9 +168,11 @@ def _in_cache(repo: str, revision: str | None) -> Path | None:
 def _patterns(spec: Mapping[str, Any], wanted: list[str]) -> list[str]:
     """What to download: the files of the `wanted` parts in either layout. A repository has one of the two."""
     official = {**spec["files"], **(spec.get("experts") or {}), "model": "diffusion_pytorch_model*"}
-    folders = {"tokenizer", *(spec.get("experts") or ())}
+    folders = {"tokenizer", "wav2vec", *(spec.get("experts") or ())}
     patterns = ["config.json", "model_index.json"]
-    patterns += [f"{official[part]}/*" if part in folders else official[part] for part in wanted]
+    for part in wanted:
+        names = _WAV2VEC_FILES if part == "wav2vec" else ("*",)  # it has a language model beside it
+        patterns += [f"{official[part]}/{name}" for name in names] if part in folders else [official[part]]
     patterns += [f"{_DIFFUSERS[part]}/*" for part in wanted]
     return patterns + [MLX_FILES[part] for part in wanted if part in MLX_FILES]
 
@@ -185,6 +191,10 @@ def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
         folder = root / spec["experts"][part]
         found = weight_files(folder) if folder.is_dir() else []
         looked_for = f"{spec['experts'][part]}/*.safetensors"
+    elif part == "wav2vec":
+        folder = root / spec["files"][part]
+        found = weight_files(folder) if folder.is_dir() else []
+        looked_for = f"{spec['files'][part]}/"
     else:
         official = root / spec["files"][part]
         same = [official.with_suffix(suffix) for suffix in (official.suffix, *WEIGHT_SUFFIXES)]

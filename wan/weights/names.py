@@ -1,6 +1,6 @@
 """Names in a file -> our names, by whole-path tables.
 
-Inside, the transformer and the VAE carry the official Wan names; the two encoders are transformers models and carry
+Inside, the transformer and the VAE carry the official Wan names; the encoders are transformers models and carry
 transformers' names (5.x, that is CLIP without `vision_model.`). A dialect is a table of (path, our path) rules. A
 path leaves out the last part (`weight`, `bias`, `gamma`, a quantiser's `weight_scale`, ...), which is kept as it is;
 a rule for a bare parameter, such as `scale_shift_table`, holds the full name. In a path `{a}` and `{b}` stand for
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from wan.errors import SwanError
 
-COMPONENTS = ("dit", "vae", "t5", "clip")
+COMPONENTS = ("dit", "vae", "t5", "clip", "wav2vec")
 
 
 class Rows(NamedTuple):
@@ -176,6 +176,11 @@ _CLIP_OFFICIAL: Table = {
     ),
 }
 
+_AUDIO_OLD: Table = {  # of a weight that is a direction and a length
+    f"encoder.pos_conv_embed.conv.weight_{one}": f"encoder.pos_conv_embed.conv.parametrizations.weight.original{index}"
+    for index, one in enumerate("gv")
+}
+
 
 class Dialect:
     """A way to name tensors. A file speaks it if `marker` is found in one of its names."""
@@ -212,6 +217,7 @@ _DIALECTS: dict[str, tuple[Dialect, ...]] = {
         Dialect("gguf", r"^enc\.blk\.", _T5_GGUF),
     ),
     "clip": (Dialect("official", r"^visual\.", _CLIP_OFFICIAL),),
+    "wav2vec": (Dialect("transformers before torch 2", r"\.weight_g$", _AUDIO_OLD),),
 }
 # The dialect with our own names needs no rules.
 _NATIVE = {
@@ -219,6 +225,7 @@ _NATIVE = {
     "vae": Dialect("official", "", {}),
     "t5": Dialect("transformers", "", {}),
     "clip": Dialect("transformers", "", {}),
+    "wav2vec": Dialect("transformers", "", {}),
 }
 
 _DIT_TO_DIFFUSERS = Dialect("diffusers", "", {str(ours): path for path, ours in _DIT_DIFFUSERS.items()})
@@ -231,6 +238,7 @@ _PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
     "t5": ("text_encoders.umt5xxl.transformer.",),
     "clip": ("vision_model.",),
+    "wav2vec": ("wav2vec2.",),
 }
 
 # Any other prefix is what stands before names like these, as trainers and savers leave it: `model.`, `pipe.dit.`.
@@ -243,6 +251,7 @@ _LANDMARKS = {
     r"|blocks\.\d+\.(attn|pos_embedding|norm[12]|ffn\.(gate|fc1|fc2))\.",
     "clip": r"visual\.(transformer|cls_embedding|pos_embedding|patch_embedding|pre_norm|post_norm)"
     r"|(embeddings|encoder\.layers\.\d+|pre_layrnorm|post_layernorm)\.",
+    "wav2vec": r"(feature_extractor|feature_projection|encoder\.(layers\.\d+|pos_conv_embed|layer_norm))\.",
 }
 _MAX_PREFIX_PARTS = 8
 # Parts of names that wrappers of modules put in, at the start or in the middle: torch.compile, DDP, FSDP.
@@ -255,11 +264,12 @@ _IGNORED = {
     "t5": r"spiece_model|scaled_fp8",
     "clip": r"(textual|text_model|visual_projection|text_projection)\..*|log_scale|logit_scale|visual\.head"
     r"|embeddings\.position_ids",
+    "wav2vec": r"(lm_head|quantizer|project_q|project_hid)\..*|masked_spec_embed",
 }
 
 
 def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]:
-    """Our name -> the name in the file (or `Rows` of it) for every tensor of `component` ("dit", "vae", "t5", "clip").
+    """Our name -> the name in the file (or `Rows` of it) for every tensor of `component` (see COMPONENTS).
 
     A name that no rule knows stays as it is, so that it is reported as unexpected by the name its file gives it.
     Raises SwanError if two tensors of the file would get the same name.
@@ -333,7 +343,8 @@ def _strip(keys: list[str], component: str) -> dict[str, str]:
     plain = [without_wrappers(key) for key in keys]
     prefix = _prefix(plain, component)
     ignored = re.compile(_IGNORED[component])
-    holds_others = prefix in _PREFIXES[component] and component != "clip"  # whose prefix is on some tensors only
+    # A prefix of these is on some tensors only, and the others are none of the component.
+    holds_others = prefix in _PREFIXES[component] and component not in ("clip", "wav2vec")
     found: dict[str, str] = {}
     for name, key in zip(plain, keys):
         if holds_others and not name.startswith(prefix):

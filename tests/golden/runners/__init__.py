@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from tests.golden.cases import Case
 from tests.golden.checks import Check
-from tests.golden.runners import clip, loop, model, preprocess, scheduler, text, vae
+from tests.golden.runners import audio, clip, loop, model, preprocess, s2v, scheduler, text, vae
 
 # (does this runner know the case?, run it). The first match counts.
 RUNNERS = [
     (scheduler.matches, scheduler.run),
+    (s2v.matches, s2v.run),
     (loop.matches, loop.run),
     (model.matches, model.run),
     (vae.matches, vae.run),
@@ -16,10 +17,12 @@ RUNNERS = [
     (text.matches_cleaning, text.run_cleaning),
     (text.matches_tokenizer, text.run_tokenizer),
     (clip.matches, clip.run),
+    (audio.matches, audio.run),
     (preprocess.matches_i2v, preprocess.run_i2v),
     (preprocess.matches_flf2v, preprocess.run_flf2v),
     (preprocess.matches_ti2v, preprocess.run_ti2v),
     (preprocess.matches_vace, preprocess.run_vace),
+    (s2v.matches_pixels, s2v.run_pixels),
 ]
 
 

@@ -42,11 +42,11 @@ def run(case: Case) -> list[Check]:
     shape = (channels, length + condition.extra_frames, *size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(generate["seed"]))
     solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
-    trace = _Trace(case, condition)
+    trace = Trace(case, condition)
     scale = generate["guide_scale"]
     final = denoise(
         trace.predict,
-        _RecordingSolver(solver, trace),
+        RecordingSolver(solver, trace),
         noise,
         guide_scale=tuple(scale) if isinstance(scale, list) else scale,
         boundary=case.meta.get("boundary"),
@@ -56,7 +56,7 @@ def run(case: Case) -> list[Check]:
     trace.latents.append(final)
     checks = _compare(case, solver, noise, condition, trace)
     if _is_vace(case):
-        video = _vae(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
+        video = vae_of(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
         context, wanted = condition.context[0], case.tensors["outputs/vace_context"]
         checks += _vace_pixels(case)
         checks.append(close("vace_context", context, wanted, VAE_TOLERANCE))
@@ -90,11 +90,11 @@ def _is_vace(case: Case) -> bool:
     return case.meta.get("pipeline") == "vace"
 
 
-def _vae(case: Case):
+def vae_of(case: Case):
     return vae_runner.build(case.meta["vae_config"], case.group("weights_vae"), case.meta)
 
 
-class _Trace:
+class Trace:
     """The networks of a case behind ``predict``, and everything the run does with them."""
 
     def __init__(self, case: Case, condition: Condition):
@@ -119,10 +119,10 @@ class _Trace:
         self.experts.append(EXPERT_NAMES[ctx.expert])
 
 
-class _RecordingSolver:
+class RecordingSolver:
     """A solver that notes what goes in and what comes out."""
 
-    def __init__(self, solver: Solver, trace: _Trace):
+    def __init__(self, solver: Solver, trace: Trace):
         self._solver, self._trace = solver, trace
 
     def __getattr__(self, name: str):
@@ -145,7 +145,7 @@ def _condition(case: Case) -> tuple[Condition, int, int]:
         frames, mask = case.tensors.get("outputs/frames", like), case.tensors.get("outputs/mask", like[:1] + 1)
         references = case.listed("outputs/ref_pixels") or ()
         scale = generate["context_scale"]
-        condition = vace_condition(_vae(case).encode, frames, mask, references, context_scale=scale)
+        condition = vace_condition(vae_of(case).encode, frames, mask, references, context_scale=scale)
         return condition, *frames.shape[2:]
     z = case.tensors.get("inputs/z")
     if z is None:
@@ -168,7 +168,7 @@ def _condition(case: Case) -> tuple[Condition, int, int]:
     return condition, height, width
 
 
-def _compare(case: Case, solver, noise: torch.Tensor, condition: Condition, trace: _Trace) -> list[Check]:
+def _compare(case: Case, solver, noise: torch.Tensor, condition: Condition, trace: Trace) -> list[Check]:
     expected, derived = case.group("outputs"), case.meta.get("derived", {})
     checks = [
         exact("latent shape", list(noise.shape), derived.get("latent_shape", list(noise.shape))),

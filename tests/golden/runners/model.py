@@ -1,16 +1,17 @@
-"""kind "model", classes WanModel and VaceWanModel: one forward pass of the diffusion transformer."""
+"""kind "model", classes WanModel, VaceWanModel and WanModel_S2V: one forward pass of the diffusion transformer."""
 
 from __future__ import annotations
 
 import inspect
 
 import torch
+import torch.nn.functional as F
 
 from tests.golden.cases import Case
 from tests.golden.checks import Check, close
 
 TOLERANCE = 1e-4
-CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",)}
+CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",), "WanModel_S2V": ("s2v",)}
 
 
 def matches(case: Case) -> bool:
@@ -26,6 +27,8 @@ def run(case: Case) -> list[Check]:
     if case.config["model_type"] == "vace":
         scale = case.meta["call"].get("vace_context_scale", 1.0)
         inputs = {"vace_context": case.listed("inputs/vace_context"), "vace_context_scale": scale}
+    if case.config["model_type"] == "s2v":
+        inputs = _s2v_inputs(case)
     out = model(
         case.listed("inputs/x"),
         case.tensors["inputs/t"],
@@ -36,6 +39,21 @@ def run(case: Case) -> list[Check]:
     )
     pairs = zip(out, case.listed("outputs/out"), strict=True)
     return [close(f"out.{i}", actual, wanted, TOLERANCE) for i, (actual, wanted) in enumerate(pairs)]
+
+
+def _s2v_inputs(case: Case) -> dict:
+    call, motion = case.meta["call"], case.listed("inputs/motion_latents")
+    parts = call.get("add_last_motion", 2) * case.config.get("add_last_motion", True)
+    if case.config["enable_framepack"]:  # the nearest latents may be left out
+        left_out = {0: 3, 1: 1, 2: 0}[parts]
+        motion = [F.pad(one[:, : one.shape[1] - left_out], (0, 0, 0, 0, 0, left_out)) for one in motion]
+    return {
+        "ref_latents": case.listed("inputs/ref_latents"),
+        "motion_latents": None if call.get("drop_motion_frames") else motion,
+        "cond_states": case.listed("inputs/cond_states"),
+        "audio_input": list(case.tensors["inputs/audio_input"]),
+        "motion_frames": tuple(call.get("motion_frames", (17, 5))),
+    }
 
 
 def build(config: dict, weights: dict[str, torch.Tensor]):

@@ -1,4 +1,4 @@
-"""Wan2.1 t2v, i2v, flf2v, vace and Wan2.2 t2v / i2v experts and ti2v in one class."""
+"""Wan2.1 t2v, i2v, flf2v, vace and Wan2.2 t2v / i2v experts, ti2v and s2v in one class."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.distributed.parallel import Parallel
 from wan.models.attention import get_attention
 from wan.models.dit.adapters import Adapter
+from wan.models.dit.adapters.s2v import S2V
 from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
 from wan.models.dit.sequence import Group, Segments, Sequence, Times
 from wan.models.ops import Reference, choose_ops
 from wan.offload import Resident
 
+_IN_FP32 = ("time_embedding.", "time_projection.", "casual_audio_encoder.", "trainable_cond_mask.")
+
 
 class WanModel(nn.Module):
-    """`model_type`: "t2v", "i2v", "flf2v", "ti2v" or "vace". Wan2.2's i2v experts are "i2v" with `clip=False`.
+    """`model_type`: "t2v", "i2v", "flf2v", "ti2v", "vace" or "s2v". Wan2.2's i2v experts are "i2v" with `clip=False`.
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
     `wan.models.attention`, `ops` some of `wan.models.ops` (None: by the device). Activations have the type of the
@@ -46,6 +49,13 @@ class WanModel(nn.Module):
         clip: bool | None = None,
         vace_layers: Iterable[int] = (),
         vace_in_dim: int = 96,
+        audio_inject_layers: Iterable[int] = (),
+        audio_dim: int = 1024,
+        num_audio_token: int = 4,
+        cond_dim: int = 16,
+        enable_adain: bool = True,
+        enable_framepack: bool = True,
+        motion_frames: int = 73,
         attention: str = "sdpa",
         ops: str | None = None,
         parallel: Parallel | None = None,
@@ -69,13 +79,27 @@ class WanModel(nn.Module):
         self.adapters: list[Adapter] = []
         if vace_layers:
             self.adapters.append(Vace(vace_layers, vace_in_dim, self.patch_size, block))
+        if audio_inject_layers:
+            self.adapters.append(
+                S2V(
+                    audio_inject_layers,
+                    self.patch_embedding,
+                    num_heads,
+                    cond_dim=cond_dim,
+                    audio_dim=audio_dim,
+                    num_audio_token=num_audio_token,
+                    adain=enable_adain,
+                    framepack=enable_framepack,
+                    motion_frames=motion_frames,
+                )
+            )
         for name, module in (pair for adapter in self.adapters for pair in adapter.names.items()):
             self.add_module(name, module)
 
     @staticmethod
     def keep_fp32(name: str) -> bool:
-        """Parameters that stay in fp32 whatever the compute type: all that forms the modulation."""
-        return name.startswith(("time_embedding.", "time_projection.")) or name.endswith("modulation")
+        """Parameters that stay in fp32 whatever the compute type: all that forms the modulation, and audio's tokens."""
+        return name.startswith(_IN_FP32) or name.endswith("modulation")
 
     @property
     def dtype(self) -> torch.dtype:

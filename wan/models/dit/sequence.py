@@ -138,6 +138,14 @@ class Sequence:
         """This rank's part of all tokens."""
         return self.shards.shard(x_BLC, dim=1)
 
+    def mine(self, group: int) -> tuple[slice, range]:
+        """Of a group's tokens those that this rank has: where they are among all that it has, and which of the group's
+        they are."""
+        first, start = sum(one.count for one in self.groups[:group]), self.shards.start
+        begin = min(max(start, first), first + self.groups[group].count)
+        end = max(min(start + self.shards.size, first + self.groups[group].count), begin)
+        return slice(begin - start, end - start), range(begin - first, end - first)
+
     def gather(self, x_BLC: Tensor) -> Tensor:
         """Of the parts of all ranks, the tokens that are seen."""
         x_BLC = self.shards.gather(x_BLC, dim=1)
