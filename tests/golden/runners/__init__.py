@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from tests.golden.cases import Case
 from tests.golden.checks import Check
-from tests.golden.runners import clip, loop, model, preprocess, scheduler, text, vae
+from tests.golden.runners import animate, clip, loop, model, preprocess, scheduler, text, vae
 
 # (does this runner know the case?, run it). The first match counts.
 RUNNERS = [
     (scheduler.matches, scheduler.run),
     (loop.matches, loop.run),
     (model.matches, model.run),
+    (animate.matches_motion_encoder, animate.run_motion_encoder),
+    (animate.matches_face_encoder, animate.run_face_encoder),
     (vae.matches, vae.run),
     (text.matches_t5, text.run_t5),
     (text.matches_cleaning, text.run_cleaning),

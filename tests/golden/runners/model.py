@@ -1,4 +1,4 @@
-"""kind "model", classes WanModel and VaceWanModel: one forward pass of the diffusion transformer."""
+"""kind "model", classes WanModel, VaceWanModel and WanAnimateModel: one forward pass of the diffusion transformer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tests.golden.cases import Case
 from tests.golden.checks import Check, close
 
 TOLERANCE = 1e-4
-CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",)}
+# The types of each class; None: its cases tell none.
+CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",), "WanAnimateModel": (None,)}
 
 
 def matches(case: Case) -> bool:
@@ -23,7 +24,12 @@ def is_wan_model(case: Case) -> bool:
 
 def run(case: Case) -> list[Check]:
     model, inputs = build(case.config, case.group("weights")), {}
-    if case.config["model_type"] == "vace":
+    if case.meta["class"] == "WanAnimateModel":
+        face = case.tensors["inputs/face_pixel_values_lowres"]
+        scale = case.meta["input_upsample"]["face_pixel_values_lowres"]
+        face = face.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        inputs = {"pose_latents": list(case.tensors["inputs/pose_latents"]), "face_pixel_values": list(face)}
+    elif case.config["model_type"] == "vace":
         scale = case.meta["call"].get("vace_context_scale", 1.0)
         inputs = {"vace_context": case.listed("inputs/vace_context"), "vace_context_scale": scale}
     out = model(

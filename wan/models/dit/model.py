@@ -1,4 +1,4 @@
-"""Wan2.1 t2v, i2v, flf2v, vace and Wan2.2 t2v / i2v experts and ti2v in one class."""
+"""Wan2.1 t2v, i2v, flf2v, vace and Wan2.2 t2v / i2v experts, ti2v and animate in one class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.distributed.parallel import Parallel
 from wan.models.attention import get_attention
 from wan.models.dit.adapters import Adapter
+from wan.models.dit.adapters.animate import Animate
 from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
 from wan.models.dit.sequence import Group, Segments, Sequence, Times
@@ -21,7 +22,8 @@ from wan.offload import Resident
 
 
 class WanModel(nn.Module):
-    """`model_type`: "t2v", "i2v", "flf2v", "ti2v" or "vace". Wan2.2's i2v experts are "i2v" with `clip=False`.
+    """`model_type`: "t2v", "i2v", "flf2v", "ti2v", "vace" or "animate". Wan2.2's i2v experts are "i2v" with
+    `clip=False`.
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
     `wan.models.attention`, `ops` some of `wan.models.ops` (None: by the device). Activations have the type of the
@@ -46,6 +48,7 @@ class WanModel(nn.Module):
         clip: bool | None = None,
         vace_layers: Iterable[int] = (),
         vace_in_dim: int = 96,
+        motion_encoder_dim: int | None = None,
         attention: str = "sdpa",
         ops: str | None = None,
         parallel: Parallel | None = None,
@@ -56,7 +59,7 @@ class WanModel(nn.Module):
         self.attention, self.ops = get_attention(attention), ops
         self.parallel = parallel or Parallel()
         self.offload = Resident()
-        clip = model_type in ("i2v", "flf2v") if clip is None else clip
+        clip = model_type in ("i2v", "flf2v", "animate") if clip is None else clip
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
         self.text_embedding = _mlp(text_dim, dim)
@@ -69,6 +72,8 @@ class WanModel(nn.Module):
         self.adapters: list[Adapter] = []
         if vace_layers:
             self.adapters.append(Vace(vace_layers, vace_in_dim, self.patch_size, block))
+        if motion_encoder_dim is not None:
+            self.adapters.append(Animate(motion_encoder_dim, num_layers, self.patch_size, block))
         for name, module in (pair for adapter in self.adapters for pair in adapter.names.items()):
             self.add_module(name, module)
 
