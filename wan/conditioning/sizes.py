@@ -90,6 +90,27 @@ def frame_ids(times: Sequence[float], end: float, count: int) -> list[int]:
     return np.maximum(np.searchsorted(begins.astype(np.float64), wanted) - 1, 0).tolist()
 
 
+def padded_length(count: int, clip: int, overlap: int) -> int:
+    """Frames of the clips of `clip` frames, each of which shares `overlap` with the one before, that hold `count`.
+
+    Source: behaviour of the official `WanAnimate.get_valid_len`.
+    """
+    return count + -(count - overlap) % (clip - overlap)
+
+
+def ping_pong(index: int, count: int) -> int:
+    """Frame `index` of a video of `count` frames that runs to its end, back, and so on; its ends are not doubled."""
+    place = index % max(2 * (count - 1), 1)
+    return min(place, 2 * (count - 1) - place)
+
+
+def letterbox_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:
+    """The (height, width) of a picture scaled, in its aspect ratio, so that it just fits into height x width."""
+    if img_h / img_w > height / width:
+        return height, max(1, int(height / img_h * img_w))
+    return max(1, int(width / img_w * img_h)), width
+
+
 class Margins(NamedTuple):
     """Pixels of the source that are added around it."""
 

@@ -10,9 +10,11 @@ from tests.golden.runners import animate, clip, loop, model, preprocess, schedul
 RUNNERS = [
     (scheduler.matches, scheduler.run),
     (loop.matches, loop.run),
+    (animate.matches_film, animate.run_film),
     (model.matches, model.run),
     (animate.matches_motion_encoder, animate.run_motion_encoder),
     (animate.matches_face_encoder, animate.run_face_encoder),
+    (animate.matches_preprocess, animate.run_preprocess),
     (vae.matches, vae.run),
     (text.matches_t5, text.run_t5),
     (text.matches_cleaning, text.run_cleaning),

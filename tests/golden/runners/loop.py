@@ -25,11 +25,14 @@ from wan.solvers import Solver, make_solver
 TOLERANCE = 5e-4
 VAE_TOLERANCE, VIDEO_TOLERANCE = 1e-4, 3e-4
 SIGMA_TOLERANCE = 1e-6
+FILMS = ("animate",)  # pipelines that make several clips
 EXPERT_NAMES = {"model": "model", "high": "high_noise_model", "low": "low_noise_model"}
 
 
 def matches(case: Case) -> bool:
-    return case.meta.get("kind") == "loop" and model_runner.is_wan_model(case)
+    """Loops of one clip; films have runners of their own."""
+    is_film = case.meta.get("pipeline") in FILMS
+    return case.meta.get("kind") == "loop" and model_runner.is_wan_model(case) and not is_film
 
 
 def run(case: Case) -> list[Check]:
@@ -41,22 +44,11 @@ def run(case: Case) -> list[Check]:
     channels, length, *size = latent_shape(case.meta["z_dim"], frames, height, width, case.meta["vae_stride"][-1])
     shape = (channels, length + condition.extra_frames, *size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(generate["seed"]))
-    solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
-    trace = _Trace(case, condition)
-    scale = generate["guide_scale"]
-    final = denoise(
-        trace.predict,
-        _RecordingSolver(solver, trace),
-        noise,
-        guide_scale=tuple(scale) if isinstance(scale, list) else scale,
-        boundary=case.meta.get("boundary"),
-        condition=condition,
-        on_step=trace.on_step,
-    )
-    trace.latents.append(final)
+    solver, trace = sample(case, networks(case), condition, noise)
+    final = trace.latents[-1]
     checks = _compare(case, solver, noise, condition, trace)
     if _is_vace(case):
-        video = _vae(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
+        video = vae_of(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
         context, wanted = condition.context[0], case.tensors["outputs/vace_context"]
         checks += _vace_pixels(case)
         checks.append(close("vace_context", context, wanted, VAE_TOLERANCE))
@@ -90,21 +82,42 @@ def _is_vace(case: Case) -> bool:
     return case.meta.get("pipeline") == "vace"
 
 
-def _vae(case: Case):
+def vae_of(case: Case):
     return vae_runner.build(case.meta["vae_config"], case.group("weights_vae"), case.meta)
 
 
-class _Trace:
+def networks(case: Case) -> dict:
+    """The transformers of a case, by the names of their weights."""
+    groups = {name: "weights" if name == "model" else f"weights_{name}" for name in EXPERT_NAMES.values()}
+    found = {name: case.group(group) for name, group in groups.items()}
+    return {name: model_runner.build(case.config, weights) for name, weights in found.items() if weights}
+
+
+def sample(case: Case, models: dict, condition: Condition, noise: torch.Tensor) -> tuple[Solver, Trace]:
+    """A run of the sampling loop, and all that happens in it."""
+    generate = case.meta["generate"]
+    solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
+    trace = Trace(case, models, condition)
+    scale = generate["guide_scale"]
+    final = denoise(
+        trace.predict,
+        _RecordingSolver(solver, trace),
+        noise,
+        guide_scale=tuple(scale) if isinstance(scale, list) else scale,
+        boundary=case.meta.get("boundary"),
+        condition=condition,
+        on_step=trace.on_step,
+    )
+    trace.latents.append(final)
+    return solver, trace
+
+
+class Trace:
     """The networks of a case behind ``predict``, and everything the run does with them."""
 
-    def __init__(self, case: Case, condition: Condition):
-        self.condition = condition
+    def __init__(self, case: Case, models: dict, condition: Condition):
+        self.models, self.condition = models, condition
         self.context = {"cond": case.tensors["inputs/context"], "uncond": case.tensors["inputs/context_null"]}
-        self.models = {}
-        for name in EXPERT_NAMES.values():
-            weights = case.group("weights" if name == "model" else f"weights_{name}")
-            if weights:
-                self.models[name] = model_runner.build(case.config, weights)
         self.latents, self.model_t, self.noise_pred, self.step_output, self.experts = [], [], [], [], []
 
     def predict(self, latent: torch.Tensor, times: Times, ctx: StepContext) -> torch.Tensor:
@@ -122,7 +135,7 @@ class _Trace:
 class _RecordingSolver:
     """A solver that notes what goes in and what comes out."""
 
-    def __init__(self, solver: Solver, trace: _Trace):
+    def __init__(self, solver: Solver, trace: Trace):
         self._solver, self._trace = solver, trace
 
     def __getattr__(self, name: str):
@@ -145,7 +158,7 @@ def _condition(case: Case) -> tuple[Condition, int, int]:
         frames, mask = case.tensors.get("outputs/frames", like), case.tensors.get("outputs/mask", like[:1] + 1)
         references = case.listed("outputs/ref_pixels") or ()
         scale = generate["context_scale"]
-        condition = vace_condition(_vae(case).encode, frames, mask, references, context_scale=scale)
+        condition = vace_condition(vae_of(case).encode, frames, mask, references, context_scale=scale)
         return condition, *frames.shape[2:]
     z = case.tensors.get("inputs/z")
     if z is None:
@@ -168,7 +181,7 @@ def _condition(case: Case) -> tuple[Condition, int, int]:
     return condition, height, width
 
 
-def _compare(case: Case, solver, noise: torch.Tensor, condition: Condition, trace: _Trace) -> list[Check]:
+def _compare(case: Case, solver, noise: torch.Tensor, condition: Condition, trace: Trace) -> list[Check]:
     expected, derived = case.group("outputs"), case.meta.get("derived", {})
     checks = [
         exact("latent shape", list(noise.shape), derived.get("latent_shape", list(noise.shape))),
