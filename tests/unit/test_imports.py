@@ -19,7 +19,7 @@ LAYERS = [
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
-    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace"),
+    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace", "wan.tasks.animate"),
     ("wan.denoise", "wan.options", "wan.plan"),
     ("wan.experts", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview"),

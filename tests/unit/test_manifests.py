@@ -11,7 +11,7 @@ from wan.models.vae import WanVAE
 from wan.tasks import load_task
 from wan.weights.assign import load_weights
 
-TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B", "vace-1.3B", "vace-14B"]
+TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B", "vace-1.3B", "vace-14B", "animate-14B"]
 
 
 class MetaSource(ShapeSource):
@@ -31,7 +31,7 @@ def on_meta(cls, config):
 def fill(model, shapes, component):
     """Loads every tensor of `shapes`; the model must hold exactly these afterwards."""
     load_weights(model, MetaSource(shapes), component, device="meta", dtype=torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(p.numel() for p in model.state_dict().values()) == sum(torch.Size(one).numel() for one in shapes.values())
     return model
 
 
@@ -50,7 +50,7 @@ def test_official_vaes(task):
     fill(on_meta(WanVAE, config), manifest(f"vae{config.version}"), "vae")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [one for one in TASKS if one != "animate-14B"])  # whose layout differs there
 def test_diffusers_transformers(task):
     pytest.importorskip("diffusers")
     from benchmarks.peers import build_theirs

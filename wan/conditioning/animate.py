@@ -21,7 +21,7 @@ from wan.cache import StepContext
 from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.film import Film
 from wan.conditioning.image import fold_frames
-from wan.conditioning.sizes import letterbox_size, padded_length, ping_pong
+from wan.conditioning.sizes import clip_count, letterbox_size, ping_pong
 from wan.models.dit.adapters.animate import FACE_PX, Face
 from wan.video import VideoFile
 
@@ -70,7 +70,7 @@ class AnimateFilm(Film):
     def __init__(self, sample: Any, inputs: AnimateInputs, overlap: int):
         self.inputs, self.overlap = inputs, overlap
         self.length, self.stride = sample.frame_num, sample.frame_num - overlap
-        clips = (padded_length(len(inputs.pose), self.length, overlap) - overlap) // self.stride
+        clips = clip_count(len(inputs.pose), self.length, overlap)
         super().__init__(sample, lambda encode: self.condition(0, encode), clips)
 
     def condition(self, clip: int, encode: Encode) -> AnimateCondition:

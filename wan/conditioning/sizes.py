@@ -98,6 +98,11 @@ def padded_length(count: int, clip: int, overlap: int) -> int:
     return count + -(count - overlap) % (clip - overlap)
 
 
+def clip_count(count: int, clip: int, overlap: int) -> int:
+    """How many these are."""
+    return (padded_length(count, clip, overlap) - overlap) // (clip - overlap)
+
+
 def ping_pong(index: int, count: int) -> int:
     """Frame `index` of a video of `count` frames that runs to its end, back, and so on; its ends are not doubled."""
     place = index % max(2 * (count - 1), 1)

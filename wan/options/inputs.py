@@ -33,7 +33,9 @@ def _read(at: Asked) -> dict[str, Any]:
             if not kind.inputs:
                 raise UsageError(f"{at.spec.name} makes video from text alone; --{name} is for {_tasks(name)} tasks")
             raise UsageError(f"--{name} is for {_tasks(name)} tasks, not for {at.spec.name}")
-    return kind.read(at.spec, at.get)
+    inputs = kind.read(at.spec, at.get)
+    at.warnings += kind.warnings(at.spec, at.get, inputs)
+    return inputs
 
 
 def _tasks(name: str) -> str:

@@ -25,6 +25,6 @@ RESIDENCY_NAMES = ("auto", "stage", "keep")
 OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
 MAX_RANKS = 4096
 # Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.
-VIDEO_FLAGS = ("src_video", "src_mask", "inpaint", "extend")
+VIDEO_FLAGS = ("src_video", "src_mask", "inpaint", "extend", "src_pose", "src_face", "src_ref", "src_bg")
 STORED_FILES = ("ckpt_dir", *FILE_FLAGS, *LORA_FLAGS, "cache_coefficients", *VIDEO_FLAGS, "src_ref_images")
 STORED_PICTURES = ("image", "last_frame")

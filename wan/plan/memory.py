@@ -100,10 +100,14 @@ class Workload:
         return experts_of(timesteps, self.spec.get("boundary"), sample.boundary_step_index)
 
     @property
+    def clips(self) -> int:
+        return kind_of(self.spec).clips(self.spec, self.request.sample)
+
+    @property
     def forwards(self) -> int:
         """Of the DiT in the whole run: two a step with guidance."""
         scales = [scale_of(name, self.request.sample.guide_scale) for name in self.expert_of_step]
-        return sum(1 if scale == 1 else 2 for scale in scales)
+        return self.clips * sum(1 if scale == 1 else 2 for scale in scales)
 
     @cached_property
     def forward_flops(self) -> runs.Forward:
@@ -152,17 +156,13 @@ class Workload:
         one of its own."""
         return min(self.spec.dit.text_len, max(map(len, self.prompts)) + 2)
 
-    @property
-    def image_frames(self) -> int:
-        """Of the video that an image is encoded in."""
-        return 1 if self.spec.kind == "ti2v" else self.request.sample.frame_num
-
     def encoding(self, device: str) -> runs.Count:
-        """Of the image, by the VAE, with the video that it is encoded in."""
-        request = self.request
-        size = self.image_frames, request.sample.height, request.sample.width
-        how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
-        return runs.encoding(self.spec.vae, *size, *how)
+        """Of what a clip is conditioned on, by the VAE, with the largest of the videos that are encoded."""
+        request, sample = self.request, self.request.sample
+        how = request.load.vae_dtype, device, sample.vae_tile_px or 0, request.load.grid.size
+        lengths = kind_of(self.spec).encoded(sample)
+        each = [runs.encoding(self.spec.vae, frames, sample.height, sample.width, *how) for frames in lengths]
+        return runs.Count(max(one.peak for one in each), sum(one.flops for one in each))
 
     def decoding(self, device: str) -> runs.Count:
         request = self.request
@@ -187,9 +187,11 @@ class Workload:
             return runs.denoising_bytes(self.spec, self.latent, *how, request.sample.image is not None)
         if stage == "decode":
             return self.decoding(device).peak
-        peak = self.encoding(device).peak
+        peak, sample = self.encoding(device).peak, request.sample
         if self.spec.kind == "vace":  # frames and mask stay, and a copy of the frames is cut out of them
-            peak += 4 * 5 * request.sample.frame_num * request.sample.height * request.sample.width
+            peak += 4 * 5 * sample.frame_num * sample.height * sample.width
+        if self.spec.kind == "animate":  # what was read of a video is there until it is encoded
+            peak += 3 * sample.frame_num * sample.height * sample.width
         return max(peak, self.looking().peak if "clip" in self.components else 0)
 
 
@@ -198,16 +200,18 @@ def memory_by_stage(load: Workload, device: str, placement, is_first: bool = Tru
     is the one that encodes for all."""
     on_cpu = device == "cpu"
     held = _Held(load, on_cpu, placement, is_first)
-    found = {}
-    for stage in load.stages:
+    found: dict[str, dict[str, int]] = {}
+    for stage in load.stages + (load.stages[1:] if load.clips > 1 else []):  # later clips find the first one's models
         keeps, working, loading = held.stage(stage)
         if on_cpu:
-            found[stage] = {"ram": PROCESS_BYTES + keeps["device"] + keeps["ram"] + max(working, loading)}
+            sizes = {"ram": PROCESS_BYTES + keeps["device"] + keeps["ram"] + max(working, loading)}
         else:
-            found[stage] = {
+            sizes = {
                 "device": CONTEXT_BYTES + int(GPU_SLACK * (keeps["device"] + working)),
                 "ram": CUDA_PROCESS_BYTES + keeps["ram"] + loading,
             }
+        before = found.get(stage, sizes)
+        found[stage] = {where: max(size, before[where]) for where, size in sizes.items()}
     return found
 
 
@@ -217,14 +221,14 @@ class _Held:
     def __init__(self, load: Workload, on_cpu: bool, placement, is_first: bool):
         self.load, self.on_cpu, self.placement = load, on_cpu, placement
         self.encodes = {"t5": is_first or load.request.load.t5_fsdp, "clip": is_first}
-        self.kept = {"device": 0, "ram": 0}  # by models of earlier stages
+        self.kept: dict[str, dict[str, int]] = {}  # by models of earlier stages
 
     def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
         """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
         load = self.load
         work = load.working_bytes(stage, "cpu" if self.on_cpu else "cuda")
         if stage == "encode_text" and not self.encodes["t5"]:
-            return dict(self.kept), 0, 0
+            return {"device": 0, "ram": 0}, 0, 0
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
@@ -237,10 +241,8 @@ class _Held:
             stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]
             own = {"device": max(sum(stay), max(sizes)), "ram": 0}
             work += min(HEAP_BYTES, work) if self.on_cpu else 0  # no more than there was to free
-        before = dict(self.kept)
-        if stage == "decode" and "encode_image" in load.stages and "vae" not in self.placement.released:
-            before["device"] -= load.components["vae"].dense.total  # it is there already
-        keeps = {where: before[where] + own[where] for where in own}
+        others = [sizes for name, sizes in self.kept.items() if name not in names]
+        keeps = {where: own[where] + sum(sizes[where] for sizes in others) for where in own}
         models = [load.components[name] for name in names]
         loading = max(one.reading.beside if self.on_cpu else one.reading.largest for one in models)
         self._leave(names)
@@ -252,9 +254,10 @@ class _Held:
             if name in self.placement.released:
                 continue
             where = "ram" if name == "t5" and self.placement.text != "device" else "device"
-            size = self.load.components[name].sizes(self.placement.packed.get(name, "")).total
-            self.kept[where] += self._shared(name, size)
-            self.kept["ram"] += self._tokenizer if name == "t5" else 0
+            size = self._shared(name, self.load.components[name].sizes(self.placement.packed.get(name, "")).total)
+            tokenizer = self._tokenizer if name == "t5" else 0
+            self.kept[name] = {"device": 0, "ram": tokenizer}
+            self.kept[name][where] += size
 
     @property
     def _tokenizer(self) -> int:

@@ -21,6 +21,8 @@ from wan.denoise import denoise
 from wan.distributed.grid import Grid
 from wan.distributed.parallel import Parallel
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit.adapters.animate import FACE_EVERY
+from wan.models.dit.block import Block
 from wan.models.dit.sequence import Times
 from wan.models.encoders import clip_model, text_model
 from wan.models.ops.sliced import counted_for
@@ -117,16 +119,19 @@ def _forward(dit: str, size: tuple[int, ...]) -> Forward:
     layers, model = config["num_layers"], _few_blocks(config, "bf16")
     tally = Tally()
     parts = [(part, getattr(block, part)) for block in model.blocks for part in PARTS]
-    hints = len(config.get("vace_layers", ()))
+    # What adapters put after blocks: as many as the whole network has are like those of this one.
+    hints, few_hints = (len(one.units()) - len(one.blocks) for one in (build("dit", config), model))
+    each_hint = hints / max(few_hints, 1)
+    after = (module for unit in model.units().values() if type(unit) is not Block for module in unit.modules())
     places = {module: part for part, owner in parts for module in (owner, *owner.children())}  # some are not called
-    places |= {one: "hint" for adapter in model.adapters for one in adapter.names["vace_blocks"].modules()}
+    places |= dict.fromkeys(after, "hint")
     with torch.inference_mode(), counted_for("cpu"), tally, tally.places(places):
         _predict(model, _empty(1, config["out_dim"], *size), torch.tensor([500.0]))
     each = layers / len(model.blocks)
     linear = {part: tally.flops[part, "matmul"] * each for part in PARTS}
-    linear["rest"] = tally.flops["rest", "matmul"] + hints * tally.flops["hint", "matmul"]
+    linear["rest"] = tally.flops["rest", "matmul"] + each_hint * tally.flops["hint", "matmul"]
     attention = {part: tally.flops[part, "attention"] * each for part in PARTS}
-    attention["self_attn"] += hints * tally.flops["hint", "attention"]
+    attention["self_attn"] += each_hint * tally.flops["hint", "attention"]
     return Forward(linear, attention)
 
 
@@ -164,6 +169,8 @@ def _few_blocks(config: dict[str, Any], dtype: str, parallel: Parallel | None = 
     few = {**config, "num_layers": min(_BLOCKS, config["num_layers"])}
     if "vace_layers" in config:
         few["vace_layers"] = [0]
+    if "motion_encoder_dim" in config:
+        few["num_layers"] = min(FACE_EVERY, config["num_layers"])  # or none would be followed by a look at the face
     model = in_type(build("dit", few), dtype)
     model.parallel = parallel or Parallel()
     return model
@@ -176,10 +183,7 @@ def _predict(model: WanModel, latent: Tensor, times: Tensor | Times) -> Tensor:
     clip_fea = None
     if model.img_emb is not None:
         clip_fea = _empty(1 if model.img_emb.emb_pos is None else 2, CLIP_TOKENS, CLIP_DIM)
-    inputs = {}
-    if model.adapters:
-        channels = next(iter(model.adapters)).names["vace_patch_embedding"].in_channels
-        inputs = {"vace_context": _empty(1, channels, *latent.shape[2:]), "vace_context_scale": 1.0}
+    inputs = {name: value for adapter in model.adapters for name, value in adapter.empty_inputs(latent).items()}
     return model(latent, times, text, y=y, clip_fea=clip_fea, **inputs)
 
 

@@ -11,7 +11,7 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
 
-KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace")  # see wan.tasks.kinds
+KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "animate")  # see wan.tasks.kinds
 REPO = Path(__file__).resolve().parents[2]
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
@@ -47,6 +47,7 @@ SCHEMA: dict[str, Any] = {
         "clip?": bool,
         "vace_layers?": list,
         "vace_in_dim?": int,
+        "motion_encoder_dim?": int,
     },
     "vae": {
         "version": str,
@@ -68,7 +69,7 @@ SCHEMA: dict[str, Any] = {
         "num_layers": int,
         "num_buckets": int,
     },
-    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "base?": str},
+    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "base?": str, "relighting?": str},
     "experts?": {"low": str, "high": str},
     "sampling": {
         "steps": int,
@@ -172,6 +173,8 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
         and (data["kind"] != "i2v" or "checkpoint" not in data),
         "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
         "kind vace and dit.vace_layers go together": (data["kind"] == "vace") != bool(data["dit"].get("vace_layers")),
+        "kind animate and dit.motion_encoder_dim go together": (data["kind"] == "animate")
+        != ("motion_encoder_dim" in data["dit"]),
         "experts and boundary go together": two_experts != ("boundary" in data),
         "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,
     }

@@ -24,12 +24,14 @@ class Kind:
 
     inputs: options, beside the text, that it takes; needed: those that must be given; least_frames: of a video
     clip_images: pictures that the image encoder of Wan2.1 is shown
+    asks_size: whether --size has a say in the size of the video
     """
 
     inputs: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
     least_frames = 1
     clip_images = 0
+    asks_size = True
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs, checked: each file is looked into once, to be sure that it can be read.
@@ -38,9 +40,18 @@ class Kind:
         """
         return {}
 
+    def warnings(self, spec: EasyDict, get: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+        """Lines to show about inputs that were read."""
+        return []
+
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """(width, height, frames) of the video, where `size` and `frames` are what the user, or the task, says."""
+        """(width, height, frames) of the video, or of a clip, where `size` and `frames` are what the user, or the task,
+        says."""
         return *size, frames
+
+    def film_frames(self, inputs: Mapping[str, Any]) -> int | None:
+        """Frames of a video that is made in clips; None where it is one."""
+        return None
 
     def extra_frames(self, sample: Any) -> int:
         """Latent frames that are sampled beside those of the video."""
@@ -49,6 +60,10 @@ class Kind:
     def encodes(self, sample: Any) -> bool:
         """Whether its condition is made with the VAE."""
         return sample.image is not None
+
+    def encoded(self, sample: Any) -> tuple[int, ...]:
+        """Frames of each of the videos that the VAE encodes for a clip."""
+        return (sample.frame_num,)
 
     def clips(self, spec: EasyDict, sample: Any) -> int:
         """How many are sampled, one after another, for one video."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from easydict import EasyDict
 
+from wan.tasks.animate import Animate
 from wan.tasks.image import FirstLast, Image
 from wan.tasks.kind import Kind
 from wan.tasks.latent import FirstLatent
@@ -15,6 +16,7 @@ KINDS: dict[str, Kind] = {
     "flf2v": FirstLast(),
     "ti2v": FirstLatent(),
     "vace": Vace(),
+    "animate": Animate(),
 }
 
 

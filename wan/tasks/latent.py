@@ -30,6 +30,9 @@ class FirstLatent(Kind):
         rows, columns = ti2v_size(size[0] * size[1], height, width, multiple=grid_px(spec))
         return columns, rows, frames
 
+    def encoded(self, sample: Any) -> tuple[int, ...]:
+        return (1,)
+
     def condition(self, spec: EasyDict, sample: Any, encode: Any) -> Any:
         if sample.image is None:
             return super().condition(spec, sample, encode)

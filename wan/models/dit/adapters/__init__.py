@@ -34,6 +34,10 @@ class Adapter:
         fit. What it returns may be asked for blocks in part, not at all, or again."""
         return lambda block, x_BLC: x_BLC
 
+    def empty_inputs(self, latent: Tensor) -> dict[str, Any]:
+        """Its inputs without values, for latents [B, C, F, H, W] on the meta device: what a plan computes with."""
+        return {}
+
     def modules(self, block: int) -> dict[str, nn.Module]:
         """What is used after that block (-1: before the first), by its path in the model, in the order of use."""
         return {}

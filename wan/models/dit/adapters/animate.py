@@ -19,7 +19,7 @@ from wan.models.dit.sequence import Group, Sequence
 
 POSE_DIM = 16  # channels of a latent of Wan2.1's VAE
 FACE_PX = 512
-_EVERY = 5  # blocks
+FACE_EVERY = 5  # blocks, after the first of which it is looked at
 _HEADS, _HEAD_DIM = 4, 1024  # of the face encoder
 _EPS = 1e-6
 _PICTURES = 4  # that are encoded at once
@@ -123,7 +123,7 @@ class Animate(Adapter):
         self.pose_patch_embedding = nn.Conv3d(POSE_DIM, dim, patch_size, patch_size)
         self.motion_encoder = MotionEncoder(FACE_PX, motion_encoder_dim)
         self.face_encoder = FaceEncoder(motion_encoder_dim, dim)
-        self.fuser_blocks = nn.ModuleList(FaceBlock(dim, heads) for _ in range(num_layers // _EVERY))
+        self.fuser_blocks = nn.ModuleList(FaceBlock(dim, heads) for _ in range(num_layers // FACE_EVERY))
         self.names = {
             "pose_patch_embedding": self.pose_patch_embedding,
             "motion_encoder": self.motion_encoder,
@@ -131,8 +131,13 @@ class Animate(Adapter):
             "face_adapter": nn.ModuleDict({"fuser_blocks": self.fuser_blocks}),
         }
 
+    def empty_inputs(self, latent: Tensor) -> dict[str, Any]:
+        batch, _, frames, *sides = latent.shape
+        face = latent.new_empty(batch, 3, 4 * (frames - 2) + 1, FACE_PX, FACE_PX)
+        return {"pose_latents": latent.new_empty(batch, POSE_DIM, frames - 1, *sides), "face_pixel_values": face}
+
     def modules(self, block: int) -> dict[str, nn.Module]:
-        n, rest = divmod(block, _EVERY)
+        n, rest = divmod(block, FACE_EVERY)
         if rest or not 0 <= n < len(self.fuser_blocks):
             return {}
         return {f"face_adapter.fuser_blocks.{n}": self.fuser_blocks[n]}
