@@ -11,7 +11,18 @@ from wan.models.vae import WanVAE
 from wan.tasks import load_task
 from wan.weights.assign import load_weights
 
-TASKS = ["t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "flf2v-14B", "ti2v-5B", "vace-1.3B", "vace-14B", "animate-14B"]
+TASKS = [
+    "t2v-1.3B",
+    "t2v-14B",
+    "t2v-A14B",
+    "i2v-14B",
+    "i2v-A14B",
+    "flf2v-14B",
+    "ti2v-5B",
+    "vace-1.3B",
+    "vace-14B",
+    "animate-14B",
+]
 
 
 class MetaSource(ShapeSource):
@@ -31,7 +42,9 @@ def on_meta(cls, config):
 def fill(model, shapes, component):
     """Loads every tensor of `shapes`; the model must hold exactly these afterwards."""
     load_weights(model, MetaSource(shapes), component, device="meta", dtype=torch.bfloat16)
-    assert sum(p.numel() for p in model.state_dict().values()) == sum(torch.Size(one).numel() for one in shapes.values())
+    assert sum(p.numel() for p in model.state_dict().values()) == sum(
+        torch.Size(one).numel() for one in shapes.values()
+    )
     return model
 
 
