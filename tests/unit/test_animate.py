@@ -15,7 +15,8 @@ from wan.distributed.parallel import Parallel
 from tests.unit.animate_helpers import narrow, small_spec, write_inputs
 from tests.unit.tiny_checkpoint import dit_state, write_checkpoint
 from tests.unit.video_helpers import still, write
-from wan.conditioning.animate import AnimateCondition, AnimateFilm, AnimateInputs, letterbox
+from wan.conditioning.animate import AnimateCondition, AnimateFilm, AnimateInputs
+from wan.conditioning.letterbox import letterbox
 from wan.conditioning.sizes import clip_count, ping_pong
 from wan.denoise import denoise
 from wan.errors import SwanError, UsageError

@@ -24,7 +24,7 @@ LAYERS = [
     ("wan.experts", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview"),
     ("wan.engine",),
-    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.__main__"),
+    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),
     ("generate",),
 ]
 
@@ -133,6 +133,7 @@ def imported_roots(nodes):
         "wan",
         "wan.cli",
         "wan.convert",
+        "wan.prepare",
         "wan.compat",
         "wan.compat.run_gguf_t2v",
         "wan.options",

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,10 @@ from wan.cache import StepContext
 from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.film import Film
 from wan.conditioning.image import fold_frames
-from wan.conditioning.sizes import clip_count, letterbox_size, ping_pong
-from wan.models.dit.adapters.animate import FACE_PX, Face
+from wan.conditioning.letterbox import letterbox, resized
+from wan.conditioning.sizes import clip_count, ping_pong
+from wan.models.dit.adapters.animate import Face
+from wan.tasks import FACE_PX
 from wan.video import VideoFile
 
 
@@ -150,21 +151,3 @@ def outside(mask: np.ndarray, height: int, width: int) -> Tensor:
 def to_pixels(frames: np.ndarray) -> Tensor:
     """uint8 [T, H, W, 3] -> fp32 [3, T, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
-
-
-def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> [height, width, 3], by areas where it gets smaller."""
-    if frame.shape[:2] == (height, width):
-        return frame
-    how = cv2.INTER_AREA if height * width < frame.shape[0] * frame.shape[1] else cv2.INTER_LINEAR
-    return cv2.resize(frame, (width, height), interpolation=how)
-
-
-def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> [height, width, 3]: as large as it fits, in the middle of a black picture; bilinear without
-    antialiasing, by OpenCV's rules of rounding."""
-    rows, columns = letterbox_size(height, width, *image.shape[:2])
-    top, left = (height - rows) // 2, (width - columns) // 2
-    out = np.zeros((height, width, 3), np.uint8)
-    out[top : top + rows, left : left + columns] = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
-    return out

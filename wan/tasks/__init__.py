@@ -12,6 +12,7 @@ from easydict import EasyDict
 from wan.errors import SwanError, UsageError
 
 KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "animate")  # see wan.tasks.kinds
+FACE_PX = 512  # sides of Animate's face video
 REPO = Path(__file__).resolve().parents[2]
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.

@@ -11,7 +11,7 @@ from easydict import EasyDict
 from wan.conditioning.sizes import clip_count
 from wan.errors import UsageError, printable
 from wan.media import read_image
-from wan.tasks import grid_px
+from wan.tasks import FACE_PX, grid_px
 from wan.tasks.kind import Kind, Size, picture_size
 from wan.video import VideoFile, open_video
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from wan.conditioning.film import Film
 
 _ALWAYS, _REPLACED = ("src_pose", "src_face", "src_ref"), ("src_bg", "src_mask")
-_FILES = {name: f"{name}.mp4" for name in (*_ALWAYS, *_REPLACED)} | {"src_ref": "src_ref.png"}
-_FACE_PX = 512
+ANIMATE_FILES = {name: f"{name}.mp4" for name in (*_ALWAYS, *_REPLACED)} | {"src_ref": "src_ref.png"}
 _REFERT_NUMS = (1, 5)  # that the model was trained with
 _PREPARE = "python -m wan.prepare animate"
 _BLACK, _WHITE = 64, 192  # of a mask, up to what lossy compression does to it
@@ -54,8 +53,8 @@ class Animate(Kind):
         found = []
         if get["size"] is not None:
             found.append(f"--size has no effect: the video is {pose.width}x{pose.height} as --src_pose")
-        if face.width != _FACE_PX:
-            found.append(f"--src_face is {face.width}x{face.height}: it is resized to {_FACE_PX}x{_FACE_PX}")
+        if face.width != FACE_PX:
+            found.append(f"--src_face is {face.width}x{face.height}: it is resized to {FACE_PX}x{FACE_PX}")
         if inputs["replace_flag"] and _is_white_around(inputs["src_mask"]):
             found.append("--src_mask is white at the borders: white is where the character is, and black all around it")
         return found
@@ -105,12 +104,12 @@ def _path(get: Mapping[str, Any], name: str) -> Any:
     if get[name] is not None:
         return get[name]
     if folder is None:
-        raise UsageError(f"animate needs --src_root_path DIR with {_FILES[name]}, or --{name} FILE")
+        raise UsageError(f"animate needs --src_root_path DIR with {ANIMATE_FILES[name]}, or --{name} FILE")
     if not Path(folder).is_dir():
         raise UsageError(f"--src_root_path: no folder {printable(folder)}")
-    path = Path(folder) / _FILES[name]
+    path = Path(folder) / ANIMATE_FILES[name]
     if not path.is_file():
-        told = f"--src_root_path {printable(folder)} has no {_FILES[name]}"
+        told = f"--src_root_path {printable(folder)} has no {ANIMATE_FILES[name]}"
         raise UsageError(f"{told}: put it there, or give --{name} FILE")
     return str(path)
 
@@ -122,7 +121,7 @@ def _check_videos(videos: Mapping[str, VideoFile], multiple: int, overlap: int) 
         told = f"--src_pose is {pose.width}x{pose.height}"
         raise UsageError(f"{told}, and both sides need multiples of {multiple} pixels: {_PREPARE} makes it so")
     if face.width != face.height:
-        told = f"--src_face is {face.width}x{face.height}, and it needs a square, {_FACE_PX}x{_FACE_PX} at best"
+        told = f"--src_face is {face.width}x{face.height}, and it needs a square, {FACE_PX}x{FACE_PX} at best"
         raise UsageError(f"{told}: {_PREPARE} --face_box cuts it out")
     for name in _REPLACED:
         if name in videos and (videos[name].width, videos[name].height) != (pose.width, pose.height):

@@ -55,7 +55,8 @@ def matches_preprocess(case: Case) -> bool:
 
 
 def run_preprocess(case: Case) -> list[Check]:
-    from wan.conditioning.animate import clip_mask, letterbox
+    from wan.conditioning.animate import clip_mask
+    from wan.conditioning.letterbox import letterbox
 
     args, expected, checks = case.meta["args"], case.group("outputs"), []
     for tag in case.tags("outputs/padded_u8_"):

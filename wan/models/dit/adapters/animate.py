@@ -16,9 +16,9 @@ from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.adapters.motion import MotionEncoder
 from wan.models.dit.block import Context, Hold, RMSNorm
 from wan.models.dit.sequence import Group, Sequence
+from wan.tasks import FACE_PX
 
 POSE_DIM = 16  # channels of a latent of Wan2.1's VAE
-FACE_PX = 512
 FACE_EVERY = 5  # blocks, after the first of which it is looked at
 _HEADS, _HEAD_DIM = 4, 1024  # of the face encoder
 _EPS = 1e-6
