@@ -5,6 +5,7 @@ import torch
 
 from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
+from tests.unit.animate_helpers import narrow, small_spec, write_inputs
 from tests.unit.test_pipeline import CASES, picture
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.pipeline import WanPipeline
@@ -52,3 +53,31 @@ def test_every_task(cases, tmp_path):
         for name, one in wanted.items():
             for way, many in zip(WAYS, found[name], strict=True):
                 assert (many - one).abs().max() <= 1e-5 * one.abs().max(), (name, way)
+
+
+def make_film(options, spec, ranks):
+    with narrow():
+        return make(options | {"frame_num": 9}, spec, ranks)
+
+
+def make_films(options, spec):
+    return [make_film(options | way, spec, RANKS) for way in WAYS]
+
+
+def test_a_film_whose_tokens_look_at_a_face(tmp_path):
+    """Two clips: the second goes on with what the first one's ranks have decoded."""
+    spec, folder = small_spec(), tmp_path / "animate"
+    folder.mkdir()
+    with narrow():
+        write_checkpoint(folder, spec)
+    source = write_inputs(tmp_path / "source", frames=10, face=32)
+    options = {"task": "animate-14B", "ckpt_dir": str(folder), "src_root_path": str(source), "replace_flag": True}
+    options |= {"sample_steps": 2, "sample_guide_scale": 2.0, "seed": 1, "device": "cpu", "dtype": "fp32"}
+    options |= {"save_file": str(tmp_path / "a.mp4")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    wanted = make_film(options, spec, 1)
+    torch.set_num_threads(threads)
+    for found in run(RANKS, make_films, tmp_path, options, spec):
+        for way, many in zip(WAYS, found, strict=True):
+            assert (many - wanted).abs().max() <= 1e-5 * wanted.abs().max(), way

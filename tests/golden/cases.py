@@ -32,7 +32,7 @@ class Case:
         for key, shape in self.meta.get("tiled", {}).items():
             tensors[key] = _untile(tensors.pop(f"tiled/{key}"), shape)
         for key, spec in self.meta.get("tensors_spec", {}).items():
-            if spec.get("scale") is not None:  # a tensor without a scale is built by the model itself
+            if isinstance(spec.get("scale"), (int, float)):  # one without a scale is built by the model itself
                 tensors[f"weights/{key}"] = hash_tensor(key, spec["shape"], spec["scale"], self.meta["seed"])
         return tensors
 

@@ -19,12 +19,13 @@ LAYERS = [
     ("wan.offload",),
     ("wan.models",),
     ("wan.solvers", "wan.conditioning"),
-    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace", "wan.tasks.s2v"),
+    ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace")
+    + ("wan.tasks.s2v", "wan.tasks.animate"),
     ("wan.denoise", "wan.options", "wan.plan"),
     ("wan.experts", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview", "wan.unfinished"),
     ("wan.engine",),
-    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.__main__"),
+    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),
     ("generate",),
 ]
 
@@ -133,6 +134,7 @@ def imported_roots(nodes):
         "wan",
         "wan.cli",
         "wan.convert",
+        "wan.prepare",
         "wan.compat",
         "wan.compat.run_gguf_t2v",
         "wan.options",

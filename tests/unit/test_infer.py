@@ -54,6 +54,7 @@ RELEASED_TASKS = [
     "ti2v-5B",
     "vace-1.3B",
     "vace-14B",
+    "animate-14B",
 ]
 
 

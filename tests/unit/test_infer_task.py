@@ -91,7 +91,7 @@ def test_what_cannot_be_told(tmp_path, monkeypatch):
             "org/unknown",
             {},
             UsageError,
-            "org/unknown: not here to be looked into: say with --task what it is: flf2v-14B",
+            "org/unknown: not here to be looked into: say with --task what it is: animate-14B",
         ),
         (str(tmp_path), {}, SwanError, "31 layers); no task has such a transformer"),
         ("", {"dit": str(dit)}, SwanError, "31 layers); no task has such a transformer"),

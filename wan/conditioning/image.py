@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from wan.cache import StepContext
 from wan.conditioning.condition import Condition, Encode
-from wan.conditioning.sizes import cover_size, latent_frames
+from wan.conditioning.sizes import cover_size
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,9 @@ def frame_mask(num_frames: int, height: int, width: int, *, last: bool = False) 
     given[0] = 1
     if last:
         given[-1] = 1
-    folded = torch.cat([given[:1].repeat(4), given[1:]]).view(latent_frames(num_frames), 4).T
-    return folded[:, :, None, None].expand(-1, -1, height, width).contiguous()
+    return fold_frames(given)[:, :, None, None].expand(-1, -1, height, width).contiguous()
+
+
+def fold_frames(values: torch.Tensor) -> torch.Tensor:
+    """[T, ...] -> [4, T', ...]: the four frames that a latent frame stands for; the first one stands alone."""
+    return torch.cat([values[:1].expand(4, *values.shape[1:]), values[1:]]).unflatten(0, (-1, 4)).transpose(0, 1)

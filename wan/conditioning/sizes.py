@@ -13,6 +13,7 @@ from wan.errors import UsageError
 
 TEMPORAL_STRIDE = 4  # frames per latent frame, after the first, which stands alone
 LOST_FRAMES = 3  # of the first clip of s2v, which comes behind a latent of one frame
+_FACE_AREA = 1.3  # of what is cut out, over that of the face
 MAX_COVERING = 16  # so many times the area that is seen may be scaled to cover it
 
 
@@ -113,6 +114,54 @@ def frame_ids(times: Sequence[float], end: float, count: int) -> list[int]:
     begins = np.array(times, np.float32)
     wanted = np.linspace(0, np.array([times[-1], end], np.float32).mean(), count)
     return np.maximum(np.searchsorted(begins.astype(np.float64), wanted) - 1, 0).tolist()
+
+
+def padded_length(count: int, clip: int, overlap: int) -> int:
+    """Frames of the clips of `clip` frames, each of which shares `overlap` with the one before, that hold `count`.
+
+    Source: behaviour of the official `WanAnimate.get_valid_len`.
+    """
+    return count + -(count - overlap) % (clip - overlap)
+
+
+def clip_count(count: int, clip: int, overlap: int) -> int:
+    """How many these are."""
+    return (padded_length(count, clip, overlap) - overlap) // (clip - overlap)
+
+
+def resampled_ids(count: int, seconds: float, fps: float) -> list[int]:
+    """Which of `count` frames, shown evenly for `seconds`, a video of another frame rate takes.
+
+    Source: behaviour of the official preprocessing of `WanAnimate`: the nearest frame, half-way the even one.
+    """
+    rate = count / seconds
+    length = max(1, int(seconds * fps + 1e-3))  # a second of 30 frames has 30, however its end was rounded
+    return [min(round(at / fps * rate), count - 1) for at in range(length)]
+
+
+def face_box(box: tuple[float, float, float, float], height: int, width: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a face (x, y, w, h) with some of what is around it: 1.3 times the area, in height
+    three quarters of it above; within a picture of height x width.
+
+    Source: behaviour of the official preprocessing of `WanAnimate`.
+    """
+    x, y, w, h = box
+    more_w, more_h = w * (math.sqrt(_FACE_AREA) - 1) / 2, h * (math.sqrt(_FACE_AREA) - 1) / 4
+    left, top = int(max(x - more_w, 0)), int(max(y - 3 * more_h, 0))
+    return left, top, int(min(x + w + more_w, width)), int(min(y + h + more_h, height))
+
+
+def ping_pong(index: int, count: int) -> int:
+    """Frame `index` of a video of `count` frames that runs to its end, back, and so on; its ends are not doubled."""
+    place = index % max(2 * (count - 1), 1)
+    return min(place, 2 * (count - 1) - place)
+
+
+def letterbox_size(height: int, width: int, img_h: int, img_w: int) -> tuple[int, int]:
+    """The (height, width) of a picture scaled, in its aspect ratio, so that it just fits into height x width."""
+    if img_h / img_w > height / width:
+        return height, max(1, int(height / img_h * img_w))
+    return max(1, int(width / img_w * img_h)), width
 
 
 class Margins(NamedTuple):

@@ -102,7 +102,7 @@ def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     """A video of an engine, which nothing is written for. Raises as `build_request`, also for an option of loading."""
     _refuse_others(options, "sample")
     at = asked({**options, "task": load.task})
-    at.done["grid"] = load.grid
+    at.done |= {"grid": load.grid, "ckpt_dir": load.ckpt_dir}
     sample = check_part(Sample, at)
     check_grid(at)
     return Request(load, sample, warnings=tuple(at.warnings))

@@ -25,6 +25,7 @@ _OWN = {
     *("checkpoint", "task_told"),
 }
 _FLAGS = {"width": "size", "height": "size", "image_sha256": "image", "coefficients": "cache_coefficients"}
+_FLAGS |= {"film_frames": "src_pose"}
 _FLAGS |= {"grid": "ulysses_size, --ring_size or --cfg_parallel"}
 _START_BYTES, _SAMPLES, _SAMPLE_BYTES = 4 << 20, 64, 4096
 

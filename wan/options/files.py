@@ -99,6 +99,20 @@ def check_lora(spec: EasyDict, flag: str, value: Any) -> LoraChoice:
     return tuple(_lora(one, flag) for one in ([value] if is_one else value))
 
 
+def relighting_lora(spec: EasyDict, ckpt_dir: str) -> LoraChoice:
+    """The LoRA that a checkpoint has beside its transformer, for a character that takes the light of its background.
+
+    Source: behaviour of the official `--use_relighting_lora` (rank = alpha, so its strength is 1).
+    """
+    name = spec.files.get("relighting")
+    if name is None:
+        raise UsageError(f"--use_relighting_lora is for animate tasks, not for {spec.name}")
+    path = Path(ckpt_dir) / name
+    if not path.is_file():
+        raise UsageError(f"--use_relighting_lora: no {name} in {ckpt_dir}; download it, and give it with --lora FILE")
+    return ((str(path.resolve()), 1.0),)
+
+
 def check_loras(spec: EasyDict, asked: Mapping[str, Any]) -> dict[str, LoraChoice]:
     """LoRAs by flag, where there are any, of values as the flags take them."""
     found = {flag: check_lora(spec, flag, of_kind(asked.get(flag), flag, "loras")) for flag in LORA_FLAGS}

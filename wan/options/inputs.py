@@ -32,7 +32,9 @@ def _read(at: Asked) -> dict[str, Any]:
     for name in INPUTS:
         if get[name] is not None and name not in kind.inputs:
             raise UsageError(f"--{name} is for {_tasks(name)} tasks, not for {at.spec.name}")
-    return kind.read(at.spec, at.get)
+    inputs = kind.read(at.spec, at.get)
+    at.warnings += kind.warnings(at.spec, at.get, inputs)
+    return inputs
 
 
 def _tasks(name: str) -> str:

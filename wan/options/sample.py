@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.errors import UsageError
-from wan.options.files import check_lora
+from wan.options.files import check_lora, relighting_lora
 from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
 from wan.options.names import LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
@@ -84,9 +84,15 @@ def _num_clip(at: Asked, given: Any) -> int | None:
     return clips
 
 
+def _loras(at: Asked, given: Any) -> LoraChoice:
+    chosen = check_lora(at.spec, "lora", given)
+    more = relighting_lora(at.spec, at.done["ckpt_dir"]) if at.get["use_relighting_lora"] else ()
+    return chosen + tuple(one for one in more if one[0] not in dict(chosen))
+
+
 def _lora(flag: str, what: str) -> Any:
     help = f"a LoRA for {what}, of strength X; may be repeated"
-    check = lambda at, given: check_lora(at.spec, flag, given)  # noqa: E731
+    check = _loras if flag == "lora" else lambda at, given: check_lora(at.spec, flag, given)
     return option("loras", _WEIGHTS, "FILE[:X]", help, check)
 
 
@@ -99,6 +105,7 @@ class Sample:
     audio ...:      of s2v, absolute paths, and numbers with their defaults filled in; None for other tasks
     audio_samples:  that it has at 16 kHz
     size:           what was asked for, "W*H"; with an image only its area counts
+    film_frames:    of a video that is made in clips of frame_num frames; None: it is one clip
     width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
     boundary_step_index: the first step of the low-noise expert; None: by the noise level
@@ -141,7 +148,11 @@ class Sample:
         "src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE"
     )
     src_mask: Any = _input(
-        "src_mask", "picture", "mask of it, as video or picture: white is made anew, black stays (vace)", "FILE"
+        "src_mask",
+        "picture",
+        "mask of it, as video or picture: white is made anew, black stays (vace); video that is white where the"
+        " character is (animate)",
+        "FILE",
     )
     src_ref_images: tuple[Any, ...] = option(
         "pictures",
@@ -174,6 +185,20 @@ class Sample:
     )
     infer_frames: int | None = _input("infer_frames", "number", "frames of a clip, 4n; default 80 (s2v)", "N")
     start_from_ref: bool | None = _input("start_from_ref", "flag", "begin with --image itself (s2v)", "")
+    src_pose: Any = _input("src_pose", "picture", "video of poses, which has the size of the result (animate)", "FILE")
+    src_face: Any = _input("src_face", "picture", "video of the face alone, 512x512 (animate)", "FILE")
+    src_ref: Any = _input("src_ref", "picture", "picture of the character (animate)", "FILE")
+    replace_flag: bool | None = option(
+        "flag",
+        _WHAT,
+        "",
+        "the character takes the place of another one: needs a background and a mask (animate)",
+        lambda at, given: input_of(at, "replace_flag"),
+    )
+    src_bg: Any = _input("src_bg", "picture", "video without that one, black in its place (animate)", "FILE")
+    refert_num: int | None = _input(
+        "refert_num", "number", "frames that each clip has of the one before, 1 (default) or 5 (animate)", "N"
+    )
     size: str = option(
         "name",
         _WHAT,
@@ -183,7 +208,10 @@ class Sample:
     )
     width: int = derived(lambda at: check_shape(at)[1])
     height: int = derived(lambda at: check_shape(at)[2])
-    frame_num: int = option("number", _WHAT, "N", "frames, 4n+1", lambda at, given: check_shape(at)[3])
+    frame_num: int = option(
+        "number", _WHAT, "N", "frames, 4n+1; those of a clip (animate)", lambda at, given: check_shape(at)[3]
+    )
+    film_frames: int | None = derived(lambda at: kind_of(at.spec).film_frames(inputs_of(at)))
     trim_first_frames: int = option(
         "number",
         _WHAT,
@@ -274,6 +302,19 @@ class Sample:
             name: Option("text", "as --enable_tts", _WHAT, "TEXT", stored=False)
             for name in ("tts_prompt_audio", "tts_prompt_text", "tts_text")
         },
+        "src_root_path": Option(
+            "path",
+            "folder with src_pose.mp4, src_face.mp4 and src_ref.png, and src_bg.mp4 and src_mask.mp4 (animate)",
+            _WHAT,
+            "DIR",
+            stored=False,
+        ),
+        "use_relighting_lora": Option(
+            "flag",
+            "with the LoRA of the checkpoint that gives a character the light of its background (animate)",
+            _WEIGHTS,
+            stored=False,
+        ),
         "preset": Option(
             "name",
             f"settings of a kind of model, one of: {', '.join(preset_names())}",

@@ -48,20 +48,23 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     if placement.text == "stream":
         text += load.components["t5"].sizes(placement.packed.get("t5", "")).total / machine.transfer_rate
     seconds = {"encode_text": read["t5"] + text}
+    clips, released = load.clips, placement.released
+    times = {name: clips if name in released else 1 for name in read}  # that a model is loaded
     if "encode_audio" in load.stages:
         seconds["encode_audio"] = read["wav2vec"] + load.hearing().flops / (machine.flops * reached["text"])
     if "encode_image" in load.stages:
         work = tiled.encoding(kind).flops / vae_rate
         if "clip" in load.components:
-            work += read["clip"] + load.looking().flops / (machine.flops * reached["text"])
-        seconds["encode_image"] = load.clips * work + read["vae"]
-    seconds["load"] = sum(read[name] for name in expert_names(spec))
+            work += load.looking().flops / (machine.flops * reached["text"])
+        of_clip = ("vae", "clip") if "clip" in load.components else ("vae",)
+        seconds["encode_image"] = clips * work + sum(times[name] * read[name] for name in of_clip)
+    seconds["load"] = sum(times[name] * read[name] for name in expert_names(spec))
     waited = transfers(load, machine, placement)["exposed_seconds_per_forward"]
     forward = load.forward_flops.total / request.load.grid.sequence / (machine.flops * reached["dit"]) + waited
     seconds["denoise"] = load.forwards / request.load.grid.cfg * forward
-    seconds["decode"] = load.clips * tiled.decoding(kind).flops / vae_rate
-    if "encode_image" not in load.stages or "vae" in placement.released:
-        seconds["decode"] += read["vae"]
+    seconds["decode"] = clips * tiled.decoding(kind).flops / vae_rate
+    if "encode_image" not in load.stages or "vae" in released:
+        seconds["decode"] += times["vae"] * read["vae"]
     return seconds | {"total": sum(seconds.values())}
 
 
@@ -133,7 +136,7 @@ def _cache_flag(request: Request, spec: EasyDict) -> str | None:
 def _other_models(load: Workload) -> Iterator[tuple[str, Workload]]:
     """Smaller models that take the same inputs. Files and LoRAs that were given are of this one."""
     request, spec = load.request, load.spec
-    if request.sample.loras or request.load.files or spec.kind in ("flf2v", "s2v"):
+    if request.sample.loras or request.load.files or spec.kind in ("flf2v", "s2v", "animate"):
         return
     for name in task_names():
         other = load_task(name)

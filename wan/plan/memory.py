@@ -200,9 +200,11 @@ class Workload:
             return runs.denoising_bytes(self.spec, self.latent, *how, request.sample.image is not None)
         if stage == "decode":
             return self.decoding(device).peak
-        peak = self.encoding(device).peak
+        peak, sample = self.encoding(device).peak, request.sample
         if self.spec.kind == "vace":  # frames and mask stay, and a copy of the frames is cut out of them
-            peak += 4 * 5 * request.sample.frame_num * request.sample.height * request.sample.width
+            peak += 4 * 5 * sample.frame_num * sample.height * sample.width
+        if self.spec.kind == "animate":  # what was read of a video is there until it is encoded
+            peak += 3 * sample.frame_num * sample.height * sample.width
         return max(peak, self.looking().peak if "clip" in self.components else 0)
 
 
@@ -211,16 +213,19 @@ def memory_by_stage(load: Workload, device: str, placement, is_first: bool = Tru
     is the one that encodes for all."""
     on_cpu = device == "cpu"
     held = _Held(load, on_cpu, placement, is_first)
-    found = {}
-    for stage in load.stages:
+    found: dict[str, dict[str, int]] = {}
+    again = [stage for stage in load.stages if stage not in ("encode_text", "encode_audio")]
+    for stage in load.stages + (again if load.clips > 1 else []):  # later clips find the first one's models
         keeps, working, loading = held.stage(stage)
         if on_cpu:
-            found[stage] = {"ram": PROCESS_BYTES + keeps["device"] + keeps["ram"] + max(working, loading)}
+            sizes = {"ram": PROCESS_BYTES + keeps["device"] + keeps["ram"] + max(working, loading)}
         else:
-            found[stage] = {
+            sizes = {
                 "device": CONTEXT_BYTES + int(GPU_SLACK * (keeps["device"] + working)),
                 "ram": CUDA_PROCESS_BYTES + keeps["ram"] + loading,
             }
+        before = found.get(stage, sizes)
+        found[stage] = {where: max(size, before[where]) for where, size in sizes.items()}
     return found
 
 
@@ -230,34 +235,28 @@ class _Held:
     def __init__(self, load: Workload, on_cpu: bool, placement, is_first: bool):
         self.load, self.on_cpu, self.placement = load, on_cpu, placement
         self.encodes = {"t5": is_first or load.request.load.t5_fsdp, "clip": is_first, "wav2vec": is_first}
-        self.encodes[""] = True  # all do
-        self.kept = {"device": 0, "ram": 0}  # by models of earlier stages
+        self.kept: dict[str, dict[str, int]] = {}  # by models of earlier stages
 
     def stage(self, stage: str) -> tuple[Mapping[str, int], int, int]:
         """(bytes kept through it, and besides: on the device for computing, in RAM for loading)."""
         load = self.load
         work = load.working_bytes(stage, "cpu" if self.on_cpu else "cuda")
-        if not self.encodes[{"encode_text": "t5", "encode_audio": "wav2vec"}.get(stage, "")]:
-            return dict(self.kept), 0, 0
+        encoder = {"encode_text": "t5", "encode_audio": "wav2vec"}.get(stage)
+        if encoder and not self.encodes[encoder]:
+            return {where: sum(sizes[where] for sizes in self.kept.values()) for where in ("device", "ram")}, 0, 0
         if stage == "encode_text":
             own, work, names = *self._text(work), ["t5"]
         elif stage == "denoise":
             own, work, names = *self._denoise(work), load.experts
         else:
-            names = (
-                ["wav2vec"]
-                if stage == "encode_audio"
-                else ["vae"]
-                + ["clip"] * (stage == "encode_image" and "clip" in load.components and self.encodes["clip"])
-            )
+            names = ["wav2vec" if stage == "encode_audio" else "vae"]
+            names += ["clip"] * (stage == "encode_image" and "clip" in load.components and self.encodes["clip"])
             sizes = [load.components[name].dense.total for name in names]
             stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]
             own = {"device": max(sum(stay), max(sizes)), "ram": 0}
             work += min(HEAP_BYTES, work) if self.on_cpu else 0  # no more than there was to free
-        before = dict(self.kept)
-        if stage == "decode" and "encode_image" in load.stages and "vae" not in self.placement.released:
-            before["device"] -= load.components["vae"].dense.total  # it is there already
-        keeps = {where: before[where] + own[where] for where in own}
+        others = [sizes for name, sizes in self.kept.items() if name not in names]
+        keeps = {where: own[where] + sum(sizes[where] for sizes in others) for where in own}
         models = [load.components[name] for name in names]
         loading = max(one.reading.beside if self.on_cpu else one.reading.largest for one in models)
         self._leave(names)
@@ -269,9 +268,10 @@ class _Held:
             if name in self.placement.released:
                 continue
             where = "ram" if name == "t5" and self.placement.text != "device" else "device"
-            size = self.load.components[name].sizes(self.placement.packed.get(name, "")).total
-            self.kept[where] += self._shared(name, size)
-            self.kept["ram"] += self._tokenizer if name == "t5" else 0
+            size = self._shared(name, self.load.components[name].sizes(self.placement.packed.get(name, "")).total)
+            tokenizer = self._tokenizer if name == "t5" else 0
+            self.kept[name] = {"device": 0, "ram": tokenizer}
+            self.kept[name][where] += size
 
     @property
     def _tokenizer(self) -> int:

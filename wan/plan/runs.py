@@ -23,6 +23,7 @@ from wan.distributed.grid import Grid
 from wan.distributed.parallel import Parallel
 from wan.models.audio import MARGIN_STEPS, WINDOW_STEPS, AudioEncoder, audio_model, samples_of
 from wan.models.dit import CLIP_DIM, CLIP_TOKENS, WanModel
+from wan.models.dit.adapters.animate import FACE_EVERY
 from wan.models.dit.sequence import Group, Times
 from wan.models.encoders import clip_model, text_model
 from wan.models.ops.sliced import counted_for
@@ -125,7 +126,7 @@ def _tokens(dit: str, latent: tuple[int, ...]) -> int:
     x, grid = model.embed_patches(_empty(1, model.patch_embedding.in_channels, *latent[1:]))
     groups = [Group(grid)]
     for adapter in model.adapters:
-        x, groups = adapter.embed(adapter.imagined(_empty(1, *latent)), x, groups)
+        x, groups = adapter.embed(adapter.empty_inputs(_empty(1, *latent)), x, groups)
     return sum(group.count for group in groups)
 
 
@@ -143,8 +144,9 @@ def _forward(dit: str, size: tuple[int, ...]) -> Forward:
             places |= {module: f"{where} {part}" for module in (owner, *owner.children())}  # some are not called
     with torch.inference_mode(), counted_for("cpu"), tally, tally.places(places):
         _predict(model, _empty(1, config["out_dim"], *size), torch.tensor([500.0]))
-    after = max((len(config.get(key, ())) for key in _AFTER_BLOCKS), default=0)
-    times = {"block": layers / len(model.blocks), "after": after}
+    # What adapters put after blocks: as many as the whole network has are like those of this one.
+    after, few_after = (len(one.units()) - len(one.blocks) for one in (build("dit", config), model))
+    times = {"block": layers / len(model.blocks), "after": after / max(few_after, 1)}
     found = {kind: Counter(rest=tally.flops["rest", kind]) for kind in ("matmul", "attention")}
     for (place, kind), flops in tally.flops.items():
         where, _, part = place.partition(" ")
@@ -165,7 +167,7 @@ def _denoising(
     is_guided: bool,
     has_clean_frame: bool,
 ) -> int:
-    config, parallel = json.loads(dit), Parallel.imagined(*grid)
+    config, parallel = json.loads(dit), Parallel.empty_inputs(*grid)
     model = _few_blocks(config, dtype, parallel)
     tokens = math.prod(size // patch for size, patch in zip(latent[1:], model.patch_size))
     with torch.inference_mode(), counted_for(device), Tally() as tally:
@@ -187,6 +189,8 @@ def _denoising(
 def _few_blocks(config: dict[str, Any], dtype: str, parallel: Parallel | None = None) -> WanModel:
     few = {**config, "num_layers": min(_BLOCKS, config["num_layers"])}
     few |= {key: [0] for key in _AFTER_BLOCKS if key in config}
+    if "motion_encoder_dim" in config:
+        few["num_layers"] = min(FACE_EVERY, config["num_layers"])  # or none would be followed by a look at the face
     model = in_type(build("dit", few), dtype)
     model.parallel = parallel or Parallel()
     return model
@@ -199,7 +203,7 @@ def _predict(model: WanModel, latent: Tensor, times: Tensor | Times) -> Tensor:
     clip_fea = None
     if model.img_emb is not None:
         clip_fea = _empty(1 if model.img_emb.emb_pos is None else 2, CLIP_TOKENS, CLIP_DIM)
-    inputs = {name: one for adapter in model.adapters for name, one in adapter.imagined(latent).items()}
+    inputs = {name: value for adapter in model.adapters for name, value in adapter.empty_inputs(latent).items()}
     return model(latent, times, text, y=y, clip_fea=clip_fea, **inputs)
 
 
@@ -235,7 +239,7 @@ def _vae(
     vae: str, way: str, chunks: int, size: tuple[int, ...], dtype: str, device: str, tile_px: int, ranks: int
 ) -> Count:
     model = in_type(build("vae", json.loads(vae)), dtype)
-    group, run = Parallel.imagined(ulysses=ranks).world, _FirstTile()
+    group, run = Parallel.empty_inputs(ulysses=ranks).world, _FirstTile()
     with torch.inference_mode(), counted_for(device), Tally() as tally:
         if way == "decode":
             run.model, model.decode_raw = model.decode_raw, run

@@ -11,6 +11,7 @@ from wan.conditioning.sizes import i2v_size
 from wan.errors import UsageError
 from wan.options import Request
 from wan.tasks import grid_px
+from wan.tasks.kinds import kind_of
 
 _SMALL = "416*240"  # a quarter of the smallest official area, below which little can be seen
 
@@ -26,6 +27,8 @@ class Size:
 
 def smaller_sizes(request: Request, spec: EasyDict) -> Iterator[Size]:
     """Official sizes of the task below the one asked for, the largest first, then one of a quarter of the smallest."""
+    if not kind_of(spec).asks_size:
+        return
     is_tall = request.sample.height > request.sample.width
     official = [_sides(one) for one in spec.sampling.sizes]
     areas = {width * height: (width, height) for width, height in official if (height > width) == is_tall}

@@ -11,7 +11,8 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError
 
-KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "s2v")  # see wan.tasks.kinds
+KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "s2v", "animate")  # see wan.tasks.kinds
+FACE_PX = 512  # sides of Animate's face video
 REPO = Path(__file__).resolve().parents[2]
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
@@ -54,6 +55,7 @@ SCHEMA: dict[str, Any] = {
         "enable_adain?": bool,
         "enable_framepack?": bool,
         "motion_frames?": int,
+        "motion_encoder_dim?": int,
     },
     "vae": {
         "version": str,
@@ -75,7 +77,7 @@ SCHEMA: dict[str, Any] = {
         "num_layers": int,
         "num_buckets": int,
     },
-    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "wav2vec?": str, "base?": str},
+    "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "wav2vec?": str, "base?": str, "relighting?": str},
     "experts?": {"low": str, "high": str},
     "sampling": {
         "steps": int,
@@ -189,6 +191,8 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
                 "infer_frames" in data["sampling"],
             }
         ),
+        "kind animate and dit.motion_encoder_dim go together": (data["kind"] == "animate")
+        != ("motion_encoder_dim" in data["dit"]),
         "experts and boundary go together": two_experts != ("boundary" in data),
         "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,
     }

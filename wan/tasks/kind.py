@@ -30,11 +30,13 @@ class Kind:
 
     inputs: options, beside the text, that it takes; needed: those that must be given
     clip_images: pictures that the image encoder of Wan2.1 is shown
+    asks_size: whether --size has a say in the size of the video
     """
 
     inputs: tuple[str, ...] = ("video",)
     needed: tuple[str, ...] = ()
     clip_images = 0
+    asks_size = True
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs, checked: each file is looked into once, to be sure that it can be read.
@@ -42,6 +44,10 @@ class Kind:
         Raises UsageError for what is missing or not for this task, and SwanError for files that cannot be read.
         """
         return {"video": open_video(get["video"])} if "video" in self.inputs and get["video"] else {}
+
+    def warnings(self, spec: EasyDict, get: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+        """Lines to show about inputs that were read."""
+        return []
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """(width, height, frames) of the video, where `size` and `frames` are what the user, or the task, says.
@@ -58,6 +64,10 @@ class Kind:
     def frames_of(self, spec: EasyDict, video: VideoFile, most: int) -> int:
         """How many frames, 4n + 1 and at most so many, are made of a video that is shown at its own speed."""
         return min(most, (round(video.end * spec.sampling.fps) - 1) // 4 * 4 + 1)
+
+    def film_frames(self, inputs: Mapping[str, Any]) -> int | None:
+        """Frames of a video that is made in clips; None where it is one."""
+        return None
 
     def extra_frames(self, sample: Any) -> int:
         """Latent frames that are sampled beside those of the video."""

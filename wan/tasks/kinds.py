@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from easydict import EasyDict
 
+from wan.tasks.animate import Animate
 from wan.tasks.image import FirstLast, Image
 from wan.tasks.kind import Kind
 from wan.tasks.latent import FirstLatent
@@ -17,6 +18,7 @@ KINDS: dict[str, Kind] = {
     "ti2v": FirstLatent(),
     "vace": Vace(),
     "s2v": S2V(),
+    "animate": Animate(),
 }
 
 

@@ -22,7 +22,7 @@ class S2V(Kind):
     """A film of clips, as many as the audio needs. A clip is `infer_frames` long; the first one is three frames
     shorter, but where the film starts from the reference itself."""
 
-    inputs = ("image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref", *_TTS)
+    inputs = ("prompts", "image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref", *_TTS)
     needed = ("image", "audio")
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:

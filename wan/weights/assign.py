@@ -278,7 +278,7 @@ def _place_other_buffers(model: nn.Module, place: Callable[[str], torch.device])
     """Move the buffers that are in no file, such as tables computed by the constructor."""
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
-            if buffer is None:
+            if buffer is None or leaf not in module._non_persistent_buffers_set:
                 continue
             if buffer.is_meta:
                 raise RuntimeError(f"buffer {path}.{leaf} has no values: build it with device='cpu'")

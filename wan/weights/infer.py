@@ -36,11 +36,11 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
     """Configuration of the Wan transformer in `source`, in the official terms.
 
     Keys, as `WanModel` takes them: model_type, patch_size, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim,
-    num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2); of VACE also
-    vace_layers and vace_in_dim; of S2V audio_inject_layers, audio_dim, num_audio_token, cond_dim, enable_adain and
-    enable_framepack. The number of heads is not visible in shapes: it comes from the file's metadata (our GGUF files
-    have it), a config.json beside it, else from the head width 128. Nor is where hints and audio go: it comes from a
-    config.json, else it is as in the release, or evenly spread.
+    num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2's i2v); of VACE
+    also vace_layers and vace_in_dim; of S2V audio_inject_layers, audio_dim, num_audio_token, cond_dim, enable_adain and
+    enable_framepack; of Animate motion_encoder_dim. The number of heads is not visible in shapes: it comes from the
+    file's metadata (our GGUF files have it), a config.json beside it, else from the head width 128. Nor is where hints
+    and audio go: it comes from a config.json, else it is as in the release, or evenly spread.
     Raises SwanError if this is no Wan transformer.
     """
     shapes = our_shapes(source, "dit")
@@ -68,6 +68,8 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
         config["vace_in_dim"] = _patch_embedding(shapes, "vace_patch_embedding.weight")[1]
     if config["model_type"] == "s2v":
         config |= _s2v_config(source, shapes, config)
+    if config["model_type"] == "animate":
+        config["motion_encoder_dim"] = shapes.get("motion_encoder.dec.direction.weight", (0,))[0]
     return config
 
 

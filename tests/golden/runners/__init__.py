@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from tests.golden.cases import Case
 from tests.golden.checks import Check
-from tests.golden.runners import audio, clip, loop, model, preprocess, s2v, scheduler, text, vae
+from tests.golden.runners import animate, audio, clip, loop, model, preprocess, s2v, scheduler, text, vae
 
 # (does this runner know the case?, run it). The first match counts.
 RUNNERS = [
     (scheduler.matches, scheduler.run),
     (s2v.matches, s2v.run),
     (loop.matches, loop.run),
+    (animate.matches_film, animate.run_film),
     (model.matches, model.run),
+    (animate.matches_motion_encoder, animate.run_motion_encoder),
+    (animate.matches_face_encoder, animate.run_face_encoder),
+    (animate.matches_preprocess, animate.run_preprocess),
     (vae.matches, vae.run),
     (text.matches_t5, text.run_t5),
     (text.matches_cleaning, text.run_cleaning),

@@ -25,11 +25,14 @@ from wan.solvers import Solver, make_solver
 TOLERANCE = 5e-4
 VAE_TOLERANCE, VIDEO_TOLERANCE = 1e-4, 3e-4
 SIGMA_TOLERANCE = 1e-6
+FILMS = ("animate",)  # pipelines that make several clips
 EXPERT_NAMES = {"model": "model", "high": "high_noise_model", "low": "low_noise_model"}
 
 
 def matches(case: Case) -> bool:
-    return case.meta.get("kind") == "loop" and model_runner.is_wan_model(case)
+    """Loops of one clip; films have runners of their own."""
+    is_film = case.meta.get("pipeline") in FILMS
+    return case.meta.get("kind") == "loop" and model_runner.is_wan_model(case) and not is_film
 
 
 def run(case: Case) -> list[Check]:
@@ -41,19 +44,8 @@ def run(case: Case) -> list[Check]:
     channels, length, *size = latent_shape(case.meta["z_dim"], frames, height, width, case.meta["vae_stride"][-1])
     shape = (channels, length + condition.extra_frames, *size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(generate["seed"]))
-    solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
-    trace = Trace(case, condition)
-    scale = generate["guide_scale"]
-    final = denoise(
-        trace.predict,
-        RecordingSolver(solver, trace),
-        noise,
-        guide_scale=tuple(scale) if isinstance(scale, list) else scale,
-        boundary=case.meta.get("boundary"),
-        condition=condition,
-        on_step=trace.on_step,
-    )
-    trace.latents.append(final)
+    solver, trace = sample(case, networks(case), condition, noise)
+    final = trace.latents[-1]
     checks = _compare(case, solver, noise, condition, trace)
     if _is_vace(case):
         video = vae_of(case).decode(final[None, :, condition.extra_frames :])[0].clamp(-1, 1)
@@ -94,17 +86,38 @@ def vae_of(case: Case):
     return vae_runner.build(case.meta["vae_config"], case.group("weights_vae"), case.meta)
 
 
+def networks(case: Case) -> dict:
+    """The transformers of a case, by the names of their weights."""
+    groups = {name: "weights" if name == "model" else f"weights_{name}" for name in EXPERT_NAMES.values()}
+    found = {name: case.group(group) for name, group in groups.items()}
+    return {name: model_runner.build(case.config, weights) for name, weights in found.items() if weights}
+
+
+def sample(case: Case, models: dict, condition: Condition, noise: torch.Tensor) -> tuple[Solver, Trace]:
+    """A run of the sampling loop, and all that happens in it."""
+    generate = case.meta["generate"]
+    solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
+    trace = Trace(case, models, condition)
+    scale = generate["guide_scale"]
+    final = denoise(
+        trace.predict,
+        RecordingSolver(solver, trace),
+        noise,
+        guide_scale=tuple(scale) if isinstance(scale, list) else scale,
+        boundary=case.meta.get("boundary"),
+        condition=condition,
+        on_step=trace.on_step,
+    )
+    trace.latents.append(final)
+    return solver, trace
+
+
 class Trace:
     """The networks of a case behind ``predict``, and everything the run does with them."""
 
-    def __init__(self, case: Case, condition: Condition):
-        self.condition = condition
+    def __init__(self, case: Case, models: dict, condition: Condition):
+        self.models, self.condition = models, condition
         self.context = {"cond": case.tensors["inputs/context"], "uncond": case.tensors["inputs/context_null"]}
-        self.models = {}
-        for name in EXPERT_NAMES.values():
-            weights = case.group("weights" if name == "model" else f"weights_{name}")
-            if weights:
-                self.models[name] = model_runner.build(case.config, weights)
         self.latents, self.model_t, self.noise_pred, self.step_output, self.experts = [], [], [], [], []
 
     def predict(self, latent: torch.Tensor, times: Times, ctx: StepContext) -> torch.Tensor:

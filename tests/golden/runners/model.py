@@ -1,4 +1,4 @@
-"""kind "model", classes WanModel, VaceWanModel and WanModel_S2V: one forward pass of the diffusion transformer."""
+"""kind "model": one forward pass of the diffusion transformer, of all official classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tests.golden.cases import Case
 from tests.golden.checks import Check, close
 
 TOLERANCE = 1e-4
-CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",), "WanModel_S2V": ("s2v",)}
+# The types of each class; None: its cases tell none.
+CLASSES = {"WanModel": ("t2v", "i2v", "flf2v", "ti2v"), "VaceWanModel": ("vace",)}
+CLASSES |= {"WanModel_S2V": ("s2v",), "WanAnimateModel": (None,)}
 
 
 def matches(case: Case) -> bool:
@@ -24,10 +26,15 @@ def is_wan_model(case: Case) -> bool:
 
 def run(case: Case) -> list[Check]:
     model, inputs = build(case.config, case.group("weights")), {}
-    if case.config["model_type"] == "vace":
+    if case.meta["class"] == "WanAnimateModel":
+        face = case.tensors["inputs/face_pixel_values_lowres"]
+        scale = case.meta["input_upsample"]["face_pixel_values_lowres"]
+        face = face.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        inputs = {"pose_latents": list(case.tensors["inputs/pose_latents"]), "face_pixel_values": list(face)}
+    elif case.config["model_type"] == "vace":
         scale = case.meta["call"].get("vace_context_scale", 1.0)
         inputs = {"vace_context": case.listed("inputs/vace_context"), "vace_context_scale": scale}
-    if case.config["model_type"] == "s2v":
+    elif case.config["model_type"] == "s2v":
         inputs = _s2v_inputs(case)
     out = model(
         case.listed("inputs/x"),

@@ -13,16 +13,15 @@ from tests.golden.runners.loop import (
     TOLERANCE,
     VAE_TOLERANCE,
     VIDEO_TOLERANCE,
-    RecordingSolver,
-    Trace,
+    networks,
+    sample,
     vae_of,
 )
 from wan.audio import clips_of
 from wan.conditioning.s2v import S2VCondition, S2VFilm, pose_step, reference_pixels
 from wan.conditioning.sizes import latent_shape, s2v_size
-from wan.denoise import denoise
 from wan.models.audio import frame_indices
-from wan.solvers import Solver, make_solver
+from wan.solvers import Solver
 
 AUDIO_TOLERANCE = PIXEL_TOLERANCE = 1e-5
 
@@ -88,12 +87,9 @@ def _clip(case: Case, film: S2VFilm, vae, clip: int) -> tuple[dict[str, torch.Te
     condition = film.condition(clip, vae.encode)
     height, width = film.reference.shape[1:]
     shape = latent_shape(case.meta["z_dim"], generate["infer_frames"] - 3, height, width, case.meta["vae_stride"][-1])
-    solver = make_solver(generate["sample_solver"], steps=generate["sampling_steps"], shift=generate["shift"])
-    trace, scale = Trace(case, condition), generate["guide_scale"]
-    recorded = RecordingSolver(solver, trace)
-    final = denoise(trace.predict, recorded, film.noise(clip, shape), guide_scale=scale, condition=condition)
+    solver, trace = sample(case, networks(case), condition, film.noise(clip, shape))
     found = {
-        "latents": torch.stack([*trace.latents, final]),
+        "latents": torch.stack(trace.latents),
         "noise_pred": torch.stack(trace.noise_pred),
         "motion_latents": (motion if condition.motion is None else condition.motion)[0],
         "cond_states": condition.pose[0],

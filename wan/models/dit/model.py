@@ -1,4 +1,4 @@
-"""Wan2.1 t2v, i2v, flf2v, vace and Wan2.2 t2v / i2v experts, ti2v and s2v in one class."""
+"""All transformers of Wan2.1 and 2.2 in one class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.distributed.parallel import Parallel
 from wan.models.attention import get_attention
 from wan.models.dit.adapters import Adapter
+from wan.models.dit.adapters.animate import Animate
 from wan.models.dit.adapters.s2v import S2V
 from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
@@ -24,7 +25,8 @@ _IN_FP32 = ("time_embedding.", "time_projection.", "casual_audio_encoder.", "tra
 
 
 class WanModel(nn.Module):
-    """`model_type`: "t2v", "i2v", "flf2v", "ti2v", "vace" or "s2v". Wan2.2's i2v experts are "i2v" with `clip=False`.
+    """`model_type`: "t2v", "i2v", "flf2v", "ti2v", "vace", "s2v" or "animate". Wan2.2's i2v experts are "i2v" with
+    `clip=False`.
 
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
     `wan.models.attention`, `ops` some of `wan.models.ops` (None: by the device). Activations have the type of the
@@ -56,6 +58,7 @@ class WanModel(nn.Module):
         enable_adain: bool = True,
         enable_framepack: bool = True,
         motion_frames: int = 73,
+        motion_encoder_dim: int | None = None,
         attention: str = "sdpa",
         ops: str | None = None,
         parallel: Parallel | None = None,
@@ -66,7 +69,7 @@ class WanModel(nn.Module):
         self.attention, self.ops = get_attention(attention), ops
         self.parallel = parallel or Parallel()
         self.offload = Resident()
-        clip = model_type in ("i2v", "flf2v") if clip is None else clip
+        clip = model_type in ("i2v", "flf2v", "animate") if clip is None else clip
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
         self.text_embedding = _mlp(text_dim, dim)
@@ -93,6 +96,8 @@ class WanModel(nn.Module):
                     motion_frames=motion_frames,
                 )
             )
+        if motion_encoder_dim is not None:
+            self.adapters.append(Animate(motion_encoder_dim, num_layers, self.patch_size, block))
         for name, module in (pair for adapter in self.adapters for pair in adapter.names.items()):
             self.add_module(name, module)
 

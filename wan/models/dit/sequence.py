@@ -154,6 +154,18 @@ class Sequence:
         parts = x_BLC.split([group.count for group in self.groups], dim=1)
         return torch.cat([part for part, group in zip(parts, self.groups, strict=True) if group.is_seen], dim=1)
 
+    def frames_of(self, group: int) -> list[tuple[int, slice]]:
+        """The tokens of a group that this rank has: for each latent frame with any, which of this rank's they are."""
+        start = sum(one.count for one in self.groups[:group]) - self.shards.start
+        frames, rows, columns = self.groups[group].grid
+        found = []
+        for frame in range(frames):
+            first, end = (start + at * rows * columns for at in (frame, frame + 1))
+            first, end = max(first, 0), min(end, self.shards.size)
+            if first < end:
+                found.append((frame, slice(first, end)))
+        return found
+
     def attend(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
         """Self-attention of this rank's queries to all keys and values."""
         return self.shards.attention(self.attention, q_BLHD, k_BLHD, v_BLHD)

@@ -34,8 +34,8 @@ class Adapter:
         fit. What it returns may be asked for blocks in part, not at all, or again."""
         return lambda block, x_BLC: x_BLC
 
-    def imagined(self, latent: Tensor) -> dict[str, Any]:
-        """Its inputs beside a latent [1, C, F, H, W], as large as they come, without values: for counting."""
+    def empty_inputs(self, latent: Tensor) -> dict[str, Any]:
+        """Its inputs without values, for latents [B, C, F, H, W] on the meta device: what a plan computes with."""
         return {}
 
     def modules(self, block: int) -> dict[str, nn.Module]:

@@ -221,7 +221,7 @@ class S2V(Adapter):
             "trainable_cond_mask": self.marks,
         } | ({"frame_packer": self.packer} if framepack else {})
 
-    def imagined(self, latent: Tensor) -> dict[str, Any]:
+    def empty_inputs(self, latent: Tensor) -> dict[str, Any]:
         _, channels, frames, *size = latent.shape
         motion = self.motion_frames, (self.motion_frames + 3) // 4
         audio_dim = self.audio_encoder.encoder.conv1_local.conv.in_channels

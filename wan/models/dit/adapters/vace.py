@@ -54,9 +54,9 @@ class Vace(Adapter):
         self.blocks = nn.ModuleList(VaceBlock(**block, is_first=n == 0) for n in range(len(self.layers)))
         self.names = {"vace_patch_embedding": self.patch_embedding, "vace_blocks": self.blocks}
 
-    def imagined(self, latent: Tensor) -> dict[str, Any]:
-        context = latent.new_empty(1, self.patch_embedding.in_channels, *latent.shape[2:])
-        return {"vace_context": context, "vace_context_scale": 1.0}
+    def empty_inputs(self, latent: Tensor) -> dict[str, Any]:
+        shape = len(latent), self.patch_embedding.in_channels, *latent.shape[2:]
+        return {"vace_context": latent.new_empty(shape), "vace_context_scale": 1.0}
 
     def modules(self, block: int) -> dict[str, nn.Module]:
         n = self.layers.get(block)
