@@ -167,7 +167,7 @@ def _denoising(
     is_guided: bool,
     has_clean_frame: bool,
 ) -> int:
-    config, parallel = json.loads(dit), Parallel.empty_inputs(*grid)
+    config, parallel = json.loads(dit), Parallel.imagined(*grid)
     model = _few_blocks(config, dtype, parallel)
     tokens = math.prod(size // patch for size, patch in zip(latent[1:], model.patch_size))
     with torch.inference_mode(), counted_for(device), Tally() as tally:
@@ -239,7 +239,7 @@ def _vae(
     vae: str, way: str, chunks: int, size: tuple[int, ...], dtype: str, device: str, tile_px: int, ranks: int
 ) -> Count:
     model = in_type(build("vae", json.loads(vae)), dtype)
-    group, run = Parallel.empty_inputs(ulysses=ranks).world, _FirstTile()
+    group, run = Parallel.imagined(ulysses=ranks).world, _FirstTile()
     with torch.inference_mode(), counted_for(device), Tally() as tally:
         if way == "decode":
             run.model, model.decode_raw = model.decode_raw, run
