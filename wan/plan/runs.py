@@ -48,8 +48,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Forward:
-    """FLOPs of one forward of a DiT: `linear` by part of all blocks, and of what is outside ("rest"); `attention` by
-    part."""
+    """FLOPs of one forward of a DiT: `linear` by part of all blocks, of what adapters put after them ("after") and of
+    what is outside ("rest"); `attention` by part."""
 
     linear: Mapping[str, float]
     attention: Mapping[str, float]
@@ -143,7 +143,7 @@ def _forward(dit: str, size: tuple[int, ...]) -> Forward:
         _predict(model, _empty(1, config["out_dim"], *size), torch.tensor([500.0]))
     each = layers / len(model.blocks)
     linear = {part: tally.flops[part, "matmul"] * each for part in PARTS}
-    linear["rest"] = tally.flops["rest", "matmul"] + times * tally.flops["after", "matmul"]
+    linear |= {"after": times * tally.flops["after", "matmul"], "rest": tally.flops["rest", "matmul"]}
     attention = {part: tally.flops[part, "attention"] * each for part in PARTS}
     attention["self_attn"] += times * tally.flops["after", "attention"]
     return Forward(linear, attention)

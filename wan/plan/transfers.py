@@ -36,14 +36,14 @@ def transfers(load: Workload, machine: Machine, placement: Placement) -> dict[st
     name = expert_names(load.spec)[0]
     sizes = load.components[name].sizes(placement.packed.get(name, ""))
     stay = resident_indices(len(sizes.blocks), placement.resident_blocks)
-    flops = load.forward_flops.of_block(len(sizes.blocks))
+    flops = load.forward_flops.of_block(len(sizes.blocks) - len(sizes.after))
+    after, after_bytes = load.forward_flops.linear["after"], sum(sum(sizes.blocks[unit]) for unit in sizes.after)
     sent, computed = [], []
     for block, parts in enumerate(sizes.blocks):
         travels = [0] * len(parts) if block in stay else parts
+        work = [after * size / after_bytes for size in parts] if block in sizes.after else flops
         if placement.offload == "block":
-            travels, work = [sum(travels)], [sum(flops)]
-        else:
-            work = flops
+            travels, work = [sum(travels)], [sum(work)]
         sent += [size / rate for size in travels]
         computed += [one / ranks / machine.flops for one in work]
     bytes_sent = sum(sum(one) for block, one in enumerate(sizes.blocks) if block not in stay)

@@ -40,13 +40,14 @@ _SMALL_BYTES = 32 << 20
 class Sizes:
     """Bytes of a component in memory.
 
-    blocks: of the matrices of each block, by its parts; unpacked: of the largest matrix once dequantised, for packed
-    ones, one at a time.
+    blocks: of the matrices of each block, and of what adapters put after it, by their parts; after: indices of the
+    latter; unpacked: of the largest matrix once dequantised, for packed ones, one at a time.
     """
 
     total: int
     blocks: tuple[tuple[int, ...], ...] = ()
     unpacked: int = 0
+    after: frozenset[int] = frozenset()
 
     def units(self, offload: str) -> list[int]:
         """Bytes of what travels at once, in the order of its use, were all blocks streamed."""
@@ -196,8 +197,11 @@ def _prepared(model: nn.Module, source: Source, kind: str, dtype: str, stream: b
 def _sizes(model: nn.Module, dtype: str) -> Sizes:
     """As the model is: dense in its type, or with packed layers."""
     blocks: list[tuple[int, ...]] = []
+    after: set[int] = set()
     if isinstance(model, WanModel):
-        for path, unit in model.units().items():
+        of_model = set(model.blocks)
+        for index, (path, unit) in enumerate(model.units().items()):
+            after |= set() if unit in of_model else {index}
             parts = [(f"{path}.{part}.", getattr(unit, part)) for part in unit.parts]
             blocks.append(
                 tuple(
@@ -208,7 +212,8 @@ def _sizes(model: nn.Module, dtype: str) -> Sizes:
     elif layers := getattr(getattr(model, "encoder", None), "block", None):
         blocks = [(_bytes(layer.parameters()),) for layer in layers]
     packed = [math.prod(one.shape) for one in model.modules() if isinstance(one, QuantLinear)]
-    return Sizes(_bytes(model.parameters()), tuple(blocks), max(packed, default=0) * DTYPES[dtype].itemsize)
+    unpacked = max(packed, default=0) * DTYPES[dtype].itemsize
+    return Sizes(_bytes(model.parameters()), tuple(blocks), unpacked, frozenset(after))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
