@@ -58,7 +58,26 @@ def predictions(parallel, dtype=torch.float32):
     vace = make(parallel=parallel, vace_layers=[0, 1], vace_in_dim=6).to(dtype)
     inputs = {"vace_context": torch.randn(1, 6, *size), "vace_context_scale": 0.7}
     compute = partial(_predict, vace, x[:1], torch.tensor([500]), {"cond": texts[0, :1], "uncond": texts[1, :1]})
-    return results + parallel.branches(partial(compute, **inputs), ["cond", "uncond"])
+    results += parallel.branches(partial(compute, **inputs), ["cond", "uncond"])
+    return results + spoken(parallel, dtype)
+
+
+def spoken(parallel, dtype):
+    """Of S2V, whose tokens come in groups, of which those of the video alone hear the audio, frame by frame: 60 tokens
+    of 3 frames, and behind them others, beside which a rank may have none."""
+    results, size = [], (3, 8, 10)
+    for packed, adain in ((True, True), (False, False)):
+        config = {"audio_inject_layers": [0, 1], "audio_dim": 8, "cond_dim": 4, "enable_adain": adain}
+        model = make(parallel=parallel, enable_framepack=packed, **config).to(dtype)
+        torch.manual_seed(2)
+        x, pose = torch.randn(2, 1, 4, *size)
+        motion, reference = torch.randn(1, 4, 5, *size[1:]), torch.randn(1, 4, 1, *size[1:])
+        inputs = {"ref_latents": reference, "motion_latents": motion, "cond_states": pose, "motion_frames": (17, 5)}
+        inputs |= {"audio_input": torch.randn(1, 25, 8, 12)}
+        texts = torch.randn(2, 1, 7, 24)
+        compute = partial(_predict, model, x, torch.tensor([500]), {"cond": texts[0], "uncond": texts[1]}, **inputs)
+        results += parallel.branches(compute, ["cond", "uncond"])
+    return results
 
 
 def grids(shapes):

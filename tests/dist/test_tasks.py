@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from wan.audio import RATE
 from wan.distributed.parallel import Parallel
 from tests.dist.processes import run
 from tests.unit.animate_helpers import narrow, small_spec, write_inputs
+from tests.unit.sound_helpers import tone, write_sound
 from tests.unit.test_pipeline import CASES, picture
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.pipeline import WanPipeline
@@ -44,6 +46,13 @@ def cases(tmp_path):
         options |= {"sample_steps": 4, "seed": 1, "device": "cpu", "dtype": "fp32"}
         options |= {"save_file": str(tmp_path / "a.mp4")}
         found[name] = options, spec
+    spec, folder = shrunk("s2v-14B"), tmp_path / "s2v-14B"
+    folder.mkdir()
+    write_checkpoint(folder, spec)
+    speech = write_sound(folder / "speech.wav", tone(RATE, 0.8), RATE)
+    spoken = {"infer_frames": 8, "frame_num": None, "audio": speech, "image": picture(tmp_path / "face.png", 0)}
+    found["s2v"] = options | {"task": "s2v-14B", "ckpt_dir": str(folder), "size": "64x64"} | spoken, spec
+    found["s2v"][0].pop("last_frame", None)
     return found
 
 

@@ -206,7 +206,8 @@ def _sizes(model: nn.Module, dtype: str) -> Sizes:
     elif layers := getattr(getattr(model, "encoder", None), "block", None):
         blocks = [{"layer": _bytes(layer.parameters())} for layer in layers]
     packed = [math.prod(one.shape) for one in model.modules() if isinstance(one, QuantLinear)]
-    return Sizes(_bytes(model.parameters()), tuple(blocks), max(packed, default=0) * DTYPES[dtype].itemsize)
+    unpacked = max(packed, default=0) * DTYPES[dtype].itemsize
+    return Sizes(_bytes(model.parameters()), tuple(blocks), unpacked)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
