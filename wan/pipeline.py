@@ -231,7 +231,7 @@ class WanPipeline:
                 progress(stage, done, total)
 
         film = kind_of(self.spec).film(self.spec, request.sample)
-        film.state, parts = dict(made.state), []
+        film.state, parts = dict(made.state) if made.clips else film.state, []
         frames = np.empty((0, request.sample.height, request.sample.width, 3), np.uint8)
         for clip, latents in self._sample(request, film, seconds, report, on_clean, made.clips):
             with _timed("decode", seconds, report, self.device, clip, film.clips):

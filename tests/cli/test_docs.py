@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan import calibrate, cli, convert
+from wan import calibrate, cli, convert, prepare
 from wan.compat import run_gguf_t2v
 from wan.media import write_video
 from wan.options import FLAGS, PART_OF, build_request
@@ -31,6 +31,7 @@ PARSERS = {
     "generate.py": cli,
     "wan.convert": convert,
     "wan.calibrate": calibrate,
+    "wan.prepare": prepare,
     "wan.compat.run_gguf_t2v": run_gguf_t2v,
 }
 FLAGS_OF = {
@@ -120,7 +121,7 @@ def stand_in(arguments):
         if path.suffix in (".png", ".jpg"):
             Image.new("RGB", (160, 96)).save(path)
         elif path.suffix == ".mp4":
-            write_video(path, np.zeros((9, 96, 160, 3), np.uint8), 16, {})
+            write_video(path, np.zeros((9, 96, 96 if path.stem == "face" else 160, 3), np.uint8), 16, {})
         elif path.suffix in (".gguf", ".safetensors"):
             path.write_bytes(b"GGUF")
     for flag, value in zip(arguments, arguments[1:]):
@@ -165,6 +166,7 @@ def test_every_block_says_what_it_is():
 def test_every_flag_is_named_and_no_other():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*\b", TEXT))
     ours = FLAGS_OF["generate.py"] | FLAGS_OF["wan.convert"] | FLAGS_OF["wan.calibrate"] | FLAGS_OF["wan.cache.report"]
+    ours |= FLAGS_OF["wan.prepare"]
     assert {flag for flag in ours if flag.startswith("--")} - named == set()
     known = ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node"}
     assert named - known == set()

@@ -111,7 +111,7 @@ def test_it_runs_on_the_meta_device(ops):
         for name, one in model.named_parameters():
             one.data = one.data.float() if model.keep_fp32(name) else one.data
         x = torch.empty(1, 16, *GRID)
-        inputs = model.adapters[0].imagined(x)
+        inputs = model.adapters[0].empty_inputs(x)
         out = model(x, torch.tensor([5], device="cpu"), torch.empty(1, 5, 32), **inputs)
     assert out.shape == (1, 16, *GRID) and out.is_meta
 
