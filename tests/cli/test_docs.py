@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.unit.sound_helpers import tone, write_sound
 from wan import calibrate, cli, convert, prepare
+from wan.audio import RATE
 from wan.compat import run_gguf_t2v
 from wan.media import write_video
 from wan.options import FLAGS, PART_OF, build_request
@@ -122,6 +124,10 @@ def stand_in(arguments):
             Image.new("RGB", (160, 96)).save(path)
         elif path.suffix == ".mp4":
             write_video(path, np.zeros((9, 96, 96 if path.stem == "face" else 160, 3), np.uint8), 16, {})
+        elif path.suffix == ".wav":
+            write_sound(path, tone(RATE, 5.0), RATE)
+        elif path.suffix == ".txt":
+            path.write_text("a man speaks\na man laughs\n")
         elif path.suffix in (".gguf", ".safetensors"):
             path.write_bytes(b"GGUF")
     for flag, value in zip(arguments, arguments[1:]):
@@ -160,7 +166,7 @@ def test_commands_within_sentences_exist():
 
 def test_every_block_says_what_it_is():
     kinds = {kind for kind in re.findall(r"^```(.+)$", TEXT, re.M)}
-    assert kinds == {"bash", "bash checkpoint", "python", "python checkpoint"}
+    assert kinds == {"bash", "bash checkpoint", "python", "python checkpoint", "yaml"}
 
 
 def test_every_flag_is_named_and_no_other():

@@ -24,6 +24,7 @@ AREA_BELOW_720P = 832 * 624  # px
 
 RESIDENCY_NAMES = ("auto", "stage", "keep")
 OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
+AUDIO_SYNCS = ("exact", "official")
 MAX_RANKS = 4096
 # Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.
 VIDEO_FLAGS = ("video", "src_video", "src_mask", "inpaint", "extend", "pose_video", "audio")

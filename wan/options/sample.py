@@ -11,7 +11,7 @@ from wan.errors import UsageError
 from wan.options.files import check_lora, relighting_lora
 from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
-from wan.options.names import LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
+from wan.options.names import AUDIO_SYNCS, LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
 from wan.options.sampling import (
     check_boundary_step,
     check_guide_scale,
@@ -75,6 +75,11 @@ def _audio(at: Asked, given: Any) -> str | None:
     if audio is not None and audio.is_silent:
         at.warnings.append(f"--audio {audio.path} is silent: nothing will be spoken")
     return input_of(at, "audio")
+
+
+def _audio_sync(at: Asked, given: Any) -> str | None:
+    inputs_of(at)  # refuses it for other kinds of tasks
+    return choice(given, "exact", "audio_sync", AUDIO_SYNCS) if "audio" in kind_of(at.spec).inputs else None
 
 
 def _num_clip(at: Asked, given: Any) -> int | None:
@@ -179,6 +184,13 @@ class Sample:
     )
     audio: str | None = option("file", _WHAT, "FILE", "speech or song, of any format that FFmpeg reads (s2v)", _audio)
     audio_samples: int | None = derived(lambda at: getattr(inputs_of(at).get("audio"), "samples", None))
+    audio_sync: str | None = option(
+        "name",
+        _WHAT,
+        "NAME",
+        "exact (default): heard when it is spoken; official: begins with the film, 3 frames late (s2v)",
+        _audio_sync,
+    )
     pose_video: Any = _input("pose_video", "file", "video of poses that it moves by (s2v)", "FILE")
     num_clip: int | None = option(
         "number", _WHAT, "N", "clips to make; default, and at most: as many as --audio needs (s2v)", _num_clip

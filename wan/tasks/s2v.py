@@ -10,6 +10,7 @@ from easydict import EasyDict
 from wan.audio import open_audio
 from wan.conditioning.sizes import LOST_FRAMES, latent_frames, s2v_size
 from wan.errors import UsageError
+from wan.media import Sound
 from wan.pictures import read_image
 from wan.tasks.kind import Kind, Size, first_image, picture_size
 from wan.video import VideoFile, open_video
@@ -22,7 +23,8 @@ class S2V(Kind):
     """A film of clips, as many as the audio needs. A clip is `infer_frames` long; the first one is three frames
     shorter, but where the film starts from the reference itself."""
 
-    inputs = ("prompts", "image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref", *_TTS)
+    inputs = ("image", "audio", "audio_sync", "pose_video", "num_clip", "infer_frames", "start_from_ref", "prompts")
+    inputs += _TTS
     needed = ("image", "audio")
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +74,11 @@ class S2V(Kind):
 
     def clips(self, spec: EasyDict, sample: Any) -> int:
         return sample.num_clip
+
+    def sound(self, sample: Any) -> Sound:
+        """Officially the audio begins with the film, though the frames that it began with were left out."""
+        left_out = sample.trim_first_frames + (0 if sample.start_from_ref else LOST_FRAMES)
+        return Sound(sample.audio, 0.0 if sample.audio_sync == "official" else left_out / sample.fps)
 
     def film(self, spec: EasyDict, sample: Any) -> Any:
         import torch
