@@ -219,10 +219,11 @@ def _located(folder: Path) -> CheckpointFiles:
 
 
 def _find_copies(checkpoint: Path) -> dict[str, Path]:
-    """What goes along as it is: the tokenizer and the image encoder."""
+    """What goes along as it is: the tokenizer, and the encoders of images and audio."""
     if not checkpoint.is_dir():
         return {}
-    found = {path.name: path for pattern in ("models_clip*", "image_encoder") for path in checkpoint.glob(pattern)}
+    patterns = ("models_clip*", "image_encoder", "wav2vec2*", "audio_encoder")
+    found = {path.name: path for pattern in patterns for path in checkpoint.glob(pattern)}
     for name in _TOKENIZERS[:2]:
         if (checkpoint / name).is_dir():
             found.setdefault(_TOKENIZERS[0], checkpoint / name)

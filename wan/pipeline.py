@@ -293,12 +293,13 @@ class WanPipeline:
 
     def _hear(self, film: Film) -> Tensor:
         """Features of the audio, on the CPU, for all clips."""
+        through = self.device if self.parallel.world.size > 1 else "cpu"
 
         def hear() -> list[Tensor]:
             with self._model("wav2vec") as encoder:
-                return [film.hear(encoder).to(self.device, DTYPES[self.load.dtype])]
+                return [film.hear(encoder).to(through, DTYPES[self.load.dtype])]
 
-        features = self.parallel.once(hear, self.device)[0]
+        features = self.parallel.once(hear, through)[0]
         self.checks.audio(features)
         return features.cpu()
 

@@ -124,8 +124,8 @@ def stand_in(arguments):
             Image.new("RGB", (160, 96)).save(path)
         elif path.suffix == ".mp4":
             write_video(path, np.zeros((9, 96, 96 if path.stem == "face" else 160, 3), np.uint8), 16, {})
-        elif path.suffix == ".wav":
-            write_sound(path, tone(RATE, 5.0), RATE)
+        elif path.suffix in (".wav", ".mp3"):
+            write_sound(path, tone(RATE, 6.0), RATE, codec={".wav": "pcm_s16le", ".mp3": "libmp3lame"}[path.suffix])
         elif path.suffix == ".txt":
             path.write_text("a man speaks\na man laughs\n")
         elif path.suffix in (".gguf", ".safetensors"):
@@ -192,7 +192,8 @@ def test_readme_has_every_task_with_its_checkpoint_and_disk():
         assert all(hub.removeprefix("Wan-AI/Wan2.1-I2V-14B") in row for hub in spec.get("hub", ())), task
         count = parameters(spec)
         transformers = count["dit"] * (2 if "experts" in spec else 1)
-        stored = 2 * (transformers + count["text"]) + 4 * count["vae"] + (4.77e9 if "clip" in count else 0)
+        stored = 2 * (transformers + count["text"]) + 4 * (count["vae"] + count.get("wav2vec", 0))
+        stored += 4.77e9 if "clip" in count else 0
         assert float(row.split("|")[2]) == pytest.approx(stored / 1e9, abs=0.6), task
 
 

@@ -13,6 +13,7 @@ from wan.cache.options import check_options, make_manager
 from tests.unit.sound_helpers import tone, write_sound
 from tests.unit.tiny_checkpoint import dit_state, shrunk, write_checkpoint
 from tests.unit.video_helpers import ramp, write
+from tests.unit.weight_helpers import ShapeSource, manifest
 from wan.audio import RATE
 from wan.conditioning.s2v import S2VCondition, S2VFilm, pose_pixels, pose_step, reference_pixels
 from wan.conditioning.sizes import s2v_size
@@ -28,10 +29,12 @@ from wan.pipeline import WanPipeline
 from wan.plan import make_plan, measure
 from wan.quant.linear import QuantLinear
 from wan.solvers import make_solver
+from wan.tasks import load_task
 from wan.weights.checkpoint import Checkpoint
-from wan.weights.export import export_gguf
+from wan.weights.export import export_gguf, plan_tensors
 from wan.weights.folder import Form, export_folder
-from wan.weights.infer import check_dit, infer_dit_config
+from wan.weights.infer import check_dit, infer_dit_config, misfits
+from wan.weights.recipes import RECIPES
 from wan.weights.source import open_source
 
 SPEC = shrunk("s2v-14B")
@@ -95,6 +98,16 @@ def test_what_a_file_holds_is_told_from_its_tensors(files, name):
     assert config["num_audio_token"] == 4 and config["cond_dim"] == 16
     assert config["enable_adain"] and config["enable_framepack"]
     check_dit(source, SPEC)
+
+
+def test_a_gguf_file_of_full_size_quantises_the_blocks_alone():
+    """As the community's tool: all that S2V adds to them is kept."""
+    source = ShapeSource(manifest("s2v-14B"))
+    planned = {one.name: one.type for one in plan_tensors(source, RECIPES["Q4_K_M"])}
+    assert set(planned) == set(source.keys())
+    quantised = {name for name, kind in planned.items() if kind.torch_name is None}
+    assert len(quantised) == 40 * 10 and all(name.startswith("blocks.") for name in quantised)
+    assert not misfits(infer_dit_config(source), load_task("s2v-14B"))
 
 
 @pytest.mark.parametrize("name", ["q8.gguf", "fp8"])

@@ -8,11 +8,11 @@ from wan.plan.decide import choose, measure, settle_dtype
 from wan.plan.files import check_one_quantised, find_files, missing_files
 from wan.plan.machine import Held, Machine, free_ram, look
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, resident_indices
+from wan.plan.placement import Placement
 from wan.plan.plan import Plan, make_plan
 from wan.plan.runs import forward_flops
 from wan.plan.text import duration, format_plan, start_lines
-from wan.plan.weights import parameters
+from wan.plan.weights import parameters, resident_indices
 
 __all__ = [
     "Held",

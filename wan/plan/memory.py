@@ -334,9 +334,9 @@ class _Held:
         if placement.offload not in ("block", "phase"):
             whole = self._shared(name, sizes.total)
             return {"device": whole + self._gathered(name, sizes) + beside, "ram": 0}
-        units, layers = sizes.units(placement.offload), len(sizes.blocks)
-        streamed = sum(units) * (layers - placement.resident_blocks) // layers
-        count = len(units) * (layers - placement.resident_blocks) // layers
+        units, travel = sizes.units(placement.offload), sizes.streamed(placement.resident_blocks)
+        streamed = sum(map(sum, travel))
+        count = len(travel) if placement.offload == "block" else sum(map(len, travel))
         slots = min(SLOTS, count) * max(units)
         own = {"device": sizes.total - streamed + slots + beside, "ram": 0}
         if not self.on_cpu:

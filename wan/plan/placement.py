@@ -102,11 +102,6 @@ def _tile_note(tile: int) -> str:
     )
 
 
-def resident_indices(count: int, resident: int) -> set[int]:
-    """Which of `count` blocks stay on the device: so many, evenly spread, so that the others have time to arrive."""
-    return {(2 * index + 1) * count // (2 * resident) for index in range(resident)}
-
-
 # Candidates
 
 

@@ -121,8 +121,7 @@ class Plan:
             where = "RAM" if name == "t5" and placement.text != "device" else here
             parts = {where: sizes.total}
             if component.kind == "dit" and placement.blocks_from:
-                layers = len(sizes.blocks)
-                streamed = sum(sizes.units("block")) * (layers - placement.resident_blocks) // layers
+                streamed = sum(map(sum, sizes.streamed(placement.resident_blocks)))
                 parts = {where: sizes.total - streamed, "RAM" if placement.blocks_from == "ram" else "disk": streamed}
             rows += [{"component": name, "where": at, "bytes": size, "until": until} for at, size in parts.items()]
         return rows

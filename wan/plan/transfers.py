@@ -8,8 +8,8 @@ from typing import Any
 
 from wan.plan.machine import Machine
 from wan.plan.memory import Workload
-from wan.plan.placement import Placement, resident_indices
-from wan.plan.weights import expert_names
+from wan.plan.placement import Placement
+from wan.plan.weights import expert_names, resident_indices
 
 
 def exposed_seconds(transfer: Sequence[float], compute: Sequence[float]) -> float:

@@ -36,6 +36,11 @@ HEAP_BYTES = 300_000_000  # at most
 _SMALL_BYTES = 32 << 20
 
 
+def resident_indices(count: int, resident: int) -> set[int]:
+    """Which of `count` blocks stay on the device: so many, evenly spread, so that the others have time to arrive."""
+    return {(2 * index + 1) * count // (2 * resident) for index in range(resident)}
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a component in memory.
@@ -53,6 +58,11 @@ class Sizes:
         if offload == "block":
             return [sum(one.values()) for one in self.blocks]
         return [size for one in self.blocks for size in one.values()]
+
+    def streamed(self, resident: int) -> list[tuple[int, ...]]:
+        """Of the blocks that travel, where so many stay on the device."""
+        stay = resident_indices(len(self.blocks), resident)
+        return [parts for index, parts in enumerate(self.blocks) if index not in stay]
 
 
 @dataclass(frozen=True)
