@@ -89,7 +89,7 @@ class FaceBlock(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(self.head_dim, _EPS), RMSNorm(self.head_dim, _EPS)
 
     def forward(self, x_BLC: Tensor, face_BFNC: Tensor, sequence: Sequence, hold: Hold) -> Tensor:
-        """What is added to x; zeros for tokens that are not the video's."""
+        """What is added to x, the tokens of the video."""
         with hold(self.linear1_kv):
             k_BFNC, v_BFNC = self.linear1_kv(F.layer_norm(face_BFNC, face_BFNC.shape[-1:], eps=_EPS)).chunk(2, -1)
         with hold(self.linear1_q):
