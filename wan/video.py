@@ -6,6 +6,7 @@ Heavy libraries are imported where they are used, so that `generate.py --help` s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,9 @@ _BUFFER_BYTES = 1 << 18
 _SAMPLE_BYTES = 4  # more than MAX_FRAMES may be claimed where the file has so many bytes for each
 _MAX_BOXES = 100_000
 _UNTAGGED = 2  # of FFmpeg's colour spaces
+# Containers that say which frames are key frames, and decoders that begin anew with one.
+_INDEXED = ("mov", "matroska")
+_BEGIN_ANEW = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "libaom-av1")
 _USUAL_FPS = 16.0  # where a stream says nothing
 
 
@@ -63,7 +67,7 @@ class VideoFile:
             yield from [read_image(self.path)] * len(ids)
             return
         with _opened(self.path) as (container, stream):
-            decoded = self._decoded(container, stream)
+            decoded = self._decoded(container, stream, ids[0] if len(ids) else 0)
             before, (at, frame) = None, (-1, None)
             for wanted in ids:
                 while at < wanted:
@@ -74,8 +78,20 @@ class VideoFile:
                     raise SwanError(f"damaged or cut off: frame {wanted + 1} of {len(self)} cannot be decoded")
                 yield self._upright(shown)
 
-    def _decoded(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
-        """(which frame it is, frame), by its time where it has one."""
+    def _decoded(self, container: InputContainer, stream: VideoStream, first: int) -> Iterator[tuple[int, VideoFrame]]:
+        """(which frame it is, frame), by its time where it has one; from the start, or a key frame that leads to
+        `first`."""
+        has_index = container.format.name.startswith(_INDEXED) and stream.codec_context.name in _BEGIN_ANEW
+        if first and self.stamps and has_index:
+            container.seek(self.stamps[first], stream=stream)
+            decoded = self._numbered(container, stream)
+            begin = next(decoded, None)
+            if begin is not None and begin[0] <= first:
+                return itertools.chain([begin], decoded)
+            container.seek(self.stamps[0], stream=stream)  # what the file says of its key frames is wrong
+        return self._numbered(container, stream)
+
+    def _numbered(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
         for count, frame in enumerate(container.decode(stream)):
             yield bisect_right(self.stamps, frame.pts) - 1 if self.stamps and frame.pts is not None else count, frame
 

@@ -13,7 +13,7 @@ from tests.mutations import limits, survive
 from tests.unit.video_helpers import ramp, sound, still, write
 from wan.errors import SwanError, UsageError
 from wan.media import write_video
-from wan.video import HD_HEIGHT, open_video
+from wan.video import HD_HEIGHT, VideoFile, open_video
 
 COUNT = 9
 FRAMES = ramp(COUNT)
@@ -52,6 +52,39 @@ def test_frames_are_those_asked_for(tmp_path):
     path = write(tmp_path / "a.avi", FRAMES, "ffv1", "bgr0")
     for ids in ([0, 2, 2, 5, 8], [8], [], [3, 3]):
         assert np.array_equal(read(path, ids) if ids else np.empty((0, 48, 64, 3)), FRAMES[ids])
+
+
+SEEKABLE = {
+    "b_frames.mp4": {"g": "3", "bf": "2"},
+    "open_gop.mkv": {"g": "4", "bf": "2", "x264-params": "open-gop=1"},
+    "stream.ts": {"g": "3", "pix_fmt": "yuv420p"},
+    "h265.mp4": {"codec": "libx265", "x265-params": "keyint=4:bframes=2:open-gop=1:log-level=none"},
+    "vp9.webm": {"codec": "libvpx-vp9", "crf": "1", "b": "0", "g": "4"},
+    "vp8.webm": {"codec": "libvpx", "pix_fmt": "yuv420p", "g": "4", "b": "4000000"},
+    "lossless.avi": {"codec": "ffv1", "pix_fmt": "bgr0"},
+}
+
+
+@pytest.mark.parametrize("name", SEEKABLE)
+def test_the_same_frames_wherever_reading_begins(tmp_path, name):
+    """Later clips of a film do not decode all that comes before them."""
+    path = write(tmp_path / name, ramp(20), **SEEKABLE[name])
+    whole = read(path)
+    for first in range(len(whole)):
+        assert np.array_equal(read(path, list(range(first, len(whole)))), whole[first:]), first
+
+
+def test_what_comes_before_is_not_decoded(tmp_path, monkeypatch):
+    video, decoded = open_video(write(tmp_path / "a.mp4", ramp(20), g="4")), []
+    real = VideoFile._numbered
+
+    def watched(self, *args):
+        for one in real(self, *args):
+            decoded.append(one[0])
+            yield one
+
+    monkeypatch.setattr(VideoFile, "_numbered", watched)
+    assert len(list(video.frames([17, 18]))) == 2 and min(decoded) >= 12
 
 
 def test_a_raw_stream_has_no_times(tmp_path):

@@ -27,8 +27,8 @@ def is_wan_model(case: Case) -> bool:
 def run(case: Case) -> list[Check]:
     model, inputs = build(case.config, case.group("weights")), {}
     if case.meta["class"] == "WanAnimateModel":
-        face = case.tensors["inputs/face_pixel_values_lowres"]
-        scale = case.meta["input_upsample"]["face_pixel_values_lowres"]
+        scale = case.meta.get("input_upsample", {}).get("face_pixel_values_lowres", 1)
+        face = case.tensors["inputs/face_pixel_values" + ("_lowres" if scale > 1 else "")]
         face = face.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
         inputs = {"pose_latents": list(case.tensors["inputs/pose_latents"]), "face_pixel_values": list(face)}
     elif case.config["model_type"] == "vace":

@@ -22,7 +22,6 @@ POSE_DIM = 16  # channels of a latent of Wan2.1's VAE
 FACE_EVERY = 5  # blocks, after the first of which it is looked at
 _HEADS, _HEAD_DIM = 4, 1024  # of the face encoder
 _EPS = 1e-6
-_PICTURES = 4  # that are encoded at once
 
 
 class Face:
@@ -30,11 +29,14 @@ class Face:
 
     What was made belongs to that network and to the weights it had.
 
-    pixels: `[B, 3, T, 512, 512]` in [-1, 1], on any device; frames: T of a video whose single picture stays the same
+    pixels: `[B, 3, T, 512, 512]` in [-1, 1], on any device; let go of once they are encoded
+    frames: T of a video whose single picture stays the same
+    tokens: `[B, F, 5, C]` that were made of it, the first latent frame's zeros
     """
 
     def __init__(self, pixels: Tensor, frames: int | None = None):
-        self.pixels, self.frames = pixels, frames or pixels.shape[2]
+        self.pixels: Tensor | None = pixels
+        self.frames = frames or pixels.shape[2]
         self.tokens: Tensor | None = None
 
 
@@ -87,7 +89,7 @@ class FaceBlock(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(self.head_dim, _EPS), RMSNorm(self.head_dim, _EPS)
 
     def forward(self, x_BLC: Tensor, face_BFNC: Tensor, sequence: Sequence, hold: Hold) -> Tensor:
-        """What is added to x; zeros for tokens that are not the video's."""
+        """What is added to x, the tokens of the video."""
         with hold(self.linear1_kv):
             k_BFNC, v_BFNC = self.linear1_kv(F.layer_norm(face_BFNC, face_BFNC.shape[-1:], eps=_EPS)).chunk(2, -1)
         with hold(self.linear1_q):
@@ -156,7 +158,7 @@ class Animate(Adapter):
         face = inputs["face_pixel_values"]
         face = face if isinstance(face, Face) else Face(face)
         if face.tokens is None:
-            face.tokens = self._encode(face, sequence.groups[0].grid[0], x_BLC)
+            face.tokens, face.pixels = self._encode(face, sequence.groups[0].grid[0], x_BLC), None
         face_BFNC = face.tokens
 
         def after(block: int, y_BLC: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class Animate(Adapter):
         shape = list(face.pixels.shape)
         if [*shape[:2], face.frames, *shape[3:]] != wanted:
             raise ValueError(f"face_pixel_values is {shape}; these latents need {wanted}")
-        pictures = face.pixels.transpose(1, 2).flatten(0, 1).split(_PICTURES)
+        pictures = face.pixels.transpose(1, 2).flatten(0, 1).split(1)  # one at a time: each takes much memory
         motion = torch.cat([self.motion_encoder(one.to(x_BLC.device, x_BLC.dtype)) for one in pictures])
         motion_BTC = motion.to(x_BLC.dtype).unflatten(0, (len(x_BLC), -1)).expand(-1, face.frames, -1)
         return F.pad(self.face_encoder(motion_BTC), (0, 0, 0, 0, 1, 0))
