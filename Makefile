@@ -34,6 +34,7 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.offload
 	$(VENV)/bin/python -m benchmarks.tiny_world_lora stripes
 	$(VENV)/bin/python -m benchmarks.tiny_world_lora distilled
+	$(VENV)/bin/python -m benchmarks.film_drift
 	PYTHON=$(VENV)/bin/python bash benchmarks/bench_teacache.sh
 
 lint: setup

@@ -89,8 +89,9 @@ def marked(page):
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if commands(page)])
 def test_commands_run(page, folder, capsys):
-    for text in blocks(page, "yaml"):
-        (folder / "mine.yaml").write_text(text)
+    for language, name in (("yaml", "mine.yaml"), ("text", "acts.txt")):
+        for text in blocks(page, language):
+            (folder / name).write_text(text)
     for words in commands(page):
         if words[0] == "make":  # README's first two, which are run on a fresh clone
             assert f"\n{words[1]}:" in (REPO / "Makefile").read_text()
@@ -166,7 +167,7 @@ def test_commands_within_sentences_exist():
 
 def test_every_block_says_what_it_is():
     kinds = {kind for kind in re.findall(r"^```(.+)$", TEXT, re.M)}
-    assert kinds == {"bash", "bash checkpoint", "python", "python checkpoint", "yaml"}
+    assert kinds == {"bash", "bash checkpoint", "python", "python checkpoint", "yaml", "text"}
 
 
 def test_every_flag_is_named_and_no_other():

@@ -55,6 +55,14 @@ def image_condition(
     return ImageCondition(y, tuple(picture[:, None] for picture in pictures) if clip else ())
 
 
+def begun_condition(encode: Encode, given: torch.Tensor, num_frames: int, *, clip: bool = False) -> ImageCondition:
+    """Condition of an i2v run that begins with several frames, [3, n, H, W] in [-1, 1] at the size of the video."""
+    grey = given.new_zeros(3, num_frames - given.shape[1], *given.shape[2:])
+    latent = encode(torch.cat([given, grey], dim=1)[None])
+    mask = frame_mask(num_frames, *latent.shape[-2:], first=given.shape[1])
+    return ImageCondition(torch.cat([mask.to(latent)[None], latent], dim=1), (given[:, :1],) if clip else ())
+
+
 def to_pixels(image: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] -> fp32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
@@ -86,14 +94,15 @@ def conditioning_video(frames: list[torch.Tensor], num_frames: int) -> torch.Ten
     return torch.cat([first, grey, *last], dim=1)
 
 
-def frame_mask(num_frames: int, height: int, width: int, *, last: bool = False) -> torch.Tensor:
-    """[4, T', height, width]: which frames are given, folded so that channel c of latent frame k is one video frame.
+def frame_mask(num_frames: int, height: int, width: int, *, first: int = 1, last: bool = False) -> torch.Tensor:
+    """[4, T', height, width]: which frames are given, so many first ones and perhaps the last; folded so that channel c
+    of latent frame k is one video frame.
 
     The first frame fills all four channels of latent frame 0. The reference writes the flf2v mask for 81 frames only;
     the same rule is used here for every length.
     """
     given = torch.zeros(num_frames)
-    given[0] = 1
+    given[:first] = 1
     if last:
         given[-1] = 1
     return fold_frames(given)[:, :, None, None].expand(-1, -1, height, width).contiguous()

@@ -15,22 +15,23 @@ from wan.conditioning.sizes import cover_size, latent_frames
 
 @dataclass(frozen=True)
 class FrameCondition(Condition):
-    """frame: [..., z, 1, h, w] clean latent that stands as latent frame 0 throughout"""
+    """frame: [..., z, n, h, w] clean latents that stand as the first latent frames throughout; most often one"""
 
     frame: torch.Tensor
     num_latent_frames: int = 1
     patch_size: int = 2
 
     def restore(self, latent: torch.Tensor) -> torch.Tensor:
-        frame = self.frame.to(latent).reshape(latent[..., :1, :, :].shape)
-        return torch.cat([frame, latent[..., 1:, :, :]], dim=-3)
+        count = self.frame.shape[-3]
+        frame = self.frame.to(latent).reshape(latent[..., :count, :, :].shape)
+        return torch.cat([frame, latent[..., count:, :, :]], dim=-3)
 
     def timesteps(self, t: torch.Tensor | float) -> torch.Tensor:
-        """[1, tokens], fp32, with 0 on the tokens of the clean frame."""
-        height, width = self.frame.shape[-2:]
+        """[1, tokens], fp32, with 0 on the tokens of the clean frames."""
+        count, height, width = self.frame.shape[-3:]
         frame_tokens = (height // self.patch_size) * (width // self.patch_size)
         tokens = super().timesteps(t).float().repeat(1, frame_tokens * self.num_latent_frames)
-        tokens[:, :frame_tokens] = 0
+        tokens[:, : count * frame_tokens] = 0
         return tokens
 
 

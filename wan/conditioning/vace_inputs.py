@@ -122,3 +122,12 @@ def extended(
             pixels[at : at + len(clip)] = read_frames(clip, range(len(clip)), height, width)
             mask[:, at : at + len(clip)] = 0
     return as_frames(pixels), mask
+
+
+def begun(given: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+    """A video that begins with frames [3, n, H, W] in [-1, 1] and is made anew behind them."""
+    count, (height, width) = given.shape[1], given.shape[2:]
+    grey = torch.full((3, num_frames - count, height, width), GREY / 127.5 - 1)
+    mask = torch.ones(1, num_frames, height, width)
+    mask[:, :count] = 0
+    return torch.cat([given, grey], dim=1), mask

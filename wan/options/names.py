@@ -27,7 +27,7 @@ OFFLOAD_NAMES = ("auto", "none", "model", "block", "phase")
 AUDIO_SYNCS = ("exact", "official")
 MAX_RANKS = 4096
 # Stored names of files, which a video of somebody else may not choose. Pictures are known by their hashes.
-VIDEO_FLAGS = ("video", "src_video", "src_mask", "inpaint", "extend", "pose_video", "audio")
+VIDEO_FLAGS = ("video", "continue_from", "src_video", "src_mask", "inpaint", "extend", "pose_video", "audio")
 VIDEO_FLAGS += ("src_pose", "src_face", "src_ref", "src_bg")
 STORED_FILES = ("ckpt_dir", *FILE_FLAGS, *LORA_FLAGS, "cache_coefficients", *VIDEO_FLAGS, "src_ref_images")
 STORED_PICTURES = ("image", "last_frame")

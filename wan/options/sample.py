@@ -56,6 +56,22 @@ def _prompts(at: Asked, given: Any) -> tuple[str, ...]:
     return tuple(given or ())
 
 
+def _overlap(at: Asked, given: Any) -> int | None:
+    kind, video = kind_of(at.spec), inputs_of(at).get("continue_from")
+    if not kind.overlap or (video is None and not at.get["prompts"]):
+        if given is not None:
+            raise UsageError("--overlap is for --continue_from FILE, or --prompts FILE of i2v, ti2v and vace tasks")
+        return None
+    most = at.done["frame_num"] - 1
+    default = min(kind.overlap, len(video) if video is not None else most, most)
+    count = whole(given, max(1, (default - 1) // 4 * 4 + 1), "overlap", 1, most)
+    if (count - 1) % 4:
+        raise UsageError(f"--overlap must be 1, 5, 9, ... frames (4n+1), not {count}")
+    if video is not None and len(video) < count:
+        raise UsageError(f"--overlap {count}: --continue_from has {len(video)} frames")
+    return count
+
+
 def _strength(at: Asked, given: Any) -> float | None:
     if at.get["video"] is None:
         if given is not None:
@@ -149,6 +165,9 @@ class Sample:
         lambda at, given: input_of(at, "last_frame"),
     )
     video: Any = _input("video", "picture", "video, or picture, to make anew: see --strength (t2v, i2v, ti2v)", "FILE")
+    continue_from: Any = _input(
+        "continue_from", "file", "video whose last frames the first clip begins with (i2v, ti2v, vace)", "FILE"
+    )
     src_video: Any = _input(
         "src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE"
     )
@@ -224,6 +243,9 @@ class Sample:
         "number", _WHAT, "N", "frames, 4n+1; those of a clip (animate)", lambda at, given: check_shape(at)[3]
     )
     film_frames: int | None = derived(lambda at: kind_of(at.spec).film_frames(inputs_of(at)))
+    overlap: int | None = option(
+        "number", _WHAT, "N", "frames, 4n+1, that a clip which goes on has of the film before; default 1 or 5", _overlap
+    )
     trim_first_frames: int = option(
         "number",
         _WHAT,

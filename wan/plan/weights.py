@@ -60,9 +60,9 @@ class Sizes:
         return [size for one in self.blocks for size in one.values()]
 
     def streamed(self, resident: int) -> list[tuple[int, ...]]:
-        """Of the blocks that travel, where so many stay on the device."""
+        """Of each part of the blocks that travel, where so many stay on the device."""
         stay = resident_indices(len(self.blocks), resident)
-        return [parts for index, parts in enumerate(self.blocks) if index not in stay]
+        return [tuple(parts.values()) for index, parts in enumerate(self.blocks) if index not in stay]
 
 
 @dataclass(frozen=True)

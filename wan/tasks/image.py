@@ -7,10 +7,9 @@ from typing import Any
 
 from easydict import EasyDict
 
-from wan.conditioning.sizes import cover_size, i2v_size
+from wan.conditioning.sizes import cover_size
 from wan.errors import UsageError
 from wan.media import read_image
-from wan.tasks import grid_px
 from wan.tasks.kind import Kind, Size, first_image, picture_size
 
 _LEAST_WITH_LAST = 5  # two latent frames
@@ -19,13 +18,14 @@ _LEAST_WITH_LAST = 5  # two latent frames
 class Image(Kind):
     """From the first frame; the experts of Wan2.2, which have no image encoder, take a last one as well."""
 
-    inputs = ("image", "last_frame", "video")
+    inputs = ("image", "last_frame", "video", "continue_from", "prompts")
     needed = ("image",)
     clip_images = 1
+    overlap = 1
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
-        inputs = {"image": first_image(spec, get), "last_frame": get["last_frame"]}
-        if not all(inputs[name] for name in self.needed):
+        inputs = {"image": None if get["continue_from"] else first_image(spec, get), "last_frame": get["last_frame"]}
+        if not get["continue_from"] and not all(inputs[name] for name in self.needed):
             raise UsageError(f"{spec.name} needs {' and '.join(f'--{name} FILE' for name in self.needed)}")
         inputs = {name: picture_size(path) for name, path in inputs.items() if path}
         if "last_frame" in inputs:
@@ -42,12 +42,7 @@ class Image(Kind):
         """The aspect ratio is the image's, of what is asked only the area counts."""
         if "last_frame" in inputs and frames < _LEAST_WITH_LAST:
             raise UsageError(f"--frame_num {frames}: first and last frame need at least {_LEAST_WITH_LAST}")
-        if "video" in inputs:
-            frames = self.frames_of(spec, inputs["video"], frames)
-        _, width, height = inputs["image"]
-        stride = spec.vae_stride[1]
-        rows, columns = i2v_size(size[0] * size[1], height, width, stride=stride, patch=grid_px(spec) // stride)
-        return columns, rows, frames
+        return super().shape(spec, size, frames, inputs)
 
     def condition(self, spec: EasyDict, sample: Any, encode: Any) -> Any:
         from wan.conditioning.image import image_condition
@@ -56,9 +51,16 @@ class Image(Kind):
         size = {"num_frames": sample.frame_num, "height": sample.height, "width": sample.width}
         return image_condition(encode, *pictures, **size, clip="clip" in spec.files)
 
+    def go_on(self, spec: EasyDict, sample: Any, encode: Any, given: Any) -> Any:
+        from wan.conditioning.image import begun_condition
+
+        return begun_condition(encode, given, sample.frame_num, clip="clip" in spec.files)
+
 
 class FirstLast(Image):
     """Wan2.1's model for first and last frames, of which its image encoder sees both."""
 
+    inputs = ("image", "last_frame", "video")
     needed = ("image", "last_frame")
     clip_images = 2
+    overlap = 0

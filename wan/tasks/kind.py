@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wan.media import Sound
 
 Size = tuple[int, int]  # (width, height), px
+_BEGINNINGS = ("image", "first_frame", "extend", "src_video", "src_mask", "inpaint", "outpaint")  # of a single clip
 
 
 class Kind:
@@ -31,19 +32,26 @@ class Kind:
     inputs: options, beside the text, that it takes; needed: those that must be given
     clip_images: pictures that the image encoder of Wan2.1 is shown
     asks_size: whether --size has a say in the size of the video
+    overlap: frames of a film that its next clip begins with, if not told otherwise; 0: clips of this kind do not go on
     """
 
     inputs: tuple[str, ...] = ("video",)
     needed: tuple[str, ...] = ()
     clip_images = 0
     asks_size = True
+    overlap = 0
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs, checked: each file is looked into once, to be sure that it can be read.
 
         Raises UsageError for what is missing or not for this task, and SwanError for files that cannot be read.
         """
-        return {"video": open_video(get["video"])} if "video" in self.inputs and get["video"] else {}
+        read = {name: open_video(get[name]) for name in ("video", "continue_from") if name in self.inputs and get[name]}
+        goes_on = "continue_from" if get["continue_from"] else "prompts" if get["prompts"] and self.overlap else None
+        others = ("video", "last_frame", *(_BEGINNINGS if goes_on == "continue_from" else ()))
+        if goes_on and (other := next((name for name in others if get[name]), None)):
+            raise UsageError(f"--{goes_on} makes a film that goes on, and --{other} is of a single clip: give one")
+        return read
 
     def warnings(self, spec: EasyDict, get: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
         """Lines to show about inputs that were read."""
@@ -54,12 +62,17 @@ class Kind:
 
         One that is made of another has its aspect ratio, of what is asked only the area counts, and no more frames.
         """
-        if "video" not in inputs:
+        if "video" in inputs:
+            frames = self.frames_of(spec, inputs["video"], frames)
+        if (like := _shape_of(inputs)) is None:
             return *size, frames
-        video, stride = inputs["video"], spec.vae_stride[1]
-        patch = grid_px(spec) // stride
-        rows, columns = i2v_size(size[0] * size[1], video.height, video.width, stride=stride, patch=patch)
-        return columns, rows, self.frames_of(spec, video, frames)
+        return *self.size_like(spec, size[0] * size[1], *like), frames
+
+    def size_like(self, spec: EasyDict, area: int, width: int, height: int) -> Size:
+        """Of a video that takes its aspect ratio from a picture or another video."""
+        stride = spec.vae_stride[1]
+        rows, columns = i2v_size(area, height, width, stride=stride, patch=grid_px(spec) // stride)
+        return columns, rows
 
     def frames_of(self, spec: EasyDict, video: VideoFile, most: int) -> int:
         """How many frames, 4n + 1 and at most so many, are made of a video that is shown at its own speed."""
@@ -75,7 +88,7 @@ class Kind:
 
     def encodes(self, sample: Any) -> bool:
         """Whether something is made with the VAE before denoising."""
-        return sample.image is not None or sample.video is not None
+        return sample.image is not None or sample.video is not None or sample.overlap is not None
 
     def encoded_frames(self, spec: EasyDict, sample: Any) -> tuple[int, ...]:
         """Of the videos that the VAE encodes for one clip, the most there are."""
@@ -87,18 +100,33 @@ class Kind:
 
     def frames(self, sample: Any) -> int:
         """Of the whole film."""
-        return sample.frame_num
+        if sample.overlap is None:
+            return sample.frame_num
+        clips = max(1, len(sample.prompts))
+        return clips * sample.frame_num - sample.overlap * (clips - (sample.continue_from is None))
 
     def clips(self, spec: EasyDict, sample: Any) -> int:
         """How many are sampled, one after another, for one video."""
-        return 1
+        return max(1, len(sample.prompts))
 
     def film(self, spec: EasyDict, sample: Any) -> Film:
         """What a run samples, clip by clip. Imports torch."""
         from wan.conditioning.film import Film
 
         condition, source = (partial(make, spec, sample) for make in (self.condition, self.source))
-        return Film(sample, condition, self.clips(spec, sample), source)
+        if sample.overlap is None:
+            return Film(sample, condition, 1, source)
+        from wan.conditioning.continued import ContinuedFilm, last_frames
+
+        last = None
+        if sample.continue_from is not None:
+            size = sample.height, sample.width
+            last = last_frames(open_video(sample.continue_from), sample.overlap, *size)
+        return ContinuedFilm(sample, condition, self.clips(spec, sample), partial(self.go_on, spec, sample), last)
+
+    def go_on(self, spec: EasyDict, sample: Any, encode: Encode, given: Tensor) -> Condition:
+        """The condition of a clip that begins with `given` frames of the film, [3, n, H, W] in [-1, 1]."""
+        raise NotImplementedError
 
     def source(self, spec: EasyDict, sample: Any, encode: Encode) -> Tensor | None:
         """The latents of what the first clip is made of, see `wan.conditioning.source`; None: of noise alone."""
@@ -118,6 +146,14 @@ class Kind:
         from wan.conditioning.condition import Condition
 
         return Condition()
+
+
+def _shape_of(inputs: Mapping[str, Any]) -> Size | None:
+    """(width, height) of what a video is like: the image, else the video that it is made of or goes on from."""
+    if "image" in inputs:
+        return inputs["image"][1:]
+    video = inputs.get("video") or inputs.get("continue_from")
+    return video and (video.width, video.height)
 
 
 def picture_size(path: Any) -> tuple[Any, int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from wan.conditioning.sizes import ti2v_size
+from wan.conditioning.sizes import latent_frames, ti2v_size
 from wan.media import read_image
 from wan.tasks import grid_px
 from wan.tasks.kind import Kind, Size, first_image, picture_size
@@ -16,26 +16,19 @@ from wan.tasks.kind import Kind, Size, first_image, picture_size
 class FirstLatent(Kind):
     """Wan2.2's TI2V-5B."""
 
-    inputs = ("image", "video")
+    inputs = ("image", "video", "continue_from", "prompts")
+    overlap = 5
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
-        image = first_image(spec, get)
+        image = None if get["continue_from"] else first_image(spec, get)
         return ({"image": picture_size(image)} if image else {}) | super().read(spec, get)
 
-    def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """With an image, or a video, the aspect ratio is its own, and of what is asked only the area counts."""
-        if not inputs:
-            return *size, frames
-        if "video" in inputs:
-            video = inputs["video"]
-            frames, width, height = self.frames_of(spec, video, frames), video.width, video.height
-        if "image" in inputs:
-            _, width, height = inputs["image"]
-        rows, columns = ti2v_size(size[0] * size[1], height, width, multiple=grid_px(spec))
-        return columns, rows, frames
+    def size_like(self, spec: EasyDict, area: int, width: int, height: int) -> Size:
+        rows, columns = ti2v_size(area, height, width, multiple=grid_px(spec))
+        return columns, rows
 
     def encoded_frames(self, spec: EasyDict, sample: Any) -> tuple[int, ...]:
-        return (1,)
+        return (max(1, sample.overlap or 1),)
 
     def condition(self, spec: EasyDict, sample: Any, encode: Any) -> Any:
         if sample.image is None:
@@ -44,3 +37,8 @@ class FirstLatent(Kind):
 
         size = {"num_frames": sample.frame_num, "height": sample.height, "width": sample.width}
         return first_frame_condition(encode, read_image(sample.image), **size)
+
+    def go_on(self, spec: EasyDict, sample: Any, encode: Any, given: Any) -> Any:
+        from wan.conditioning.latent import FrameCondition
+
+        return FrameCondition(encode(given[None]), latent_frames(sample.frame_num))

@@ -23,11 +23,13 @@ class Vace(Kind):
     (`inpaint`) or with margins (`outpaint`); first and last frames or a clip that goes on (`extend`); references."""
 
     inputs = ("src_video", "src_mask", "src_ref_images", "context_scale", "inpaint", "outpaint", "extend")
-    inputs += ("image", "last_frame")
+    inputs += ("image", "last_frame", "continue_from", "prompts")
+    overlap = 5
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: get[name] for name in self.inputs if get[name] is not None}
-        given |= {"image": image} if (image := first_image(spec, get)) else {}
+        given |= {"image": image} if not get["continue_from"] and (image := first_image(spec, get)) else {}
+        given.pop("prompts", None)
         _check_together(given)
         videos = ("src_video", "src_mask", "inpaint", "extend", "last_frame")
         read = {name: open_video(path) for name, path in given.items() if name in videos}
@@ -40,7 +42,7 @@ class Vace(Kind):
         for name in ("src_mask", "inpaint"):
             if name in read:
                 _check_mask(name, read[name], read["src_video"])
-        return read
+        return read | super().read(spec, get)
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """With a video its aspect ratio, of what is asked only the area counts, and a source is never enlarged; its
@@ -54,6 +56,10 @@ class Vace(Kind):
             height, width, frames = vace_size(area, tokens, len(video), height, width, multiple=multiple)
             if min(video.height * height / pixels_h, video.width * width / pixels_w) < 1:
                 raise UsageError(f"--outpaint leaves nothing of a source of {video.width}x{video.height} to be seen")
+            return width, height, frames
+        if "continue_from" in inputs:
+            clip, tokens = inputs["continue_from"], area // multiple**2 * latent_frames(frames)
+            height, width, _ = vace_size(area, tokens, frames, clip.height, clip.width, multiple=multiple)
             return width, height, frames
         clips = {name: inputs[name] for name in ("extend", "last_frame") if name in inputs}
         if not clips:
@@ -94,8 +100,20 @@ class Vace(Kind):
             frames, mask = made.extended(extend, last, *size)
         else:
             frames, mask = made.blank(*size)
-        references = [made.reference(read_image(path), *size[1:]) for path in sample.src_ref_images]
-        return vace_condition(encode, frames, mask, references, context_scale=sample.context_scale)
+        return vace_condition(encode, frames, mask, _references(sample), context_scale=sample.context_scale)
+
+    def go_on(self, spec: EasyDict, sample: Any, encode: Any, given: Any) -> Any:
+        from wan.conditioning.vace import vace_condition
+        from wan.conditioning.vace_inputs import begun
+
+        frames, mask = begun(given, sample.frame_num)
+        return vace_condition(encode, frames, mask, _references(sample), context_scale=sample.context_scale)
+
+
+def _references(sample: Any) -> list[Any]:
+    from wan.conditioning.vace_inputs import reference
+
+    return [reference(read_image(path), sample.height, sample.width) for path in sample.src_ref_images]
 
 
 def _margins(value: Any) -> Margins:
