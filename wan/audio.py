@@ -113,6 +113,8 @@ def _parts(path: str) -> Iterator[np.ndarray]:
             if its_rate != rate:  # it may change on the way
                 yield from _flushed(resampler)
                 rate, resampler = its_rate, AudioResampler("flt", "mono", RATE)
+            if not np.isfinite(piece).all():
+                raise SwanError("some of its samples are no numbers")
             held += len(piece) / rate
             mono = AudioFrame.from_ndarray(piece.mean(1, dtype=np.float32)[None], "flt", "mono")
             mono.sample_rate = rate
@@ -121,7 +123,7 @@ def _parts(path: str) -> Iterator[np.ndarray]:
         yield from _flushed(resampler)
         if resampler is None:
             raise SwanError("its sound is empty")
-        claimed = float((stream.duration or 0) * stream.time_base)
+        claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
         if container.format.name in _TELL_LENGTH and held < _LEAST_HELD * claimed:
             raise SwanError(f"cut off: it claims {claimed:.1f} s and holds {held:.1f}")
 

@@ -89,6 +89,14 @@ def test_a_video_without_sound_is_refused(tmp_path):
         open_audio(path)
 
 
+def test_samples_that_are_no_numbers_are_refused(tmp_path):
+    samples = tone(RATE, 1.0)
+    samples[0, 500] = np.nan
+    path = write_sound(tmp_path / "a.wav", samples, RATE, codec="pcm_f32le")
+    with pytest.raises(SwanError, match="some of its samples are no numbers"):
+        open_audio(path)
+
+
 def test_too_little_and_nothing(tmp_path):
     path = write_sound(tmp_path / "a.wav", tone(RATE, 0.02), RATE)
     with pytest.raises(SwanError, match="it lasts 0.020 s, which is too short"):
