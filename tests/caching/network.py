@@ -32,7 +32,7 @@ class Scripted:
     """A solver whose latents do not depend on what was predicted. Steps are uneven."""
 
     def __init__(self, latents, steps=STEPS):
-        self.steps, self.latents = steps, latents
+        self.steps, self.first, self.latents = steps, 0, latents
         self.sigmas = torch.linspace(1, 0, steps + 1) ** 0.8
         self.timesteps = 1000 * self.sigmas[:-1]
         self.velocities = []

@@ -1,5 +1,6 @@
 """generate.py as a user meets it: exit codes, one line on failure, one JSON line on success, replay."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -42,7 +43,7 @@ class StandIn:
     def take_notes(self):
         return []
 
-    def __call__(self, request, progress, on_clean):
+    def __call__(self, request, progress, **others):
         import torch
 
         if self.early:
@@ -56,7 +57,8 @@ class StandIn:
             raise self.fail
         shape = (request.sample.frame_num, request.sample.height, request.sample.width, 3)
         frames = np.random.default_rng(request.sample.seed).integers(0, 255, shape, dtype=np.uint8)
-        return types.SimpleNamespace(frames=frames, latents=self.latents, seconds={"denoise": 0.5})
+        made = types.SimpleNamespace(frames=len(frames), sha256=[hashlib.sha256(frames.tobytes()).hexdigest()])
+        return types.SimpleNamespace(frames=frames, latents=self.latents, seconds={"denoise": 0.5}, made=made)
 
 
 @pytest.fixture

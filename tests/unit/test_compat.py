@@ -340,7 +340,7 @@ def test_hyperparameters_of_other_projects(tmp_path):
         ({"dimm": 8}, "unknown hyperparameter dimm"),
         ({"dim": "8"}, "dim must be a whole number above 0, not '8'"),
         ({"window_size": (3, 3)}, "window_size .* is not supported"),
-        ({"model_type": "s2v"}, "model_type must be one of"),
+        ({"model_type": "s3v"}, "model_type must be one of"),
         ({"patch_size": 2}, "patch_size must be three"),
         ({"eps": "small"}, "eps must be a number"),
     ],
