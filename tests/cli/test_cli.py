@@ -207,8 +207,8 @@ def test_failed_save_keeps_the_latents_elsewhere(pipeline, capsys, tmp_path, mon
     monkeypatch.setattr("tempfile.tempdir", str(other))
     vanish = pipeline.__call__
 
-    def folder_goes_away(self, request, progress, on_clean):
-        result = vanish(self, request, progress, on_clean)
+    def folder_goes_away(self, request, progress, **others):
+        result = vanish(self, request, progress)
         folder.rmdir()
         return result
 
