@@ -22,6 +22,7 @@ STEPS_PER_S, FEATURES_PER_S = 50, 30  # of the audio encoder, as it is counted; 
 WIDTHS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)  # of the encoder's convolutions
 SILENT = 1e-3  # -60 dB of the loudest that there can be
 _LEAST_STEPS = 2
+_AT_ONCE, _MOST_BEFORE = 0.05, 3600.0  # s that sound may begin later than the picture: not heard, and the most
 _TELL_LENGTH = ("wav", "flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2")  # in their headers; of others it is guessed
 _LEAST_HELD = 0.9  # of what is claimed
 _FORMATS = "mp3,wav,w64,flac,aac,aiff,ogg,caf,au,amr,ac3,eac3,dts,wv,ape,tta"  # without a picture
@@ -108,6 +109,7 @@ def _parts(path: str) -> Iterator[np.ndarray]:
         if stream.codec_context is None:
             raise SwanError("how its sound is coded is not known")
         stream.thread_type = "AUTO"
+        yield from _before(container, stream)
         rate, resampler, held = 0, None, 0.0
         for piece, its_rate in _pieces(container, stream):
             if its_rate != rate:  # it may change on the way
@@ -126,6 +128,19 @@ def _parts(path: str) -> Iterator[np.ndarray]:
         claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
         if container.format.name in _TELL_LENGTH and held < _LEAST_HELD * claimed:
             raise SwanError(f"cut off: it claims {claimed:.1f} s and holds {held:.1f}")
+
+
+def _before(container: Any, stream: Any) -> Iterator[np.ndarray]:
+    """The silence of a file whose sound begins later than its picture, second by second."""
+    import numpy as np
+
+    begins = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / 1e6
+    if begins > _MOST_BEFORE:
+        raise SwanError(f"its sound begins after {begins:.0f} s: cut it")
+    left = round(begins * RATE) if begins > _AT_ONCE else 0
+    while left > 0:
+        yield np.zeros(min(left, RATE), np.float32)
+        left -= RATE
 
 
 def _pieces(container: Any, stream: Any) -> Iterator[tuple[np.ndarray, int]]:

@@ -31,7 +31,7 @@ from wan.errors import SwanError, UsageError, one_line
 from wan.options import FLAGS, PART_OF, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
 from wan.options.config import config_options
-from wan.options.names import VIDEO_FLAGS
+from wan.options.names import LORA_FLAGS, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.replay import replay_options
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
@@ -124,6 +124,8 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name in FLAGS}
     notes: list[str] = []
+    if args.resume and args.replay:
+        raise UsageError("--resume and --replay contradict each other: give one")
     if args.config:
         options = config_options(args.config, options)
     if args.replay:
@@ -160,8 +162,11 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
 def _resumed(folder: str, settings: dict[str, Any], options: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The options of a film that is gone on with; those given may say how it is computed, not what it shows."""
     given = {name: value for name, value in options.items() if value is not None}
-    if other := [name for name in given if PART_OF[name] == "sample"]:
+    inputs = (*STORED_PICTURES, *VIDEO_FLAGS, "src_ref_images", *LORA_FLAGS)  # which may have moved
+    if other := [name for name in given if PART_OF[name] == "sample" and name not in inputs or name == "save_file"]:
         raise UsageError(f"--resume goes on with the film as it was begun: --{other[0]} cannot be given with it")
+    if "ckpt_dir" not in given and isinstance(settings.get("ckpt_dir"), str):
+        given["ckpt_dir"] = settings["ckpt_dir"]  # a hub id too: the folder is the user's own
     given["save_file"] = os.path.abspath(folder).removesuffix(SUFFIX)
     return replay_options(settings, given, files=True, warnings=notes)
 
@@ -308,8 +313,8 @@ class _Film:
         self.file, self.made, self.is_writer = Unfinished(path), made, is_writer
 
     def __enter__(self) -> _Film:
-        if self.is_writer and self.made is None:
-            self.file.begin()
+        if self.is_writer:
+            self.file.begin() if self.made is None else self.file.hold()
         return self
 
     def __call__(self, clip: Clip) -> None:
@@ -327,6 +332,7 @@ class _Film:
         self.file.finish(self.made, video.request.sample.fps, video.request.settings(), video.sound)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        self.file.let_go()
         if self.is_writer and self.made is None:
             self.file.discard()
         elif self.is_writer and kind is not None and not issubclass(kind, Exception):  # a signal

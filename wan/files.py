@@ -208,6 +208,24 @@ def _lock(path: Path, wait: bool) -> int | None:
     return descriptor
 
 
+def hold_folder(path: Path) -> int | None:
+    """A descriptor that keeps others from holding the folder till it is closed; None where there are no locks.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
 def _is_same(path: Path, descriptor: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(path.lstat(), os.fstat(descriptor))

@@ -75,9 +75,10 @@ def join_videos(
 ) -> None:
     """One mp4, so long, of those that `write_video` wrote, which are not encoded again. Atomic; raises SwanError."""
     path = Path(path)
-    with atomic(path) as temporary, temporary_name(path.parent) as listed:
-        names = "".join("file 'file:{}'\n".format(str(clip.resolve()).replace("'", r"'\''")) for clip in clips)
-        listed.write_text(f"ffconcat version 1.0\n{names}", encoding="utf-8", newline="\n")
+    # The list lies beside them, so that it needs no more than their own names, whatever the folder is called.
+    with atomic(path) as temporary, temporary_name(clips[0].parent) as listed:
+        names = "".join(f"file {clip.name}\n" for clip in clips)
+        listed.write_text(f"ffconcat version 1.0\n{names}", encoding="ascii", newline="\n")
         source = ("-f", "concat", "-safe", "0", "-i", f"file:{listed}")
         codec = ("-c:v", "copy", "-movflags", "+faststart")
         _mux(temporary, source, codec, json.dumps(settings, sort_keys=True), sound, seconds)

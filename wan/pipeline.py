@@ -231,7 +231,9 @@ class WanPipeline:
                 progress(stage, done, total)
 
         film = kind_of(self.spec).film(self.spec, request.sample)
-        film.state, parts = dict(made.state) if made.clips else film.state, []
+        if made.clips:
+            film.go_on(made)
+        parts = []
         frames = np.empty((0, request.sample.height, request.sample.width, 3), np.uint8)
         for clip, latents in self._sample(request, film, seconds, report, on_clean, made.clips):
             with _timed("decode", seconds, report, self.device, clip, film.clips):
@@ -256,6 +258,8 @@ class WanPipeline:
     ) -> Iterator[tuple[int, Tensor]]:
         """The clips of a film, from `first` on: their numbers, and the latents that are to be decoded. film: is told of
         each clip's frames before the next one is asked for."""
+        if first >= film.clips:  # all are there
+            return
         self.experts.take_seconds()
         with _timed("encode", seconds, report, self.device, ends=False):
             prompts = list(dict.fromkeys(map(film.prompt, range(first, film.clips))))
@@ -297,7 +301,7 @@ class WanPipeline:
 
         def hear() -> list[Tensor]:
             with self._model("wav2vec") as encoder:
-                return [film.hear(encoder).to(through, DTYPES[self.load.dtype])]
+                return [film.hear(encoder, DTYPES[self.load.dtype]).to(through)]
 
         features = self.parallel.once(hear, through)[0]
         self.checks.audio(features)

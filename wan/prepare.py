@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.command import Parser, put, run_command, run_process
 from wan.conditioning.sizes import face_box, i2v_size, resampled_ids
-from wan.errors import UsageError, printable
+from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import atomic, read_json
 from wan.media import BT709_OPTIONS, X264_OPTIONS
 from wan.options.files import check_outputs
@@ -93,6 +93,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--face_box is of a video: give --src_face FILE with it")
     if not paths:
         raise UsageError(f"nothing to prepare: give some of {', '.join(f'--{name}' for name in ANIMATE_FILES)}")
+    if args.dilate is not None and "src_mask" not in paths:
+        raise UsageError("--dilate widens a mask: give --src_mask with it")
     if "src_bg" in paths and "src_mask" not in paths:
         raise UsageError("--src_bg is made black where the character is: give --src_mask with it")
     videos = {name: open_video(path) for name, path in paths.items() if name != "src_ref"}
@@ -102,9 +104,12 @@ def _run(args: argparse.Namespace) -> int:
     height, width = _common_size(_area(args.size or spec.sampling.size), videos, picture)
     jobs = _jobs(args, videos, ids, height, width)
     folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     written = {name: str(folder / ANIMATE_FILES[name]) for name in paths}
-    check_outputs(written, list(paths.items()))
+    check_outputs({f"out, {name}": path for name, path in written.items()}, list(paths.items()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SwanError(f"--out: cannot make {printable(folder)}: {error.strerror or one_line(error)}") from error
     for name, job in jobs.items():
         _write(Path(written[name]), job, fps)
     if picture is not None:

@@ -6,16 +6,17 @@ a run may end at any moment; the clip at which it ended is made again. At last t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
 from wan.errors import SwanError, UsageError, one_line, printable
-from wan.files import atomic, parse_json
+from wan.files import atomic, hold_folder, parse_json
+from wan.video import open_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from wan.conditioning.film import Made
 
 SUFFIX = ".unfinished"
-_STATE = "state.safetensors"
+_STATE, _CLIPS = "state.safetensors", "clip-[0-9][0-9][0-9][0-9]*.mp4"
 
 
 class Unfinished:
@@ -32,20 +33,44 @@ class Unfinished:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.folder = self.path.with_name(self.path.name + SUFFIX)
+        self._held: int | None = None
 
     def begin(self) -> None:
-        """Raises UsageError where the folder of another run lies, and SwanError if it cannot be made."""
+        """Make the folder, or take over what a run has left that kept no clip.
+
+        Raises UsageError where clips lie there, or another run is at work, and SwanError if it cannot be made.
+        """
         try:
-            self.folder.mkdir()
-        except FileExistsError as error:
-            name = printable(self.folder)
-            raise UsageError(f"{name} is left of another run: go on with --resume {name}, or delete it") from error
+            self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise SwanError(f"cannot write {printable(self.folder)}: {error.strerror or one_line(error)}") from error
+        self.hold()
+        if (self.folder / _STATE).exists():
+            name = printable(self.folder)
+            self.let_go()
+            raise UsageError(f"{name} is left of another run: go on with --resume {name}, or delete it")
+
+    def hold(self) -> None:
+        """Keep other runs out of the folder. Raises UsageError where one is at work there."""
+        try:
+            self._held = hold_folder(self.folder)
+        except BlockingIOError as error:
+            told = f"{printable(self.folder)} belongs to a run that is at work: wait for its end"
+            raise UsageError(f"{told}, or give another --save_file") from error
+        except OSError as error:
+            raise SwanError(f"cannot read {printable(self.folder)}: {error.strerror or one_line(error)}") from error
+
+    def let_go(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def discard(self) -> None:
-        """The folder of a run that has made nothing."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """The files of the run, and the folder where there are no others."""
+        with contextlib.suppress(OSError):
+            for path in [self.folder / _STATE, *self.folder.glob(_CLIPS)]:
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def add(self, frames: np.ndarray, made: Made, fps: int, settings: Mapping[str, Any]) -> None:
         """Keep the frames, uint8 [T, H, W, 3], of the last clip of those that are `made`. Raises SwanError."""
@@ -78,6 +103,8 @@ def read_unfinished(folder: str | Path) -> tuple[dict[str, Any], Made]:
     from wan.conditioning.film import Made
 
     folder, name = Path(folder), printable(folder)
+    if not folder.name.endswith(f".mp4{SUFFIX}"):
+        raise UsageError(f"--resume: {name} must be the folder of a film that is not finished: NAME.mp4{SUFFIX}")
     if not (folder / _STATE).is_file():
         raise UsageError(f"--resume: {name} is no folder of a film that is not finished (NAME.mp4{SUFFIX})")
     try:
@@ -90,9 +117,14 @@ def read_unfinished(folder: str | Path) -> tuple[dict[str, Any], Made]:
             raise ValueError("its settings are not what Swan writes there")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SwanError(f"--resume: {name} is damaged: {one_line(error)}") from error
+    found = 0
     for at in range(clips):
-        if not os.path.isfile(folder / f"clip-{at + 1:04}.mp4"):
-            raise SwanError(f"--resume: {name} is damaged: clip-{at + 1:04}.mp4 is gone")
+        clip = folder / f"clip-{at + 1:04}.mp4"
+        if not clip.is_file():
+            raise SwanError(f"--resume: {name} is damaged: {clip.name} is gone")
+        found += len(open_video(clip))
+    if found != frames:
+        raise SwanError(f"--resume: {name} is damaged: its clips have {found} frames, and {frames} were made")
     return settings, Made(clips, frames, tuple(sha256), state)
 
 

@@ -127,8 +127,9 @@ REFUSED = {
     ("--src_pose", "pose.mp4", "--size", "big"): "--size must be WIDTH*HEIGHT in pixels, such as 1280*720, not 'big'",
     ("--src_pose", "pose.mp4", "--size", "8*8"): "an image of 160x90 has no size of at most 64 pixels",
     ("--src_pose", "pose.mp4", "--fps", "0"): "--fps must be a number from 1 to 240, not 0",
+    ("--src_pose", "pose.mp4", "--dilate", "2"): "--dilate widens a mask: give --src_mask with it",
+    ("--src_mask", "mask.avi", "--dilate", "-1"): "--dilate must be a whole number from 0 to 100",
     ("--src_pose", "pose.mp4", "--fps", "nan"): "--fps must be a number from 1 to 240, not nan",
-    ("--src_pose", "pose.mp4", "--dilate", "-1"): "--dilate must be a whole number from 0 to 100",
     (
         "--src_pose",
         "pose.mp4",

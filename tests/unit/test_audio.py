@@ -1,5 +1,8 @@
 """Sound in: any format and rate becomes one channel at 16 kHz, and what cannot be read is told in one line."""
 
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 import torch
@@ -165,3 +168,22 @@ def test_another_encoder_is_refused():
 
     with pytest.raises(SwanError, match="not a wav2vec2 encoder, it has no .*; the file looks like a CLIP"):
         load_audio_encoder(DictSource(clip_state()))
+
+
+def test_sound_that_begins_later_than_the_picture(tmp_path):
+    """The silence before it counts: what is heard is then in step with the picture."""
+    path = tmp_path / "late.mkv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=10)
+        sound = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        video.width = video.height = 32
+        video.pix_fmt = "yuv420p"
+        for at in range(20):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = at, Fraction(1, 10)
+            container.mux(video.encode(frame))
+        wave = av.AudioFrame.from_ndarray((tone(RATE, 0.5) * 30000).astype(np.int16), "s16", "mono")
+        wave.sample_rate, wave.time_base, wave.pts = RATE, Fraction(1, RATE), RATE
+        container.mux([*sound.encode(wave), *sound.encode(None), *video.encode(None)])
+    heard = open_audio(path).read()
+    assert abs(len(heard) / RATE - 1.5) < 0.02 and abs(np.flatnonzero(np.abs(heard) > 0.1)[0] / RATE - 1) < 0.02

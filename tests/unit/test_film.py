@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from wan import Engine, media
 from wan.cli import main
-from wan.conditioning.film import Film
-from wan.errors import UsageError
+from wan.conditioning.film import Film, Made
+from wan.errors import SwanError, UsageError
 from wan.tasks.kind import Kind
 from wan.tasks.kinds import KINDS
+from wan.unfinished import Unfinished
 
 PROMPT = "a red circle moving right on a black background"
 QUICK = {"prompt": PROMPT, "seed": 3, "frame_num": 5, "sample_steps": 2, "size": "32*32"}
@@ -140,7 +142,10 @@ def test_bad_folders(kind, tmp_path, capsys):
     main([*FLAGS, "--save_file", str(tmp_path / "a.mp4"), "--quiet"])
     folder = tmp_path / "a.mp4.unfinished"
     for argv, code, line in [
-        (["--resume", str(tmp_path)], 2, "is no folder of a film that is not finished"),
+        (["--resume", str(tmp_path)], 2, "must be the folder of a film that is not finished: NAME.mp4.unfinished"),
+        (["--resume", str(tmp_path / "b.mp4.unfinished")], 2, "is no folder of a film that is not finished"),
+        (["--resume", str(folder), "--save_file", "c.mp4"], 2, "--save_file cannot be given with it"),
+        (["--resume", str(folder), "--replay", "c.mp4"], 2, "--resume and --replay contradict each other"),
         (["--resume", str(folder), "--seed", "4"], 2, "--seed cannot be given with it"),
     ]:
         capsys.readouterr()
@@ -149,6 +154,48 @@ def test_bad_folders(kind, tmp_path, capsys):
     assert main(["--resume", str(folder)]) == 1 and "clip-0002.mp4 is gone" in capsys.readouterr().err
     (folder / "state.safetensors").write_bytes(b"1234")
     assert main(["--resume", str(folder)]) == 1 and "is damaged" in capsys.readouterr().err
+
+
+def test_a_film_whose_clips_are_all_made_is_only_joined(kind, tmp_path, capsys, monkeypatch):
+    file, real = tmp_path / "new\nline" / "a.mp4", media.join_videos
+    file.parent.mkdir()
+
+    def no_space(*_):
+        raise SwanError("cannot write: no space")
+
+    with monkeypatch.context() as full:
+        full.setattr(media, "join_videos", no_space)
+        assert main([*FLAGS, "--save_file", str(file), "--quiet"]) == 1
+    assert "4 clips are kept" in capsys.readouterr().err and media.join_videos is real
+    (file.parent / "a.mp4.unfinished/notes.txt").write_text("mine")
+    assert main(["--resume", f"{file}.unfinished", "--quiet"]) == 0
+    assert len(frames_of(file)[0]) == 16
+    assert [path.name for path in (file.parent / "a.mp4.unfinished").iterdir()] == ["notes.txt"]  # what is not ours
+
+
+def test_what_was_left_before_the_first_clip_is_taken_over(kind, tmp_path):
+    folder = tmp_path / "a.mp4.unfinished"
+    folder.mkdir()
+    (folder / "clip-0001.mp4").write_bytes(b"half")
+    assert main([*FLAGS, "--save_file", str(tmp_path / "a.mp4"), "--quiet"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_two_runs_do_not_share_a_folder(kind, tmp_path, capsys):
+    first = Unfinished(tmp_path / "a.mp4")
+    first.begin()
+    assert main([*FLAGS, "--save_file", str(tmp_path / "a.mp4"), "--quiet"]) == 2
+    assert "belongs to a run that is at work" in capsys.readouterr().err and first.folder.is_dir()
+    first.let_go()
+    assert main([*FLAGS, "--save_file", str(tmp_path / "a.mp4"), "--quiet"]) == 0
+
+
+def test_a_state_that_does_not_fit_is_refused(kind, tmp_path, capsys):
+    film = Chain(SimpleNamespace(seed=1, trim_first_frames=0), None, clips=2)
+    for made in (Made(3, 3, (), {}), Made(1, 1, (), {"last": torch.zeros(3)})):
+        film.state = {"last": torch.zeros(3, 1, 8, 8)}
+        with pytest.raises(SwanError, match="does not fit it"):
+            film.go_on(made)
 
 
 def test_sound_is_as_long_as_the_picture(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.source import noised
+from wan.errors import SwanError
 
 
 class Made(NamedTuple):
@@ -45,8 +46,15 @@ class Film:
         self.sample, self.make_condition, self.clips, self.make_source = sample, make_condition, clips, make_source
         self.state: dict[str, Tensor] = {}  # on the CPU; enough to go on with the next clip in another process
 
-    def hear(self, encoder: Callable[..., Tensor]) -> Tensor:
-        """What the audio encoder makes of the audio, [layers, D, frames]. encoder: see `wan.models.audio`."""
+    def go_on(self, made: Made) -> None:
+        """Begin behind the clips that there are. Raises SwanError for what is not of this film."""
+        shapes, wanted = ({name: one.shape for name, one in state.items()} for state in (made.state, self.state))
+        if made.clips > self.clips or (wanted and shapes != wanted):
+            raise SwanError("what there is of the film does not fit it: its inputs have changed, or it is damaged")
+        self.state = dict(made.state)
+
+    def hear(self, encoder: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        """What the encoder of `wan.models.audio` makes of the audio, [layers, D, frames] on the CPU."""
         raise NotImplementedError
 
     def condition(self, clip: int, encode: Encode) -> Condition:

@@ -81,8 +81,8 @@ class S2VFilm(Film):
         self.state = {"motion": motion}
         self._given: dict[str, Tensor] = {}  # latents of what this process has encoded
 
-    def hear(self, encoder: Callable[..., Tensor]) -> Tensor:
-        return encoder(self.samples(), self.fps, self.clips * self.sample.infer_frames)
+    def hear(self, encoder: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        return encoder(self.samples(), self.fps, self.clips * self.sample.infer_frames, dtype)
 
     def condition(self, clip: int, encode: Encode) -> S2VCondition:
         given = self._given

@@ -36,23 +36,27 @@ class AudioEncoder(nn.Module):
         self.model = model.eval()
 
     @torch.no_grad()
-    def forward(self, samples: Tensor, fps: float, most: int | None = None) -> Tensor:
+    def forward(
+        self, samples: Tensor, fps: float, most: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """[S] mono at 16 kHz -> [N + 1, D, frames] of a video of `fps` as long as the audio, on the CPU.
 
-        most: so many frames are enough
+        most: so many frames are enough; dtype: of the result, which is all that is as long as the audio
         """
         samples, steps = normalised(samples), steps_of(len(samples))
         heard = features_of(steps)
         # Features are made at 30 a second, of which each frame takes the nearest.
         at = torch.from_numpy(frame_indices(heard, fps)[:most]) * ((steps - 1) / max(heard - 1, 1))
-        parts = []
+        config = self.model.config
+        features = torch.empty(config.num_hidden_layers + 1, config.hidden_size, len(at), dtype=dtype)
         for start in range(0, math.floor(at[-1]) + 1, WINDOW_STEPS):
             stop = min(start + WINDOW_STEPS, steps)
             first, last = max(0, start - MARGIN_STEPS), min(stop + MARGIN_STEPS, steps)
             states_NTD = self.hidden_states(samples[first * _HOP :][: samples_of(last - first)])
-            here = at[(at >= start) & (at < stop)] - first
-            parts.append(_between(states_NTD, here.to(states_NTD.device)).cpu())
-        return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
+            here = (at >= start) & (at < stop)
+            found = _between(states_NTD, (at[here] - first).to(states_NTD.device))
+            features[..., here] = found.transpose(1, 2).to("cpu", dtype)
+        return features
 
     def hidden_states(self, samples: Tensor) -> Tensor:
         """[S], normalised -> [N + 1, T, D]: what enters the first layer, and what leaves each; the last one normed."""

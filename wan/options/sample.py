@@ -52,7 +52,9 @@ def _context_scale(at: Asked, given: Any) -> float | None:
 
 
 def _prompts(at: Asked, given: Any) -> tuple[str, ...]:
-    inputs_of(at)  # refuses them for other kinds of tasks
+    clips = input_of(at, "num_clip")  # refuses them for other kinds of tasks
+    if given and clips and len(given) > clips:
+        at.warnings.append(f"--prompts has {len(given)} prompts, and the film {clips} clips: the last are not used")
     return tuple(given or ())
 
 

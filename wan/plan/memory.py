@@ -36,6 +36,7 @@ from wan.plan.weights import (
 from wan.solvers import solver_of
 from wan.tasks.kind import Kind
 from wan.tasks.kinds import kind_of
+from wan.weights.infer import AUDIO_LAYERS
 
 TOKENIZER_BYTES = 2500  # for each entry of the vocabulary; measured: 650 MB for 256,384 random pieces of some 15 bytes
 GPU_SLACK = 1.05  # fragments and workspaces of libraries over what tensors need on a GPU; assumed
@@ -127,6 +128,15 @@ class Workload:
     def loras(self) -> dict[str, int]:
         return lora_bytes(self.request)
 
+    @property
+    def audio_bytes(self) -> int:
+        """What the audio encoder makes of the audio, for all clips."""
+        sample = self.request.sample
+        if "wav2vec" not in self.components:
+            return 0
+        frames = self.clips * sample.infer_frames
+        return AUDIO_LAYERS * self.spec.dit.audio_dim * frames * DTYPES[self.request.load.dtype].itemsize
+
     def lora_bytes(self, expert: str) -> int:
         return self.loras.get("lora", 0) + self.loras.get(f"lora_{expert}", 0)
 
@@ -217,6 +227,7 @@ def memory_by_stage(load: Workload, device: str, placement, is_first: bool = Tru
     again = [stage for stage in load.stages if stage not in ("encode_text", "encode_audio")]
     for stage in load.stages + (again if load.clips > 1 else []):  # later clips find the first one's models
         keeps, working, loading = held.stage(stage)
+        keeps = {**keeps, "ram": keeps["ram"] + (load.audio_bytes if stage != "encode_text" else 0)}
         if on_cpu:
             sizes = {"ram": PROCESS_BYTES + keeps["device"] + keeps["ram"] + max(working, loading)}
         else:

@@ -228,10 +228,8 @@ class _NotWritten(Source):
     """A GGUF file of a model as it would be written."""
 
     def __init__(self, model: nn.Module, gguf_type: str):
-        names = dict.fromkeys(name for name, _ in model.named_parameters())
-        super().__init__(
-            [], {name: TensorInfo(tuple(model.get_parameter(name).shape), DTYPES["bf16"]) for name in names}
-        )
+        stored = {name: TensorInfo(tuple(one.shape), DTYPES["bf16"]) for name, one in model.state_dict().items()}
+        super().__init__([], stored)
         planned = plan_tensors(self, RECIPES[gguf_type])
         self._types = {one.source_name: one.type for one in planned if one.type.torch_name is None}
 
