@@ -43,7 +43,7 @@ class AudioEncoder(nn.Module):
 
         most: so many frames are enough; dtype: of the result, which is all that is as long as the audio
         """
-        samples, steps = normalised(samples), steps_of(len(samples))
+        steps, (mean, deviation) = steps_of(len(samples)), loudness(samples)
         heard = features_of(steps)
         # Features are made at 30 a second, of which each frame takes the nearest.
         at = torch.from_numpy(frame_indices(heard, fps)[:most]) * ((steps - 1) / max(heard - 1, 1))
@@ -52,7 +52,8 @@ class AudioEncoder(nn.Module):
         for start in range(0, math.floor(at[-1]) + 1, WINDOW_STEPS):
             stop = min(start + WINDOW_STEPS, steps)
             first, last = max(0, start - MARGIN_STEPS), min(stop + MARGIN_STEPS, steps)
-            states_NTD = self.hidden_states(samples[first * _HOP :][: samples_of(last - first)])
+            window = samples[first * _HOP :][: samples_of(last - first)]
+            states_NTD = self.hidden_states((window - mean) / deviation)
             here = (at >= start) & (at < stop)
             found = _between(states_NTD, (at[here] - first).to(states_NTD.device))
             features[..., here] = found.transpose(1, 2).to("cpu", dtype)
@@ -81,9 +82,9 @@ def samples_of(steps: int) -> int:
     return (steps - 1) * _HOP + _SEEN
 
 
-def normalised(samples: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all of it."""
-    return (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
+def loudness(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all samples, which the encoder wants to be 0 and 1."""
+    return samples.mean(), torch.sqrt(samples.var(correction=0) + 1e-7)
 
 
 def frame_indices(heard: int, fps: float) -> np.ndarray:

@@ -17,13 +17,14 @@ def matches(case: Case) -> bool:
 
 
 def run(case: Case) -> list[Check]:
-    from wan.models.audio import load_audio_encoder, normalised
+    from wan.models.audio import load_audio_encoder, loudness
 
     heads, expected = case.config["num_attention_heads"], case.group("outputs")
     encoder, checks = load_audio_encoder(MemorySource(case.group("weights")), num_heads=heads), []
     for tag in case.tags("inputs/waveform_"):
         samples = case.tensors[f"inputs/waveform_{tag}"]
-        values, heard = normalised(samples), features_of(steps_of(len(samples)))
+        (mean, deviation), heard = loudness(samples), features_of(steps_of(len(samples)))
+        values = (samples - mean) / deviation
         found = {
             f"input_values_head_{tag}": values[:64],
             f"hidden_states_{tag}": encoder.hidden_states(values),
