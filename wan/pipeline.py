@@ -232,7 +232,7 @@ class WanPipeline:
 
         film = kind_of(self.spec).film(self.spec, request.sample)
         if made.clips:
-            film.go_on(made)
+            film.resume(made)
         parts = []
         frames = np.empty((0, request.sample.height, request.sample.width, 3), np.uint8)
         for clip, latents in self._sample(request, film, seconds, report, on_clean, made.clips):

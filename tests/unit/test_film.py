@@ -195,7 +195,7 @@ def test_a_state_that_does_not_fit_is_refused(kind, tmp_path, capsys):
     for made in (Made(3, 3, (), {}), Made(1, 1, (), {"last": torch.zeros(3)})):
         film.state = {"last": torch.zeros(3, 1, 8, 8)}
         with pytest.raises(SwanError, match="does not fit it"):
-            film.go_on(made)
+            film.resume(made)
 
 
 def test_sound_is_as_long_as_the_picture(tmp_path):

@@ -46,7 +46,7 @@ class Film:
         self.sample, self.make_condition, self.clips, self.make_source = sample, make_condition, clips, make_source
         self.state: dict[str, Tensor] = {}  # on the CPU; enough to go on with the next clip in another process
 
-    def go_on(self, made: Made) -> None:
+    def resume(self, made: Made) -> None:
         """Begin behind the clips that there are. Raises SwanError for what is not of this film."""
         shapes, wanted = ({name: one.shape for name, one in state.items()} for state in (made.state, self.state))
         if made.clips > self.clips or (wanted and shapes != wanted):
