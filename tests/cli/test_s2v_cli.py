@@ -104,6 +104,39 @@ def test_a_film_that_ended_early_is_gone_on_with(inputs, tmp_path, monkeypatch, 
     assert whole["sha256"] == rest["sha256"] and whole["frames"] == rest["frames"] == 21
 
 
+def test_inputs_that_have_moved_may_be_given_again(inputs, tmp_path, monkeypatch, capsys):
+    face, speech = tmp_path / "face.png", tmp_path / "speech.wav"
+    face.write_bytes((inputs / "face.png").read_bytes())
+    speech.write_bytes((inputs / "speech.wav").read_bytes())
+    given = ("--image", face, "--audio", speech)
+    assert run(inputs, tmp_path / "whole.mp4", *given) == 0
+    with monkeypatch.context() as ended:
+        ended.setattr(S2VFilm, "latents", fails_at(1, S2VFilm.latents))
+        assert run(inputs, tmp_path / "a.mp4", *given) == 1
+    moved = [path.rename(tmp_path / f"moved-{path.name}") for path in (face, speech)]
+    resume = ["--resume", str(tmp_path / "a.mp4.unfinished"), "--quiet"]
+    assert main(resume) == 2 and "face.png" in capsys.readouterr().err
+    assert main([*resume, "--image", str(moved[0]), "--audio", str(moved[1])]) == 0
+    assert list(_frames(tmp_path / "a.mp4"))[-1].tolist() == list(_frames(tmp_path / "whole.mp4"))[-1].tolist()
+
+
+def fails_at(clip, real):
+    def latents(film, at, made):
+        if at == clip:
+            raise RuntimeError("out of luck")
+        return real(film, at, made)
+
+    return latents
+
+
+def test_prompts_that_are_too_many_are_told(inputs, tmp_path, capsys):
+    (tmp_path / "acts.txt").write_text("one\ntwo\nthree\n")
+    flags = ["--task", "s2v-14B", "--ckpt_dir", str(inputs), "--image", str(inputs / "face.png")]
+    flags += ["--audio", str(inputs / "speech.wav"), "--num_clip", "2", "--infer_frames", "8", "--dry_run"]
+    assert main([*flags, "--prompts", str(tmp_path / "acts.txt"), "--size", "64*64"]) == 0
+    assert "--prompts has 3 prompts, and the film 2 clips" in capsys.readouterr().err
+
+
 def test_each_clip_has_its_prompt(inputs, tmp_path):
     (tmp_path / "acts.txt").write_text("she speaks\nshe laughs\n")
     assert run(inputs, tmp_path / "a.mp4") == 0

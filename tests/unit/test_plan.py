@@ -28,6 +28,7 @@ from wan.plan import (
 )
 from wan.plan.runs import build, decoding, denoising_bytes
 from wan.plan.transfers import exposed_seconds
+from wan.plan.weights import Component, Reading, Sizes, as_gguf, count_parameters
 from wan.tasks import load_task
 
 # TFLOP of one forward: latent, linear, self-attention, cross-attention, total
@@ -651,3 +652,10 @@ def test_the_rate_of_the_disk_is_always_assumed(tmp_path, monkeypatch):
     measured = replace(CPU, is_measured=True)
     plan = plan_of(tmp_path, monkeypatch, measured, task="t2v-14B", size="832*480", offload="block", resident_blocks=0)
     assert not plan["transfers"]["is_measured"] and "(rates assumed)" in "\n".join(start_lines(plan))
+
+
+@pytest.mark.parametrize("task", ["s2v-14B", "animate-14B", "vace-14B"])
+def test_a_gguf_file_that_is_not_there_yet_has_all_that_the_model_has(task):
+    bf16 = 2 * count_parameters(load_task(task), "dit")
+    made = Component("model", "dit", load_task(task).dit, (), Sizes(bf16), None, Reading(0, 0, 0))
+    assert 0.5 < as_gguf(made, "Q8_0", "bf16").packed.total / bf16 < 0.65
