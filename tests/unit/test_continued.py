@@ -107,6 +107,8 @@ BAD = [
     ("ti2v-5B", {"continue_from": "clip", "frame_num": 13, "overlap": 9}, "--overlap 9: --continue_from has 7 frames"),
     ("ti2v-5B", {"overlap": 5}, "--overlap is for --continue_from"),
     ("i2v-A14B", {"continue_from": "clip", "image": "clip"}, "--continue_from makes a film that goes on, and --image"),
+    ("i2v-A14B", {"continue_from": "clip", "last_frame": "clip"}, "--continue_from makes .* and --last_frame"),
+    ("vace-1.3B", {"continue_from": "clip", "last_frame": "clip"}, "--continue_from makes .* and --last_frame"),
     ("vace-1.3B", {"continue_from": "clip", "src_video": "clip"}, "--continue_from makes a film .* and --src_video"),
     ("ti2v-5B", {"prompts": ACTS, "prompt": None, "video": "clip"}, "--prompts makes a film that goes on, and --video"),
     ("i2v-A14B", {"prompts": ACTS, "prompt": None}, "needs --image FILE"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan import Engine
@@ -39,6 +40,15 @@ def test_shape_and_steps(video):
     assert steps == {0.01: 19, 0.5: 10, 1: 0}
     plain = request().sample
     assert plain.strength is None and plain.first_step == 0
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path):
+    Image.new("RGB", (96, 64), "teal").save(tmp_path / "a.png")
+    for task in ("t2v-tiny", "i2v-tiny"):
+        assert request(str(tmp_path / "a.png"), task, save_file=str(tmp_path / "b.png")).sample.frame_num == 1
+    engine = Engine(task="t2v-tiny", device="cpu")
+    made = engine.generate(prompt=PROMPT, video=str(tmp_path / "a.png"), sample_steps=2, seed=1)
+    assert made.frames.shape[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class Image(Kind):
     overlap = 1
 
     def read(self, spec: EasyDict, get: Mapping[str, Any]) -> dict[str, Any]:
+        read = super().read(spec, get)  # which also refuses what does not go together
         inputs = {"image": None if get["continue_from"] else first_image(spec, get), "last_frame": get["last_frame"]}
         if not get["continue_from"] and not all(inputs[name] for name in self.needed):
             raise UsageError(f"{spec.name} needs {' and '.join(f'--{name} FILE' for name in self.needed)}")
@@ -36,7 +37,7 @@ class Image(Kind):
                 cover_size(height, width, last_height, last_width)
             except UsageError as error:
                 raise UsageError(f"--last_frame: {error}") from error
-        return inputs | super().read(spec, get)
+        return inputs | read
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """The aspect ratio is the image's, of what is asked only the area counts."""

@@ -76,7 +76,7 @@ class Kind:
 
     def frames_of(self, spec: EasyDict, video: VideoFile, most: int) -> int:
         """How many frames, 4n + 1 and at most so many, are made of a video that is shown at its own speed."""
-        return min(most, (round(video.end * spec.sampling.fps) - 1) // 4 * 4 + 1)
+        return min(most, max(round(video.end * spec.sampling.fps) - 1, 0) // 4 * 4 + 1)
 
     def film_frames(self, inputs: Mapping[str, Any]) -> int | None:
         """Frames of a video that is made in clips; None where it is one."""
