@@ -29,7 +29,7 @@ import torch
 from benchmarks.common import machine, report, timed
 from benchmarks.loading import anonymous_bytes, peak_anonymous, write
 from wan.command import Parser, run_command
-from wan.experts import load_expert
+from wan.memory.experts import load_expert
 from wan.models.dit import WanModel
 from wan.options import check_device
 from wan.plan import resident_indices

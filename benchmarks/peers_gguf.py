@@ -36,9 +36,9 @@ from wan.errors import SwanError, UsageError
 from wan.quant.blocks import dequantize_blocks
 from wan.quant.dequantize import dequantize
 from wan.quant.ggml import BY_NAME, GGMLType, random_blocks
-from wan.weights.export import ALIGNMENT, Planned, make_metadata, plan_tensors, write_header
-from wan.weights.recipes import RECIPES
 from wan.weights.source import Source, TensorInfo, open_source
+from wan.weights.write.export import ALIGNMENT, Planned, make_metadata, plan_tensors, write_header
+from wan.weights.write.recipes import RECIPES
 
 SIDES = ("ours", "diffusers", "ours_bf16")
 SIZES = ((3, 32, 32), (9, 30, 52))  # of the latent: 768 and 3,510 tokens

@@ -35,10 +35,10 @@ from wan.engine import Engine
 from wan.errors import UsageError
 from wan.options import Request
 from wan.tasks import load_task
-from wan.weights.export import export_gguf, plan_tensors
-from wan.weights.folder import Form, export_folder
-from wan.weights.recipes import RECIPES
 from wan.weights.source import Source, open_source
+from wan.weights.write.export import export_gguf, plan_tensors
+from wan.weights.write.folder import Form, export_folder
+from wan.weights.write.recipes import RECIPES
 
 SCHEMES = {
     "fp8": Form("fp8", torch.float32),

@@ -29,8 +29,8 @@ from wan.command import Parser, run_command
 from wan.engine import Engine
 from wan.options import Request
 from wan.tasks import embedded_checkpoint, load_task
-from wan.weights.export import export_gguf
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 I2V = "i2v-tiny"
 PRESET = "distill-4step"

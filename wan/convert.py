@@ -23,11 +23,11 @@ from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError
 from wan.tasks import load_task, task_names
 from wan.weights.locate import CheckpointFiles, locate
-from wan.weights.recipes import RECIPES
 from wan.weights.source import Source, open_source, weight_files
+from wan.weights.write.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from wan.weights.export import Value
+    from wan.weights.write.export import Value
 
 COMPONENTS = ("dit", "high", "low", "t5")
 _NOWHERE = "--checkpoint-dir: no such file or folder: {} (a model of the hub: download it first)"
@@ -128,7 +128,7 @@ def _to_gguf(args: argparse.Namespace, signals: Signals) -> dict[str, Any]:
         if output.exists() and path.samefile(output):
             raise UsageError(f"--output {output} is the input")
 
-    from wan.weights import export
+    from wan.weights.write import export
 
     held = export.component_of(source)
     if args.component and held != ("t5" if args.component == "t5" else "dit"):
@@ -158,7 +158,7 @@ def _to_folder(args: argparse.Namespace, to: str, signals: Signals) -> dict[str,
 
     import torch
 
-    from wan.weights.folder import Form, export_folder, make_config, vae_version
+    from wan.weights.write.folder import Form, export_folder, make_config, vae_version
 
     bits = (args.bits or 4) if args.quantize else 0
     form = Form(to, getattr(torch, args.dtype or "bfloat16"), bits, args.group_size or 64)
@@ -189,7 +189,7 @@ def find_parts(checkpoint: Path) -> dict[str, list[Path]]:
     Raises UsageError where there is no such path, SwanError where it has no transformer.
     """
     if checkpoint.is_file():
-        from wan.weights.export import component_of
+        from wan.weights.write.export import component_of
 
         return {component_of(open_source(checkpoint)): [checkpoint]}
     if not checkpoint.is_dir():
@@ -332,7 +332,7 @@ def tokenizer_metadata(path: Path, vocab: int, quiet: bool = False) -> dict[str,
 
 def _warn(source: Source, type_name: str) -> None:
     from wan.quant.schemes import Scheme
-    from wan.weights.export import plan_tensors, quantised_before
+    from wan.weights.write.export import plan_tensors, quantised_before
 
     planned = plan_tensors(source, RECIPES[type_name])
     kinds = [source.block_type(one.source_name) for one in planned if one.type.torch_dtype is None]

@@ -29,8 +29,8 @@ from wan.conditioning.sizes import latent_shape
 from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
-from wan.experts import Check, Experts, load_expert, read_ahead
 from wan.file_checks import check_files, open_loras
+from wan.memory.experts import Check, Experts, load_expert, read_ahead
 from wan.models.attention import check_attention
 from wan.models.audio import load_audio_encoder
 from wan.models.dit import WanModel

@@ -9,8 +9,8 @@ from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan import cli
 from wan.compat.run_gguf_t2v import main
 from wan.media import read_settings
-from wan.weights.export import export_gguf
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 TINY = Path(__file__).resolve().parents[2] / "wan" / "assets" / "tiny"
 PROMPT = "a red circle moving right on a black background"

@@ -22,8 +22,8 @@ from tests.unit.weight_helpers import DictSource
 from wan.convert import find_parts, find_weights, main, tokenizer_metadata
 from wan.errors import SwanError, UsageError
 from wan.files import atomic
-from wan.weights.export import export_gguf
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 REPO = Path(__file__).parents[2]
 

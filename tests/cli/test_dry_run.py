@@ -11,9 +11,9 @@ from tests.unit.weight_helpers import dit_shapes, sparse
 from wan.cli import main
 from wan.options import build_request
 from wan.tasks import embedded_checkpoint, load_task
-from wan.weights.export import export_gguf
 from wan.weights.locate import locate
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 SPEC = load_task("t2v-tiny")
 

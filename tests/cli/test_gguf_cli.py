@@ -13,8 +13,8 @@ from wan import cli
 from wan.cli import main
 from wan.convert import main as convert
 from wan.tasks import load_task
-from wan.weights.export import data_bytes, export_gguf, plan_tensors, write_header
-from wan.weights.recipes import RECIPES
+from wan.weights.write.export import data_bytes, export_gguf, plan_tensors, write_header
+from wan.weights.write.recipes import RECIPES
 
 TINY = load_task("t2v-tiny")
 

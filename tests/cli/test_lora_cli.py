@@ -15,8 +15,8 @@ from wan.options import build_request
 from wan.options.replay import replay_options
 from wan.pipeline import WanPipeline
 from wan.tasks import embedded_checkpoint, load_task
-from wan.weights.export import export_gguf
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 QUICK = ("--sample_steps", 2, "--frame_num", 1, "--seed", 0)
 

@@ -12,10 +12,10 @@ from wan.errors import UsageError
 from wan.options import build_request
 from wan.pipeline import WanPipeline
 from wan.tasks import embedded_checkpoint, load_task
-from wan.weights.export import export_gguf
-from wan.weights.folder import Form, export_folder
 from wan.weights.locate import locate
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
+from wan.weights.write.folder import Form, export_folder
 
 QUICK = ("--sample_steps", "4", "--frame_num", "5", "--seed", "1", "--device", "cpu")
 WAYS = {

@@ -10,7 +10,7 @@ from tests.dist.processes import run
 from wan.pipeline import WanPipeline
 from wan.options import build_request
 from wan.tasks import load_task
-from wan.weights.export import export_gguf
+from wan.weights.write.export import export_gguf
 from wan.weights.source import open_source
 
 pytestmark = pytest.mark.dist

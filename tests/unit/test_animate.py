@@ -20,12 +20,12 @@ from wan.conditioning.letterbox import letterbox
 from wan.conditioning.sizes import clip_count, ping_pong
 from wan.denoise import denoise
 from wan.errors import SwanError, UsageError
-from wan.experts import load_expert
+from wan.memory.experts import load_expert
+from wan.memory.offload import Streamed
 from wan.models.attention import get_attention
 from wan.models.dit import WanModel
 from wan.models.dit.adapters.animate import Face
 from wan.models.dit.sequence import Group, Sequence
-from wan.offload import Streamed
 from wan.options import build_request
 from wan.options.replay import replay_options
 from wan.pipeline import WanPipeline
@@ -34,11 +34,11 @@ from wan.plan.machine import Machine
 from wan.quant.linear import QuantLinear
 from wan.solvers import make_solver
 from wan.video import open_video
-from wan.weights.export import export_gguf
-from wan.weights.folder import Form, export_folder
 from wan.weights.infer import check_dit, infer_dit_config
 from wan.weights.lora import open_lora, weight_shapes
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
+from wan.weights.write.folder import Form, export_folder
 
 SPEC = small_spec()
 SPEC.dit.update(dim=64, ffn_dim=96)

@@ -9,8 +9,8 @@ from PIL import Image
 from benchmarks import tiny_world, tiny_world_gguf
 from wan.quant.dequantize import dequantize
 from wan.quant.ggml import BY_NAME
-from wan.weights.export import Planned
-from wan.weights.gguf import GGUFSource
+from wan.weights.containers.gguf import GGUFSource
+from wan.weights.write.export import Planned
 
 ROW_KEYS = {"type", "bytes", "bytes_per_weight", "in_blocks", "tensors", "same_weights_as"}
 ROW_KEYS |= {"load_seconds", "seconds_per_clip", "peak_bytes", "psnr_db", "psnr_db_least"}

@@ -11,8 +11,8 @@ from wan.cli import main
 from wan.engine import Engine
 from wan.errors import SwanError
 from wan.tasks import embedded_checkpoint, load_task
-from wan.weights import gguf, pth, safetensors_file
 from wan.weights.checkpoint import Checkpoint
+from wan.weights.containers import gguf, pth, safetensors_file
 
 SPEC = load_task("t2v-tiny")
 TINY = embedded_checkpoint(SPEC)

@@ -22,9 +22,9 @@ from wan.errors import SwanError, UsageError
 from wan.options import build_request
 from wan.pipeline import WanPipeline
 from wan.tasks import load_task
-from wan.weights.export import export_gguf
 from wan.weights.names import official_names
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 REPO = Path(__file__).resolve().parents[2]
 TINY = REPO / "wan" / "assets" / "tiny"

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 from benchmarks.common import in_fresh_process
 from benchmarks.loading import anonymous_bytes, peak_anonymous
-from wan import experts as experts_module
 from wan import pipeline
 from wan.errors import SwanError
-from wan.experts import Experts, load_expert, read_ahead
+from wan.memory import experts as experts_module
+from wan.memory.experts import Experts, load_expert, read_ahead
+from wan.memory.offload import Cpu
 from wan.models.dit import WanModel
-from wan.offload import Cpu
 from wan.options import build_request
 from wan.pipeline import WanPipeline
 from wan.quant.scratch import return_freed_memory

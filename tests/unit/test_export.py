@@ -17,11 +17,11 @@ from wan.errors import SwanError
 from wan.models.vae import WanVAE
 from wan.quant.ggml import BY_NAME
 from wan.quant.quantize import quantize
-from wan.weights import export
-from wan.weights.export import export_gguf, make_metadata, plan_tensors, write_header
 from wan.weights.names import official_names
-from wan.weights.recipes import RECIPES
 from wan.weights.source import open_source
+from wan.weights.write import export
+from wan.weights.write.export import export_gguf, make_metadata, plan_tensors, write_header
+from wan.weights.write.recipes import RECIPES
 
 # Root of the mean squared error over the standard deviation of normal weights, rounded up.
 ERROR = {"F32": 0, "F16": 3e-4, "BF16": 3e-3, "Q8_0": 6e-3, "Q6_K": 0.02, "Q5_K": 0.04, "Q5_1": 0.04, "Q5_0": 0.045}

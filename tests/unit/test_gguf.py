@@ -28,7 +28,7 @@ from wan.errors import SwanError
 from wan.models.dit import WanModel
 from wan.quant.ggml import BY_ID, BY_NAME, has_bad_scales
 from wan.weights.assign import load_weights
-from wan.weights.gguf_header import GGUFArray
+from wan.weights.containers.gguf_header import GGUFArray
 from wan.weights.source import open_source
 
 
@@ -63,8 +63,8 @@ def mixed():
 
 @pytest.mark.parametrize("readers, piece_bytes", [(1, 8 << 20), (3, 400)])
 def test_every_type_as_the_gguf_package_reads_it(tmp_path, monkeypatch, readers, piece_bytes):
-    monkeypatch.setattr("wan.weights.gguf._READERS", readers)
-    monkeypatch.setattr("wan.weights.gguf._PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("wan.weights.containers.gguf._READERS", readers)
+    monkeypatch.setattr("wan.weights.containers.gguf._PIECE_BYTES", piece_bytes)
     path = write_gguf(tmp_path / "x.gguf", mixed())
     source, theirs = open_source(path), oracle(path)
     assert source.keys() == list(theirs)
@@ -177,7 +177,7 @@ def test_a_file_that_changes_while_it_is_open(tmp_path, change, match):
 def test_a_file_cut_during_a_read(tmp_path, monkeypatch):
     """The cut comes after the check."""
     path = write_gguf(tmp_path / "x.gguf", {"a": np.zeros(1000, dtype=np.float32)})
-    monkeypatch.setattr("wan.weights.opened.state", lambda file: (size, 0, 0, 0))
+    monkeypatch.setattr("wan.weights.containers.opened.state", lambda file: (size, 0, 0, 0))
     size = path.stat().st_size
     source = open_source(path)
     os.truncate(path, size - 100)
@@ -417,7 +417,7 @@ def test_a_download_that_stopped_anywhere(tmp_path):
 
 
 def test_a_header_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("wan.weights.gguf_header._MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr("wan.weights.containers.gguf_header._MAX_HEADER_BYTES", 100)
     path = tmp_path / "x.gguf"
     path.write_bytes(raw_gguf([A], [string("x", "y" * 200)], DATA))
     refused(path, "a header has at most 100")

@@ -20,8 +20,8 @@ from torch import nn
 from tests.unit.gguf_helpers import tiny_dit, tiny_t5
 from wan.errors import SwanError
 from wan.models.dit import WanModel
-from wan.weights import gguf as reader
 from wan.weights.assign import load_weights
+from wan.weights.containers import gguf as reader
 from wan.weights.names import official_names
 from wan.weights.source import open_source
 

@@ -16,9 +16,9 @@ from wan.models.dit import CLIP_TOKENS, WanModel
 from wan.models.encoders import load_text_encoder
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.weights.assign import load_weights
-from wan.weights.export import export_gguf
 from wan.weights.infer import check_dit
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 
 def dequantised(path):

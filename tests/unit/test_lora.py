@@ -13,10 +13,10 @@ from wan.errors import SwanError
 from wan.models.dit import WanModel
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import load_weights
-from wan.weights.export import export_gguf
 from wan.weights.lora import open_lora, set_loras, weight_shapes
 from wan.weights.lora_formulas import Dense, Dora, Kron, LowRank
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 SIZES = SHAPE | {"dim": 64, "ffn_dim": 96}  # rows of whole Q8_0 blocks
 STATE = {name: one.detach().clone() for name, one in make(dim=64, ffn_dim=96).state_dict().items()}

@@ -14,16 +14,16 @@ from tests.unit.simulated_device import SimulatedDevice
 from tests.unit.test_dit import SHAPE, latents, make, texts
 from tests.unit.tiny_checkpoint import shrunk, t5_state, write_tokenizer
 from tests.unit.weight_helpers import DictSource
-from wan.experts import load_expert
+from wan.memory.experts import load_expert
+from wan.memory.offload import Cpu, Ring, Streamed, streamed_modules
 from wan.models.dit import WanModel
 from wan.models.encoders import load_text_encoder
-from wan.offload import Cpu, Ring, Streamed, streamed_modules
 from wan.plan import resident_indices
 from wan.quant.linear import QuantLinear
-from wan.weights.export import export_gguf
-from wan.weights.folder import Form, export_folder
 from wan.weights.lora import open_lora, set_loras, weight_shapes
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
+from wan.weights.write.folder import Form, export_folder
 
 CPU = torch.device("cpu")
 SIZES = SHAPE | {"dim": 64, "ffn_dim": 96, "num_layers": 5}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.errors import SwanError
-from wan.experts import Experts
+from wan.memory.experts import Experts
 from wan.models.dit import WanModel
 from wan.models.encoders import TextEncoder
 from wan.options import build_request

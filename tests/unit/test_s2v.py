@@ -19,10 +19,10 @@ from wan.conditioning.s2v import S2VCondition, S2VFilm, pose_pixels, pose_step, 
 from wan.conditioning.sizes import s2v_size
 from wan.denoise import denoise
 from wan.errors import SwanError, UsageError
-from wan.experts import load_expert
 from wan.file_checks import check_files
+from wan.memory.experts import load_expert
+from wan.memory.offload import Streamed
 from wan.models.dit import WanModel
-from wan.offload import Streamed
 from wan.options import build_request
 from wan.options.replay import replay_options
 from wan.pipeline import WanPipeline
@@ -31,11 +31,11 @@ from wan.quant.linear import QuantLinear
 from wan.solvers import make_solver
 from wan.tasks import load_task
 from wan.weights.checkpoint import Checkpoint
-from wan.weights.export import export_gguf, plan_tensors
-from wan.weights.folder import Form, export_folder
 from wan.weights.infer import check_dit, infer_dit_config, misfits
-from wan.weights.recipes import RECIPES
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf, plan_tensors
+from wan.weights.write.folder import Form, export_folder
+from wan.weights.write.recipes import RECIPES
 
 SPEC = shrunk("s2v-14B")
 SPEC.dit.update(dim=64, ffn_dim=96)

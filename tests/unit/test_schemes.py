@@ -21,12 +21,12 @@ from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.products import _product, round_tokens, scaled_product
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.weights.assign import check_weights, load_weights
-from wan.weights.folder import Form, export_folder
 from wan.weights.infer import check_dit, check_encoder
 from wan.weights.locate import locate
 from wan.weights.names import official_names
 from wan.weights.scaled import check_scales, join_scales
 from wan.weights.source import MergedSource, open_source
+from wan.weights.write.folder import Form, export_folder
 
 SPEC = shrunk("t2v-1.3B")
 SPEC.dit.update(dim=64, num_heads=2, ffn_dim=128, num_layers=2)
@@ -548,7 +548,7 @@ def test_only_such_a_folder_is_replaced(tmp_path):
 
 def test_written_in_pieces():
     """Only one tensor of the source is asked for at a time, and each once."""
-    from wan.weights.folder import plan_part
+    from wan.weights.write.folder import plan_part
 
     plan = plan_part(DictSource(dit_state(SPEC)), "dit", FORMS["fp8"])
     assert len({entry.stored for entry in plan}) == len(plan) == len(dit_state(SPEC))

@@ -15,8 +15,8 @@ from benchmarks.tiny_world_lora import I2V, PRESET, lora
 from tools.tiny.world import SIZES, combinations, render, sample
 from wan.pipeline import WanPipeline
 from wan.tasks import embedded_checkpoint, load_task
-from wan.weights.export import export_gguf
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 
 def open_pipe(task="t2v-tiny", **options):

@@ -12,16 +12,16 @@ from tests.unit.weight_helpers import DictSource
 from wan.conditioning.vace import VaceCondition, mask_channels, vace_condition
 from wan.denoise import denoise
 from wan.errors import SwanError
-from wan.experts import load_expert
+from wan.memory.experts import load_expert
+from wan.memory.offload import Streamed
 from wan.models.dit import WanModel
-from wan.offload import Streamed
 from wan.quant.linear import QuantLinear
 from wan.solvers import make_solver
-from wan.weights.export import export_gguf
-from wan.weights.folder import Form, export_folder
 from wan.weights.infer import check_dit, infer_dit_config
 from wan.weights.lora import open_lora, set_loras, weight_shapes
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
+from wan.weights.write.folder import Form, export_folder
 
 SPEC = shrunk("vace-1.3B")
 SPEC.dit.update(dim=64, ffn_dim=96)

@@ -22,7 +22,7 @@ from wan.compat.sampler import DEFAULT_SAMPLER, sampler, solver_of
 from wan.compat.transformer import WanTransformerGGUF, diffusers_config, warn_of_dtypes
 from wan.distributed.parallel import Parallel
 from wan.errors import UsageError
-from wan.experts import Check, Experts
+from wan.memory.experts import Check, Experts
 from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
 from wan.models.vae import WanVAE

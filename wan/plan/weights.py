@@ -15,18 +15,18 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from wan.errors import SwanError
+from wan.memory.offload import is_streamed
 from wan.models.audio import empty_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.encoders import empty_clip_encoder, empty_text_encoder
-from wan.offload import is_streamed
 from wan.options import Request
 from wan.plan.files import checkpoint_of, size_of
 from wan.plan.runs import DTYPES, build, in_type, key
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import ModelWeights
-from wan.weights.export import plan_tensors
-from wan.weights.recipes import RECIPES
 from wan.weights.source import Source, TensorInfo, open_source
+from wan.weights.write.export import plan_tensors
+from wan.weights.write.recipes import RECIPES
 
 GGUF_TYPES = ("Q8_0", "Q4_K_M")  # that are offered where nothing else fits
 # The C library keeps freed blocks of less than 32 MB. Measured: decoding at 128 to 512 px, in fp32 and bf16, took 150

@@ -1,5 +1,5 @@
 """Checkpoints in, tensors out: find the files, read them lazily, translate their names, fill a model.
 
-locate (folder or hub id -> files), source (files -> tensors), names (their names -> ours), infer (what a file
-holds), assign (tensors -> model). `locate` imports no torch.
+locate (folder or hub id -> files), source (files -> tensors, through `containers`), names (their names -> ours), infer
+(what a file holds), assign (tensors -> model), lora; `write` writes files. `locate` imports no torch.
 """

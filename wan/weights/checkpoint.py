@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wan.errors import SwanError
+from wan.weights.containers.safetensors_header import read_index
 from wan.weights.locate import locate
-from wan.weights.safetensors_header import read_index
 from wan.weights.source import INDEX_SUFFIX, Source, open_source
 
 

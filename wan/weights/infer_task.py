@@ -10,11 +10,11 @@ from typing import Any
 
 from wan.errors import SwanError, UsageError
 from wan.tasks import load_task, task_names
-from wan.weights import gguf_header, pth_header
+from wan.weights.containers import gguf_header, pth_header
+from wan.weights.containers.opened import OpenedFile
+from wan.weights.containers.safetensors_header import read_header, read_index
 from wan.weights.infer import describe_dit, infer_dit_config, misfits
 from wan.weights.locate import files_at, locate
-from wan.weights.opened import OpenedFile
-from wan.weights.safetensors_header import read_header, read_index
 from wan.weights.source import Source, TensorInfo, open_source, sniff
 
 _EXPERT = re.compile(r"(high|low)[-_. ]?noise", re.IGNORECASE)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.errors import SwanError
 from wan.files import read_json, visible_files, visible_names
-from wan.weights.opened import OpenedFile
+from wan.weights.containers.opened import OpenedFile
 
 if TYPE_CHECKING:
     import torch
@@ -184,18 +184,18 @@ def open_container(path: Path) -> Source:
     """One file, as its container has it."""
     kind = sniff(path)
     if kind == "index":
-        from wan.weights.safetensors_file import open_index
+        from wan.weights.containers.safetensors_file import open_index
 
         return open_index(path)
     if kind == "pth":
-        from wan.weights.pth import PthSource
+        from wan.weights.containers.pth import PthSource
 
         return PthSource(path)
     if kind == "gguf":
-        from wan.weights.gguf import GGUFSource
+        from wan.weights.containers.gguf import GGUFSource
 
         return GGUFSource(path)
-    from wan.weights.safetensors_file import SafetensorsSource
+    from wan.weights.containers.safetensors_file import SafetensorsSource
 
     return SafetensorsSource(path)
 

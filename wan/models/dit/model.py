@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wan.cache import NO_CACHE, NoCache, StepContext
 from wan.distributed.parallel import Parallel
+from wan.memory.offload import Resident
 from wan.models.attention import get_attention
 from wan.models.dit.adapters import Adapter
 from wan.models.dit.adapters.animate import Animate
@@ -19,7 +20,6 @@ from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
 from wan.models.dit.sequence import Group, Segments, Sequence, Times
 from wan.models.ops import Reference, choose_ops
-from wan.offload import Resident
 
 _IN_FP32 = ("time_embedding.", "time_projection.", "casual_audio_encoder.", "trainable_cond_mask.")
 
@@ -31,7 +31,7 @@ class WanModel(nn.Module):
     `clip` (image tokens from CLIP) defaults to what the type means in Wan2.1. `attention` names a back end of
     `wan.models.attention`, `ops` some of `wan.models.ops` (None: by the device). Activations have the type of the
     weights; what `keep_fp32` names stays in fp32. `parallel`: the processes that share the work; by default this one
-    alone. `offload`: brings the weights of blocks that are not on the device, see `wan.offload`.
+    alone. `offload`: brings the weights of blocks that are not on the device, see `wan.memory.offload`.
     """
 
     def __init__(

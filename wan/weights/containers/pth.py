@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
-from wan.weights.opened import OpenedFile
-from wan.weights.pth_header import ITEMSIZE, read_header, spanned
+from wan.weights.containers.opened import OpenedFile
+from wan.weights.containers.pth_header import ITEMSIZE, read_header, spanned
+from wan.weights.containers.zip_directory import Record, data_start
 from wan.weights.source import Source, Span, TensorInfo
-from wan.weights.zip_directory import Record, data_start
 
 
 class PthSource(Source):

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan.memory.offload import Resident, Streamed, is_streamed, make_device, streamed_modules
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard
-from wan.offload import Resident, Streamed, is_streamed, make_device, streamed_modules
 from wan.weights.assign import ModelWeights
 from wan.weights.lora import Lora, read_with_loras, set_loras
 from wan.weights.source import Source
@@ -156,8 +156,8 @@ def load_expert(
 ) -> WanModel:
     """Fill a transformer that was built on the meta device. packed: quantised weights stay so.
 
-    granularity: "block" or "phase" to stream the blocks to `device`, see `wan.offload`, from "ram" or "disk", but for
-    those of the indices `resident_blocks`. compute_device: where LoRAs are merged. check: called before each weight.
+    granularity: "block" or "phase" to stream the blocks to `device`, see `offload`, from "ram" or "disk", but for those
+    of the indices `resident_blocks`. compute_device: where LoRAs are merged. check: called before each weight.
     """
     share = shard and (lambda model: shard(model, list(model.units().values())))
     weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
-from wan.weights.opened import OpenedFile
-from wan.weights.safetensors_header import parse_header, read_index
+from wan.weights.containers.opened import OpenedFile
+from wan.weights.containers.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
 
 _MAX_SHARDS = 1_000

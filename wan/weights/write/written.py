@@ -18,7 +18,7 @@ from typing import Any
 
 from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import open_plain, parse_json
-from wan.weights.safetensors_header import read_header
+from wan.weights.containers.safetensors_header import read_header
 
 _KEY = "swan_files"
 _TENSORS_KEY = "swan_tensors"

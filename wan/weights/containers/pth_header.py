@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wan.errors import SwanError, one_line
-from wan.weights.opened import OpenedFile
-from wan.weights.pickled import Forbidden, Other, Reader, Storage, View, read_pickle
-from wan.weights.zip_directory import Record, data_start, read_directory
+from wan.weights.containers.opened import OpenedFile
+from wan.weights.containers.pickled import Forbidden, Other, Reader, Storage, View, read_pickle
+from wan.weights.containers.zip_directory import Record, data_start, read_directory
 
 ITEMSIZE = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),

@@ -28,12 +28,12 @@ from wan.errors import SwanError
 from wan.files import atomic
 from wan.quant.ggml import BY_NAME, GGMLType
 from wan.quant.quantize import quantize
-from wan.weights.gguf import GGUFSource
-from wan.weights.gguf_header import ARRAY, BOOL, SCALARS, STRING, GGUFArray
+from wan.weights.containers.gguf import GGUFSource
+from wan.weights.containers.gguf_header import ARRAY, BOOL, SCALARS, STRING, GGUFArray
 from wan.weights.infer import HEADS_KEY, count, infer_dit_config, looks_like, our_names, told_heads
 from wan.weights.names import gguf_t5_name
-from wan.weights.recipes import RECIPES, T5, WAN, Layout, Recipe, tensor_type
 from wan.weights.source import Source
+from wan.weights.write.recipes import RECIPES, T5, WAN, Layout, Recipe, tensor_type
 
 ALIGNMENT = 32  # bytes; the data of every tensor begins at a multiple
 _VERSION = 3

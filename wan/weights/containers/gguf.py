@@ -21,8 +21,8 @@ from wan.errors import SwanError
 from wan.quant.ggml import GGMLType, has_bad_scales
 from wan.quant.packed import PackedTensor
 from wan.quant.scratch import empty_bytes
-from wan.weights.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
-from wan.weights.opened import OpenedFile
+from wan.weights.containers.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
+from wan.weights.containers.opened import OpenedFile
 from wan.weights.source import Source, Span, TensorInfo
 
 _ARCHITECTURES = ("wan", "t5encoder", "t5", "pig", "cow")  # the last two: by producers that write no other name

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from wan.errors import SwanError
 from wan.files import parse_json, read_json
-from wan.weights.opened import OpenedFile
+from wan.weights.containers.opened import OpenedFile
 from wan.weights.source import MAX_BYTES, truncated
 
 # Bytes of an element, for all types that torch has.

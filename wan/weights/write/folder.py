@@ -32,14 +32,14 @@ from wan.errors import SwanError
 from wan.files import atomic_folder
 from wan.quant.rounding import quantize_affine, quantize_channels
 from wan.tasks import load_task, task_names
-from wan.weights.export import component_of, plan_tensors
 from wan.weights.infer import infer_dit_config, our_names
 from wan.weights.locate import MLX_FILES
 from wan.weights.mlx import mlx_name, to_mlx
 from wan.weights.names import Rows, official_t5_name
-from wan.weights.recipes import RECIPES
 from wan.weights.source import Source
-from wan.weights.written import check_inputs, check_output, list_files, name_tensors
+from wan.weights.write.export import component_of, plan_tensors
+from wan.weights.write.recipes import RECIPES
+from wan.weights.write.written import check_inputs, check_output, list_files, name_tensors
 
 FORMATS = ("mlx", "fp8", "int8")
 PARTS = ("dit", "high", "low", "t5", "vae")
