@@ -5,6 +5,7 @@ Heavy libraries are imported where they are used, so that `generate.py --help` s
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ _FORMATS = "mp3,wav,w64,flac,aac,aiff,ogg,caf,au,amr,ac3,eac3,dts,wv,ape,tta"  #
 
 @dataclass(frozen=True)
 class AudioFile:
-    """path: absolute; samples: of one channel at 16 kHz; peak: the largest of them, of 1"""
+    """path: absolute; samples: of one channel at 16 kHz; peak: the largest of them, of 1; level: mean and standard
+    deviation of all, which the encoder wants to be 0 and 1"""
 
     path: str
     samples: int
     peak: float
+    level: tuple[float, float] = (0.0, 1.0)
 
     @property
     def seconds(self) -> float:
@@ -44,14 +47,18 @@ class AudioFile:
     def is_silent(self) -> bool:
         return self.peak < SILENT
 
-    def read(self) -> np.ndarray:
-        """fp32 [samples] of one channel, the mean of all."""
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """fp32 samples of one channel, the mean of all: the first to the last."""
         import numpy as np
 
-        out, at = np.zeros(self.samples, np.float32), 0
+        last = self.samples if last is None else min(last, self.samples)
+        out, at = np.zeros(max(last - first, 0), np.float32), 0
         for part in _parts(self.path):
-            part = part[: len(out) - at]
-            out[at : at + len(part)] = part
+            if at >= last:
+                break
+            here = part[max(first - at, 0) : last - at]
+            start = max(at - first, 0)
+            out[start : start + len(here)] = here
             at += len(part)
         return out
 
@@ -69,12 +76,15 @@ def open_audio(path: Any) -> AudioFile:
 
     if not os.path.isfile(path):
         raise UsageError(f"no audio file {printable(path)}")
-    samples, peak = 0, 0.0
+    samples, peak, total, squares = 0, 0.0, 0.0, 0.0
     for part in _parts(str(path)):
         samples, peak = samples + len(part), max(peak, float(np.abs(part).max(initial=0)))
+        total, squares = total + part.sum(dtype=np.float64), squares + np.square(part, dtype=np.float64).sum()
     if steps_of(samples) < _LEAST_STEPS:
         raise SwanError(f"cannot read audio {printable(path)}: it lasts {samples / RATE:.3f} s, which is too short")
-    return AudioFile(str(Path(path).resolve()), samples, peak)
+    mean = total / samples
+    level = float(mean), math.sqrt(max(squares / samples - mean**2, 0.0) + 1e-7)
+    return AudioFile(str(Path(path).resolve()), samples, peak, level)
 
 
 def steps_of(samples: int) -> int:

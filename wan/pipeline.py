@@ -264,10 +264,9 @@ class WanPipeline:
         with _timed("encode", seconds, report, self.device, ends=False):
             prompts = list(dict.fromkeys(map(film.prompt, range(first, film.clips))))
             texts = self._encode_texts(request, prompts)
-            if film.has_audio:
-                film.features = self._hear(film)
         for clip in range(first, film.clips):
             with _timed("encode", seconds, report, self.device, clip, film.clips, begins=clip > first):
+                self._hear(film, clip)
                 condition = self._encode_images(film, clip, request)
             is_loaded = any(name in self.experts for name in self.files.dit)
             with _timed("denoise", seconds, report, self.device, clip, film.clips, request.sample.steps, is_loaded):
@@ -295,17 +294,19 @@ class WanPipeline:
         self.checks.text(embeddings)
         return dict(zip([prompts[0], *(NEGATIVE for _ in negative), *prompts[1:]], embeddings, strict=True))
 
-    def _hear(self, film: Film) -> Tensor:
-        """Features of the audio, on the CPU, for all clips."""
+    def _hear(self, film: Film, clip: int) -> None:
+        """What a clip needs of the audio and is not heard yet."""
+        if not (windows := film.unheard(clip)):
+            return
         through = self.device if self.parallel.world.size > 1 else "cpu"
 
         def hear() -> list[Tensor]:
             with self._model("wav2vec") as encoder:
-                return [film.hear(encoder, DTYPES[self.load.dtype]).to(through)]
+                return [film.hear(encoder, window, DTYPES[self.load.dtype]).to(through) for window in windows]
 
-        features = self.parallel.once(hear, through)[0]
-        self.checks.audio(features)
-        return features.cpu()
+        for window, features in zip(windows, self.parallel.once(hear, through), strict=True):
+            self.checks.audio(features)
+            film.heard[window] = features.cpu()
 
     def _condition(self, film: Film, clip: int, request: Request) -> Condition:
         """With the VAE, which is loaded when something is to be encoded, and stays until all is."""

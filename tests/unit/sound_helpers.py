@@ -2,6 +2,9 @@
 
 import av
 import numpy as np
+import torch
+
+from wan.models.audio import by_window, steps_of_frames
 
 
 def tone(rate, seconds, channels=1, hertz=440.0, loudness=0.5):
@@ -21,3 +24,8 @@ def write_sound(path, samples, rate, layout="mono", codec="pcm_s16le"):
         for part in [*resampler.resample(frame), *resampler.resample(None), None]:
             container.mux(stream.encode(part))
     return str(path)
+
+
+def features(encoder, audio, fps):
+    """[layers, D, frames] of all of an audio file, window by window."""
+    return torch.cat([encoder(audio, at) for at in by_window(steps_of_frames(audio.samples, fps))], dim=-1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.sound_helpers import tone, write_sound
+from tests.unit.sound_helpers import features, tone, write_sound
 from tests.unit.tiny_checkpoint import shrunk, wav2vec_state
 from tests.unit.video_helpers import ramp, write
 from tests.unit.weight_helpers import DictSource
@@ -132,35 +132,47 @@ def encoder():
         return load_audio_encoder(DictSource(wav2vec_state(shrunk("s2v-14B"))), num_heads=2)
 
 
-def test_pieces_of_its_convolutions_change_nothing(encoder, monkeypatch):
-    samples = torch.from_numpy(np.random.default_rng(0).normal(size=RATE).astype(np.float32))
-    whole = encoder(samples, 16)
+def hiss(tmp_path, seconds):
+    samples = 0.2 * np.random.default_rng(0).normal(size=(1, seconds * RATE))
+    return open_audio(write_sound(tmp_path / "hiss.wav", samples, RATE, codec="pcm_f32le"))
+
+
+def test_pieces_of_its_convolutions_change_nothing(encoder, monkeypatch, tmp_path):
+    audio = hiss(tmp_path, 1)
+    whole = features(encoder, audio, 16)
     assert whole.shape == (25, 32, 16)  # 49 steps, so 29 features
-    assert torch.equal(encoder(samples, 16, most=5), whole[..., :5])
     monkeypatch.setattr(encoder_module, "_CHUNK_STEPS", 7)
-    assert torch.allclose(encoder(samples, 16), whole, atol=1e-5)
+    assert torch.allclose(features(encoder, audio, 16), whole, atol=1e-5)
 
 
-def test_a_long_one_is_heard_in_windows(encoder, monkeypatch):
+def test_a_long_one_is_heard_in_windows(encoder, monkeypatch, tmp_path):
     """Each step is near to what it is where all attend to each other, and there is one for each frame."""
-    samples = torch.from_numpy(np.random.default_rng(0).normal(size=4 * RATE).astype(np.float32))
-    whole = encoder(samples, 16)
+    audio = hiss(tmp_path, 4)
+    whole = features(encoder, audio, 16)
     monkeypatch.setattr(encoder_module, "WINDOW_STEPS", 60)
     monkeypatch.setattr(encoder_module, "MARGIN_STEPS", 20)
-    parts = encoder(samples, 16)
+    parts = features(encoder, audio, 16)
     assert parts.shape == whole.shape
     assert torch.allclose(parts[0], whole[0], atol=1e-4)  # before any attention, 20 steps away from an edge
     assert (parts - whole).abs().mean() < 0.1 * whole.abs().mean()
 
 
-def test_names_of_old_files_are_known():
+def test_parts_of_a_file_are_those_of_the_whole(tmp_path):
+    audio = hiss(tmp_path, 2)
+    whole = audio.read()
+    assert np.array_equal(audio.read(5000, 20001), whole[5000:20001])
+    assert np.array_equal(audio.read(30000, 99999), whole[30000:])
+    assert np.allclose(audio.level, (whole.mean(), whole.std()), atol=1e-6)
+
+
+def test_names_of_old_files_are_known(tmp_path):
     state = wav2vec_state(shrunk("s2v-14B"))
     start = "wav2vec2.encoder.pos_conv_embed.conv"
     old = {f"{start}.weight_{one}": state[f"{start}.parametrizations.weight.original{i}"] for i, one in enumerate("gv")}
     rest = {name: one for name, one in state.items() if "parametrizations" not in name}
     one, other = (load_audio_encoder(DictSource(names), num_heads=2) for names in (state, rest | old))
-    samples = torch.randn(8000)
-    assert torch.equal(one(samples, 16), other(samples, 16))
+    audio = hiss(tmp_path, 1)
+    assert torch.equal(features(one, audio, 16), features(other, audio, 16))
 
 
 def test_another_encoder_is_refused():

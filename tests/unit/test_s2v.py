@@ -14,7 +14,7 @@ from tests.unit.sound_helpers import tone, write_sound
 from tests.unit.tiny_checkpoint import dit_state, shrunk, write_checkpoint
 from tests.unit.video_helpers import ramp, write
 from tests.unit.weight_helpers import ShapeSource, manifest
-from wan.audio import RATE
+from wan.audio import RATE, open_audio
 from wan.conditioning.s2v import S2VCondition, S2VFilm, pose_pixels, pose_step, reference_pixels
 from wan.conditioning.sizes import s2v_size
 from wan.denoise import denoise
@@ -22,6 +22,7 @@ from wan.errors import SwanError, UsageError
 from wan.file_checks import check_files
 from wan.memory.experts import load_expert
 from wan.memory.offload import Streamed
+from wan.models import audio as encoder_module
 from wan.models.dit import WanModel
 from wan.options import build_request
 from wan.options.replay import replay_options
@@ -218,10 +219,10 @@ def encode(video):
     return video[:, :1, ::4, ::8, ::8].expand(-1, 16, -1, -1, -1).contiguous()
 
 
-def film_of(**changes):
+def film_of(audio=None, **changes):
     given = {"seed": 3, "num_clip": 2, "infer_frames": 8, "start_from_ref": False, "trim_first_frames": 0}
-    film = S2VFilm(SimpleNamespace(**given | changes), torch.full((3, 64, 64), 0.5), motion_frames=17)
-    film.features = noise(25, 4, 20)
+    film = S2VFilm(SimpleNamespace(**given | changes), torch.full((3, 64, 64), 0.5), audio, motion_frames=17)
+    film.heard = {0: noise(25, 4, 20)}
     return film
 
 
@@ -263,9 +264,27 @@ def test_another_process_can_go_on():
 
 def test_past_the_end_of_the_audio_there_are_zeros():
     film = film_of(num_clip=3)
-    assert torch.equal(film.condition(1, encode).audio[0], film.features[..., 8:16])
+    assert torch.equal(film.condition(1, encode).audio[0], film.heard[0][..., 8:16])
     last = film.condition(2, encode).audio[0]
-    assert torch.equal(last[..., :4], film.features[..., 16:]) and not last[..., 4:].any()
+    assert torch.equal(last[..., :4], film.heard[0][..., 16:]) and not last[..., 4:].any()
+
+
+@pytest.mark.parametrize("clips", [3, 5])
+def test_audio_is_heard_window_by_window(tmp_path, monkeypatch, clips):
+    """Each clip has the features of its frames, from one window or two; the last one may begin behind the end."""
+    monkeypatch.setattr(encoder_module, "WINDOW_STEPS", 30)
+    audio = open_audio(write_sound(tmp_path / "a.wav", tone(RATE, 2.0), RATE))
+    film = film_of(num_clip=clips, audio=audio)
+    whole = noise(25, 4, min(32, clips * 8))
+    film.heard = {}
+    for clip in range(clips):
+        for window in film.unheard(clip):
+            first = sum(len(part) for part in film._windows[:window])
+            film.heard[window] = film.hear(lambda _, at, dtype, f=first: whole[..., f : f + len(at)], window, None)
+        assert len(film.heard) <= 2 and not film.unheard(clip)
+        seen = film.condition(clip, encode).audio[0]
+        wanted = whole[..., clip * 8 :][..., :8]
+        assert torch.equal(seen[..., : wanted.shape[-1]], wanted) and not seen[..., wanted.shape[-1] :].any()
 
 
 def test_noise_has_values_of_bfloat16_and_a_seed_for_each_clip():

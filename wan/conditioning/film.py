@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +29,10 @@ class Film:
     Who samples asks for each clip in turn: `condition`, `start`, `latents`, `frames`. What a clip needs of those before
     is kept here, as `state`.
 
-    has_audio: whether the audio encoder is asked, by `hear`, before the first clip; `features`: what that gave
+    Before a clip the audio encoder is asked, by `hear`, for the windows of audio that are `unheard`.
     """
 
     source: Tensor | None = None  # latents that the clip at hand is made of, see `wan.conditioning.source`
-    has_audio = False
-    features: Tensor
 
     def __init__(
         self,
@@ -44,6 +42,7 @@ class Film:
         make_source: Callable[[Encode], Tensor | None] = lambda encode: None,
     ):
         self.sample, self.make_condition, self.clips, self.make_source = sample, make_condition, clips, make_source
+        self.heard: dict[int, Tensor] = {}  # features by window
         self.state: dict[str, Tensor] = {}  # on the CPU; enough to go on with the next clip in another process
 
     def resume(self, made: Made) -> None:
@@ -53,8 +52,12 @@ class Film:
             raise SwanError("what there is of the film does not fit it: its inputs have changed, or it is damaged")
         self.state = dict(made.state)
 
-    def hear(self, encoder: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        """What the encoder of `wan.models.audio` makes of the audio, [layers, D, frames] on the CPU."""
+    def unheard(self, clip: int) -> Sequence[int]:
+        """Windows of the audio that a clip needs and that are not in `heard`."""
+        return ()
+
+    def hear(self, encoder: Callable[..., Tensor], window: int, dtype: torch.dtype) -> Tensor:
+        """What the encoder of `wan.models.audio` makes of a window, [layers, D, frames] on the CPU."""
         raise NotImplementedError
 
     def condition(self, clip: int, encode: Encode) -> Condition:

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from wan.audio import AudioFile
 from wan.cache import StepContext
 from wan.conditioning.condition import Condition, Encode
 from wan.conditioning.film import Film
 from wan.conditioning.image import to_pixels
 from wan.conditioning.sizes import LOST_FRAMES
+from wan.models.audio import by_window, steps_of_frames
 
 _GIVEN_FRAMES = 6  # of motion, that stand for a film which begins with the reference
 Pose = Callable[[int, int], Iterable[np.ndarray]]  # (from which frame on, how many) -> those that there are, uint8
@@ -58,22 +60,22 @@ class S2VFilm(Film):
     and behind those of the motion n.
     """
 
-    has_audio = True
-
     def __init__(
         self,
         sample: Any,
         reference: Tensor,
-        samples: Callable[[], Tensor] | None = None,
+        audio: AudioFile | None = None,
         pose: Pose | None = None,
         *,
         fps: int = 16,
         motion_frames: int = 73,
     ):
-        """sample: seed, num_clip, infer_frames, start_from_ref, trim_first_frames; reference: [3, H, W] in [-1, 1];
-        samples: gives the audio, [S] mono at 16 kHz."""
-        self.sample, self.clips, self.fps = sample, sample.num_clip, fps
-        self.reference, self.samples, self.pose = reference, samples, pose
+        """sample: seed, num_clip, infer_frames, start_from_ref, trim_first_frames; reference: [3, H, W] in [-1, 1]."""
+        self.sample, self.clips = sample, sample.num_clip
+        self.reference, self.audio, self.pose = reference, audio, pose
+        frames = self.clips * sample.infer_frames
+        self._windows = by_window(steps_of_frames(audio.samples, fps)[:frames] if audio else torch.zeros(frames))
+        self.heard = {}
         self.motion_frames = motion_frames, (motion_frames + 3) // 4
         motion = reference.new_zeros(3, motion_frames, *reference.shape[1:])
         if sample.start_from_ref:
@@ -81,8 +83,13 @@ class S2VFilm(Film):
         self.state = {"motion": motion}
         self._given: dict[str, Tensor] = {}  # latents of what this process has encoded
 
-    def hear(self, encoder: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        return encoder(self.samples(), self.fps, self.clips * self.sample.infer_frames, dtype)
+    def unheard(self, clip: int) -> list[int]:
+        windows = self._windows_of(clip)
+        self.heard = {window: features for window, features in self.heard.items() if window in windows}
+        return [window for window in windows if window not in self.heard]
+
+    def hear(self, encoder: Callable[..., Tensor], window: int, dtype: torch.dtype) -> Tensor:
+        return encoder(self.audio, self._windows[window], dtype)
 
     def condition(self, clip: int, encode: Encode) -> S2VCondition:
         given = self._given
@@ -91,11 +98,8 @@ class S2VFilm(Film):
         motion = None
         if not self._begins(clip):
             motion = given["motion"] = encode(self.state["motion"][None])
-        count = self.sample.infer_frames
-        audio = self.features[..., clip * count : (clip + 1) * count]
-        audio = F.pad(audio, (0, count - audio.shape[-1]))[None]  # past its end there are zeros
         pose = self._pose(clip, encode)
-        return S2VCondition(given["reference"], motion, pose, audio.to(pose.device), self.motion_frames)
+        return S2VCondition(given["reference"], motion, pose, self._audio(clip).to(pose.device), self.motion_frames)
 
     def noise(self, clip: int, shape: tuple[int, ...]) -> Tensor:
         """Of bfloat16's values; each clip has a seed of its own."""
@@ -118,6 +122,19 @@ class S2VFilm(Film):
     def _begins(self, clip: int) -> bool:
         """Whether there is nothing before the clip."""
         return clip == 0 and not self.sample.start_from_ref
+
+    def _windows_of(self, clip: int) -> range:
+        """Of the audio, those that frames of a clip lie in; of one that begins behind the end, the last one."""
+        ends, count = np.cumsum([len(window) for window in self._windows]), self.sample.infer_frames
+        first, last = np.searchsorted(ends, [clip * count, (clip + 1) * count - 1], side="right")
+        return range(min(first, len(ends) - 1), min(last, len(ends) - 1) + 1)
+
+    def _audio(self, clip: int) -> Tensor:
+        """[1, layers, D, infer_frames]; past its end there are zeros."""
+        windows, count = self._windows_of(clip), self.sample.infer_frames
+        before = sum(len(window) for window in self._windows[: windows.start])
+        heard = torch.cat([self.heard[window] for window in windows], dim=-1)[..., clip * count - before :][..., :count]
+        return F.pad(heard, (0, count - heard.shape[-1]))[None]
 
     def _pose(self, clip: int, encode: Encode) -> Tensor:
         """Its first frame is there twice, and the latent of that alone is left out. Past its end there is black."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wan.audio import FEATURES_PER_S, STRIDES, WIDTHS, features_of, steps_of
+from wan.audio import FEATURES_PER_S, STRIDES, WIDTHS, AudioFile, features_of, steps_of
 from wan.errors import SwanError
 from wan.weights.assign import load_weights
 from wan.weights.infer import config_beside, count, looks_like, our_shapes
@@ -36,28 +36,14 @@ class AudioEncoder(nn.Module):
         self.model = model.eval()
 
     @torch.no_grad()
-    def forward(
-        self, samples: Tensor, fps: float, most: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """[S] mono at 16 kHz -> [N + 1, D, frames] of a video of `fps` as long as the audio, on the CPU.
-
-        most: so many frames are enough; dtype: of the result, which is all that is as long as the audio
-        """
-        steps, (mean, deviation) = steps_of(len(samples)), loudness(samples)
-        heard = features_of(steps)
-        # Features are made at 30 a second, of which each frame takes the nearest.
-        at = torch.from_numpy(frame_indices(heard, fps)[:most]) * ((steps - 1) / max(heard - 1, 1))
-        config = self.model.config
-        features = torch.empty(config.num_hidden_layers + 1, config.hidden_size, len(at), dtype=dtype)
-        for start in range(0, math.floor(at[-1]) + 1, WINDOW_STEPS):
-            stop = min(start + WINDOW_STEPS, steps)
-            first, last = max(0, start - MARGIN_STEPS), min(stop + MARGIN_STEPS, steps)
-            window = samples[first * _HOP :][: samples_of(last - first)]
-            states_NTD = self.hidden_states((window - mean) / deviation)
-            here = (at >= start) & (at < stop)
-            found = _between(states_NTD, (at[here] - first).to(states_NTD.device))
-            features[..., here] = found.transpose(1, 2).to("cpu", dtype)
-        return features
+    def forward(self, audio: AudioFile, at: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N + 1, D, len(at)] on the CPU, of frames that look `at` steps of one window: see `by_window`."""
+        start, (mean, deviation) = int(at[0]) // WINDOW_STEPS * WINDOW_STEPS, audio.level
+        first = max(0, start - MARGIN_STEPS)
+        last = min(start + WINDOW_STEPS + MARGIN_STEPS, steps_of(audio.samples))
+        samples = torch.from_numpy(audio.read(first * _HOP, first * _HOP + samples_of(last - first)))
+        states_NTD = self.hidden_states((samples - mean) / deviation)
+        return _between(states_NTD, (at - first).to(states_NTD.device)).transpose(1, 2).to("cpu", dtype)
 
     def hidden_states(self, samples: Tensor) -> Tensor:
         """[S], normalised -> [N + 1, T, D]: what enters the first layer, and what leaves each; the last one normed."""
@@ -82,9 +68,17 @@ def samples_of(steps: int) -> int:
     return (steps - 1) * _HOP + _SEEN
 
 
-def loudness(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of all samples, which the encoder wants to be 0 and 1."""
-    return samples.mean(), torch.sqrt(samples.var(correction=0) + 1e-7)
+def steps_of_frames(count: int, fps: float) -> Tensor:
+    """[frames]: the step, and the part of a step, where each frame of a video looks that is as long as so many samples.
+    Features are made at 30 a second, of which each frame takes the nearest."""
+    steps = steps_of(count)
+    heard = features_of(steps)
+    return torch.from_numpy(frame_indices(heard, fps)) * ((steps - 1) / max(heard - 1, 1))
+
+
+def by_window(at: Tensor) -> tuple[Tensor, ...]:
+    """`steps_of_frames` by the windows in which they are heard."""
+    return at.split(torch.bincount((at // WINDOW_STEPS).long()).tolist())
 
 
 def frame_indices(heard: int, fps: float) -> np.ndarray:

@@ -81,12 +81,7 @@ class S2V(Kind):
         return Sound(sample.audio, 0.0 if sample.audio_sync == "official" else left_out / sample.fps)
 
     def film(self, spec: EasyDict, sample: Any) -> Any:
-        import torch
-
         from wan.conditioning.s2v import S2VFilm, pose_step, reference_pixels
-
-        def hear() -> torch.Tensor:
-            return torch.from_numpy(open_audio(sample.audio).read())
 
         def pose(first: int, count: int) -> Iterator[Any]:
             step = pose_step(video.fps, spec.sampling.fps)
@@ -95,7 +90,7 @@ class S2V(Kind):
         video: VideoFile | None = open_video(sample.pose_video) if sample.pose_video else None
         reference = reference_pixels(read_image(sample.image), sample.height, sample.width)
         how = {"fps": spec.sampling.fps, "motion_frames": spec.dit.motion_frames}
-        return S2VFilm(sample, reference, hear, pose if video else None, **how)
+        return S2VFilm(sample, reference, open_audio(sample.audio), pose if video else None, **how)
 
 
 def _whole(get: Mapping[str, Any], name: str, default: int, most: int) -> int:

@@ -51,7 +51,7 @@ def run(case: Case) -> list[Check]:
     )
     pixels, pose = reference_pixels(image, height, width), _pose(case)
     film = S2VFilm(sample, pixels, pose=pose, motion_frames=generate["motion_frames"])
-    film.features = features
+    film.heard = {0: features}
     vae, solver, made = vae_of(case), None, []
     checks.append(exact("clips", film.clips, len(derived["clips"])))
     for clip, told in enumerate(derived["clips"]):
