@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,6 +157,7 @@ def _timed(call: Callable[[], object], repeats: int, wait: Callable[[], object] 
     return (time.perf_counter() - started) / repeats
 
 
+@cache  # measured once a process: an engine plans each of its videos
 def _cpu_flops(dtype: str) -> float:
     """Of the fastest of three matrix products of some 15 ms on slow machines, in the type of the run."""
     import torch
@@ -165,6 +167,7 @@ def _cpu_flops(dtype: str) -> float:
     return 2 * size**3 / min(_timed(lambda: one @ one, 1) for _ in range(3))
 
 
+@cache
 def _gpu_flops(device: torch.device, dtype: str) -> float:
     import torch
 
@@ -174,6 +177,7 @@ def _gpu_flops(device: torch.device, dtype: str) -> float:
     return 2 * size**3 / _timed(lambda: one @ one, 4, lambda: torch.cuda.synchronize(device))
 
 
+@cache
 def _transfer_rate(device: torch.device) -> float:
     """Bytes/s from pinned memory."""
     import torch

@@ -24,6 +24,7 @@ from wan.plan.files import checkpoint_of, size_of
 from wan.plan.runs import DTYPES, build, in_type, key
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import ModelWeights
+from wan.weights.checkpoint import Checkpoint
 from wan.weights.source import Source, TensorInfo, open_source
 from wan.weights.write.export import plan_tensors
 from wan.weights.write.recipes import RECIPES
@@ -112,6 +113,13 @@ def component(request: Request, spec: EasyDict, name: str) -> Component:
     dtypes = {"t5": request.load.t5_dtype, "wav2vec": "fp32", "vae": request.load.vae_dtype}
     dtype = dtypes.get(kind, request.load.dtype)
     checkpoint = checkpoint_of(request, spec)
+    known, asked = checkpoint.derived, ("component", name, dtype)
+    if asked not in known:
+        known[asked] = _component(checkpoint, spec, name, kind, dtype)
+    return known[asked]
+
+
+def _component(checkpoint: Checkpoint, spec: EasyDict, name: str, kind: str, dtype: str) -> Component:
     files = tuple(checkpoint.paths(name))
     config, packed = config_of(spec, kind), None
     dense, reading = _as_released(kind, key(config), dtype)

@@ -14,6 +14,7 @@ from wan.errors import SwanError, UsageError
 KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "s2v", "animate")  # see wan.tasks.kinds
 FACE_PX = 512  # sides of Animate's face video
 REPO = Path(__file__).resolve().parents[2]
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C, where PyYAML was built with it
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
 SCHEMA: dict[str, Any] = {
@@ -143,7 +144,7 @@ def load_preset(name: str, spec: EasyDict) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SwanError(f"{path}: {' '.join(str(error).split())}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Checkpoint:
         self.hub = partial and bool(ckpt_dir) and not os.path.exists(os.path.expanduser(ckpt_dir))
         self._single = {"model" if name == "dit" else name for name in single or {}}
         self._sources: dict[str, Source] = {}
+        self.derived: dict[Hashable, Any] = {}  # what others have made of its headers, to be made once
 
     @property
     def components(self) -> list[str]:
