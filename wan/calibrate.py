@@ -263,7 +263,8 @@ def _main(argv: Sequence[str] | None) -> int:
         runs = record(requests, spec)
     one = requests[0].sample
     size = f"{one.width}x{one.height}, {one.frame_num} frames"
-    how = f"{one.steps} steps, {one.solver}, shift {one.shift:g}, {size}"
+    shift = "" if one.shift is None else f"shift {one.shift:g}, "
+    how = f"{one.steps} steps, {one.solver}, {shift}{size}"
     source = f"wan.calibrate on {spec.name}: mean of {len(runs)} runs of {how}"
     entry = coefficients(runs, source)
     print(table(runs, entry))

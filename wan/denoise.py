@@ -17,6 +17,7 @@ from wan.solvers import Solver
 # network by ctx.expert and the text by ctx.branch.
 Predict = Callable[[torch.Tensor, Times, StepContext], torch.Tensor]
 OnStep = Callable[[StepContext, torch.Tensor], None]
+Scale = float | tuple[float, float]  # of guidance; a pair is (low-noise, high-noise), as in the official configs
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -27,7 +28,7 @@ def denoise(
     solver: Solver,
     latent: torch.Tensor,
     *,
-    guide_scale: float | tuple[float, float],
+    guide_scale: Scale | Callable[[int], Scale],
     boundary: float | None = None,
     boundary_step_index: int | None = None,
     condition: Condition | None = None,
@@ -39,7 +40,8 @@ def denoise(
 ) -> torch.Tensor:
     """The clean latent, fp32, from ``latent``, noise of any shape [..., F, H, W].
 
-    guide_scale: one scale, or (low-noise, high-noise); at scale 1 the uncond branch is not computed
+    guide_scale: one scale, or (low-noise, high-noise), or what gives one by the number of a step; at scale 1 the uncond
+                 branch is not computed
     boundary:    None for one network ("model"); else the expert is "high" while t >= boundary * 1000, then "low".
                  The solver's history goes on over the switch
     boundary_step_index: the first step of "low", in place of the boundary
@@ -64,7 +66,8 @@ def denoise(
     with cache.run(contexts):
         for ctx in contexts:
             times = next(schedules[ctx.expert])
-            velocity = guided_velocity(predict, latent, times, ctx, scale_of(ctx.expert, guide_scale), cache, parallel)
+            scale = scale_of(ctx.expert, guide_scale(ctx.step) if callable(guide_scale) else guide_scale)
+            velocity = guided_velocity(predict, latent, times, ctx, scale, cache, parallel)
             if on_clean is not None:
                 on_clean(ctx, condition.restore(latent - ctx.sigma * velocity))
             latent = condition.restore(solver.step(velocity, latent))
@@ -112,8 +115,8 @@ def experts_of(
     return ["high" if step < boundary_step_index else "low" for step in range(first, first + len(timesteps))]
 
 
-def scale_of(expert: str, guide_scale: float | tuple[float, float]) -> float:
-    """The scale of an expert; a pair is (low-noise, high-noise), as in the official configs."""
+def scale_of(expert: str, guide_scale: Scale) -> float:
+    """The scale of an expert."""
     if isinstance(guide_scale, (int, float)):
         return guide_scale
     low, high = guide_scale

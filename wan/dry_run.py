@@ -12,6 +12,7 @@ from wan.errors import SwanError, UsageError
 from wan.file_checks import faults
 from wan.models.attention import check_attention
 from wan.options import Request, check_device
+from wan.options.phases import check_phase_loras
 from wan.pipeline import DTYPES
 from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
 from wan.plan.text import gigabytes
@@ -30,6 +31,7 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
         check_attention(request.load.attention, DTYPES[request.load.dtype], request.load.device)
     if is_here and request.sample.cache:
         check_device(request.sample.cache["cache_device"], "cache_device")
+    check_phase_loras(request.sample.by_phase, request.sample.loras)
     wrong = faults(request, spec)
     if wrong:
         raise SwanError("; ".join(wrong))

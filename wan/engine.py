@@ -310,6 +310,7 @@ def _report(pipe: WanPipeline, request: Request, result: Result) -> dict[str, An
         "frames": result.made.frames,
         "fps": request.sample.fps,
         "steps": request.sample.steps,
+        **({"phases": request.sample.phases} if request.sample.phases else {}),
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "offload": pipe.placement.offload,
         **({"gguf_mode": modes} if modes else {}),

@@ -41,6 +41,7 @@ from wan.options import LoadOptions, Request, check_device
 from wan.options.files import check_loras
 from wan.options.load import check_built
 from wan.options.names import LoraChoice
+from wan.options.phases import Phase, check_phase_loras, scaled
 from wan.plan import (
     Held,
     Placement,
@@ -157,6 +158,7 @@ class WanPipeline:
         check_built(request.load, self.load)
         if (wanted := request.sample.loras) and wanted != self.asked_loras:
             self.set_loras(**wanted)
+        check_phase_loras(request.sample.by_phase, self.asked_loras)
         handled = sys.exc_info()[1]  # by the caller, and none of ours
         with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
             try:
@@ -205,13 +207,7 @@ class WanPipeline:
         asked = check_loras(self.spec, {"lora": lora, "lora_high": lora_high, "lora_low": lora_low})
         self.loras, self.asked_loras = self._open_loras(asked), asked
         self.experts.forget_prepared()
-        try:
-            for name, model in self._loaded.items():
-                set_loras(model, self.checkpoint.source(name), self.loras[name], self.device)
-                model.offload.forget()
-        except BaseException:
-            self.experts.release()  # some have them, others not: they will be loaded anew
-            raise
+        self._apply_loras(*self._loaded)
 
     def _run(
         self,
@@ -280,7 +276,7 @@ class WanPipeline:
 
     def _encode_texts(self, request: Request, prompts: Sequence[str]) -> dict[str | None, Tensor]:
         """By the prompts; NEGATIVE is that of the negative one, where there is guidance."""
-        negative = [request.sample.negative_prompt] if any(scale != 1 for scale in request.sample.guide_scale) else []
+        negative = [request.sample.negative_prompt] if request.sample.is_guided else []
         groups = [[prompts[0], *negative], *([prompt] for prompt in prompts[1:])]
 
         def encode() -> list[Tensor]:
@@ -353,8 +349,9 @@ class WanPipeline:
             request.sample.width,
             self.spec.vae_stride[1],
         )
-        solver, shape = solver_of(request.sample), (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])
-        start = film.start(clip, shape, solver.sigmas[0].item()).to(self.device)
+        solver = solver_of(request.sample, film.fresh_noise(clip))
+        shape = (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])
+        start = film.start(clip, shape, solver.sigmas[0].item(), solver.noise_scale).to(self.device)
 
         if request.sample.cache and self.cache is NO_CACHE:
             self.cache = make_manager(request.sample.cache, request.sample.coefficients, self.parallel)
@@ -364,11 +361,16 @@ class WanPipeline:
 
         def predict(latent: Tensor, times: Times, ctx: StepContext) -> Tensor:
             model, here = self._expert(ctx, film.clips, report), {**cached, "ctx": ctx} if cached else {}
+            self._use_loras(ctx.expert, phases[ctx.step])
             self.check()
             return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
         timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
-        following = set(experts_of(timesteps, boundary, request.sample.boundary_step_index, solver.first))
+        experts = experts_of(timesteps, boundary, request.sample.boundary_step_index, solver.first)
+        following, phases = set(experts), request.sample.phase_of_step
+        for step, name in reversed(list(enumerate(experts, solver.first))):
+            if name not in self.experts:  # it will be loaded with those of its first step
+                self.loras[name] = self._loras_of(name, phases[step])
 
         def on_step(ctx: StepContext, latent: Tensor) -> None:
             self.checks.step(request, ctx, latent, self.experts.get(ctx.expert))
@@ -383,7 +385,7 @@ class WanPipeline:
                     predict,
                     solver,
                     start,
-                    guide_scale=request.sample.guide_scale,
+                    guide_scale=lambda step: phases[step].guide_scale,
                     boundary=self.spec.get("boundary"),
                     boundary_step_index=request.sample.boundary_step_index,
                     condition=condition,
@@ -413,6 +415,30 @@ class WanPipeline:
         report("load", 1, 1)
         report("denoise", ctx.run * ctx.steps + ctx.step, clips * ctx.steps)
         return model
+
+    def _loras_of(self, name: str, phase: Phase) -> list[tuple[Lora, float]]:
+        """Of an expert, with the strengths that they have in a phase."""
+        strengths = scaled(self.asked_loras, phase.lora)
+        chosen = [x for flag in ("lora", f"lora_{name}") for _, x in strengths.get(flag, ())]
+        return [(lora, x) for (lora, _), x in zip(self.loras[name], chosen, strict=True)]
+
+    def _use_loras(self, name: str, phase: Phase) -> None:
+        """Bring the expert that is used now to the strengths of a phase."""
+        wanted = self._loras_of(name, phase)
+        if wanted != self.loras[name]:
+            self.loras[name] = wanted
+            self._apply_loras(name)
+
+    def _apply_loras(self, *names: str) -> None:
+        """Give the loaded ones among these experts the LoRAs that they should have."""
+        try:
+            for name in names:
+                if model := self._loaded.get(name):
+                    set_loras(model, self.checkpoint.source(name), self.loras[name], self.device)
+                    model.offload.forget()
+        except BaseException:
+            self.experts.release()  # some have them, others not: they will be loaded anew
+            raise
 
     def _read_ahead(self, following: Collection[str]) -> None:
         """The expert whose turn comes later, while another computes: into RAM, or into the system's cache of files, if

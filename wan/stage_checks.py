@@ -58,7 +58,7 @@ class StageChecks:
         what = "the latent of another rank is not finite"
         if is_bad:
             what = f"the latent reaches {size:.2g} (10 is usual)" if math.isfinite(size) else "the latent is not finite"
-        weight, scale = _bad_weight(model), scale_of(ctx.expert, request.sample.guide_scale)
+        weight, scale = _bad_weight(model), scale_of(ctx.expert, request.sample.phase_of_step[ctx.step].guide_scale)
         tries = [f"a --sample_guide_scale below {scale:g}"] if scale > 1 and not weight else []
         tries += ["no cache"] if request.sample.cache and not weight else []
         tries += ["--attention sdpa"] if self.load.attention != "sdpa" and not weight else []

@@ -18,15 +18,15 @@ def test_a_preset_is_what_its_file_says(task, name):
     spec = load_task(task)
     options = load_preset(name, spec)
     request = build_request({"task": task, "preset": name, "prompt": "a cat", "ckpt_dir": "org/name"})
-    assert list(request.sample.denoising_step_list) == options[
-        "denoising_step_list"
-    ] and request.sample.guide_scale == (1, 1)
-    assert (
-        request.sample.steps == len(request.sample.denoising_step_list)
-        and request.sample.solver == "euler"
-        and request.sample.shift == 5
-    )
-    assert (request.sample.boundary_step_index is not None) == ("experts" in spec)
+    settings = request.settings()
+    for flag, value in options.items():
+        if isinstance(value, list):
+            assert list(settings[flag]) == value and request.sample.steps == len(value)
+        else:
+            assert settings[flag] == value
+    last = request.sample.by_phase[-1]
+    assert last.guide_scale == (1, 1) and last.lora == (1,)
+    assert build_request(replay_options(settings, {"ckpt_dir": "org/name"})).sample == request.sample
 
 
 def test_flags_count_for_more():

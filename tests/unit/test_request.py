@@ -7,7 +7,7 @@ from PIL import Image
 
 from wan.errors import SwanError, UsageError
 from wan.options import FLAGS, build_request, check_device
-from wan.options.names import SOLVER_NAMES
+from wan.options.names import RCM_NAMES, SOLVER_NAMES
 from wan.options.replay import replay_options
 
 
@@ -265,6 +265,7 @@ def test_solver_names_are_the_solvers():
     from wan.solvers import SOLVERS
 
     assert set(SOLVER_NAMES) == set(SOLVERS)
+    assert set(RCM_NAMES) == {name for name, one in SOLVERS.items() if one.is_rcm}
 
 
 def test_device():

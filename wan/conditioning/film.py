@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,14 +70,21 @@ class Film:
         prompts = self.sample.prompts or (self.sample.prompt,)
         return prompts[min(clip, len(prompts) - 1)]
 
-    def start(self, clip: int, shape: tuple[int, ...], sigma: float) -> Tensor:
-        """What denoising begins with, at a noise level: fp32, on the CPU."""
+    def start(self, clip: int, shape: tuple[int, ...], sigma: float, noise_scale: float = 1.0) -> Tensor:
+        """What denoising begins with, at a noise level: fp32, on the CPU. noise_scale: of noise alone."""
         noise = self.noise(clip, shape)
-        return noise if self.source is None else noised(self.source, noise, sigma)
+        return noise * noise_scale if self.source is None else noised(self.source, noise, sigma)
 
     def noise(self, clip: int, shape: tuple[int, ...]) -> Tensor:
         """fp32, drawn on the CPU, so that one seed gives one video on every device."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.sample.seed))
+
+    def fresh_noise(self, clip: int) -> Callable[[tuple[int, ...]], Tensor]:
+        """What gives the noise that some solvers add at each step: fp32, drawn on the CPU by a generator of the clip's
+        own, which no noise of a beginning comes from. So a film that is gone on with has the same bits."""
+        digest = hashlib.sha256(f"{self.sample.seed} {clip}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return lambda shape: torch.randn(shape, generator=generator)
 
     def latents(self, clip: int, latents: Tensor) -> Tensor:
         """What is decoded: `[1, z, T', h, w]` of what was sampled, without the condition's extra frames."""

@@ -86,7 +86,7 @@ def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replaye
     """
     at = asked(options, world_size)
     load, sample, output = (check_part(part, at) for part in PARTS.values())
-    check_grid(at)
+    check_grid(at, sample.is_guided)
     request = Request(load, sample, output, tuple(at.warnings))
     check_written(request, replayed)
     return request
@@ -104,7 +104,7 @@ def build_sample(options: Mapping[str, Any], load: LoadOptions) -> Request:
     at = asked({**options, "task": load.task})
     at.done |= {"grid": load.grid, "ckpt_dir": load.ckpt_dir}
     sample = check_part(Sample, at)
-    check_grid(at)
+    check_grid(at, sample.is_guided)
     return Request(load, sample, warnings=tuple(at.warnings))
 
 

@@ -42,15 +42,15 @@ def make_grid(get: Mapping[str, Any], world_size: int) -> Grid:
         raise UsageError(str(error)) from error
 
 
-def check_grid(at: Asked) -> None:
-    """That what was checked can be shared out among the processes."""
+def check_grid(at: Asked, is_guided: bool) -> None:
+    """That what was checked can be shared out among the processes. is_guided: whether any step has guidance."""
     spec, grid = at.spec, at.done["grid"]
     width, height, frame_num = map(at.done.get, ("width", "height", "frame_num"))
     shape = latent_shape(spec.vae.z_dim, frame_num, height, width, spec.vae_stride[1])
     tokens = math.prod(side // patch for side, patch in zip(shape[1:], spec.dit.patch_size))
     if tokens < grid.sequence:
         raise UsageError(f"{tokens} tokens cannot be shared by {grid.sequence} processes: make a larger video")
-    if grid.cfg == 2 and all(scale == 1 for scale in at.done["guide_scale"]):
+    if grid.cfg == 2 and not is_guided:
         raise UsageError(
             "--cfg_parallel shares out the two branches of guidance, which --sample_guide_scale 1 turns off"
         )
@@ -159,6 +159,8 @@ def check_cache(at: Asked, steps: int, area: int, from_image: bool) -> tuple[dic
         found = check_coefficients(options, spec.get(key), tuple(spec.get("experts", ["model"]))) if options else {}
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options and "|" in (at.done["phases"] or ""):
+        raise UsageError("a cache is for runs of one phase: --phases changes what it compares from step to step")
     if options:
         device = check_device_name(options["cache_device"], "cache_device")
         options |= {"cache_device": device} | {name: absolute(options[name]) for name in CACHE_FILES}

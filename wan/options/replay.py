@@ -13,12 +13,19 @@ from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.cache.options import POLICIES as CACHES
 from wan.errors import SwanError, UsageError, printable
 from wan.options import FLAGS, STORED
-from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, LORA_FLAGS, STORED_FILES, STORED_PICTURES
+from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, LORA_FLAGS, RCM_NAMES, STORED_FILES, STORED_PICTURES
 from wan.options.values import of_kind
 from wan.pictures import image_sha256
 from wan.tasks import embedded_checkpoint, load_preset, load_task
 
 MOST_SHOWN = 4
+# What says how many steps there are, or where -> what of a stored run that replaces.
+_REPLACED = {
+    "sample_steps": ("denoising_step_list", "sigmas", "phases"),
+    "denoising_step_list": ("sample_steps", "sigmas", "phases", "sigma_max"),
+    "sigmas": ("sample_steps", "denoising_step_list", "phases", "sigma_max", "sample_shift"),
+    "phases": ("sample_steps", "boundary_step_index"),
+}
 _NETWORK = ("//", "\\\\")  # where Windows asks another machine
 
 
@@ -47,9 +54,11 @@ def replay_options(
     spec = load_task(given.get("task", options.get("task", DEFAULT_TASK)))
     if "preset" in given:
         given = load_preset(given["preset"], spec) | given
-    for one, other in (("sample_steps", "denoising_step_list"), ("denoising_step_list", "sample_steps")):
-        if one in given:  # each says how many steps there are
-            options.pop(other, None)
+    for one, replaced in _REPLACED.items():
+        if one in given:
+            options = {name: value for name, value in options.items() if name not in replaced}
+    if given.get("sample_solver", "") not in ("", options.get("sample_solver")):
+        options.pop("sample_shift" if given["sample_solver"] in RCM_NAMES else "sigma_max", None)
     for flag in GGUF_FLAGS.keys() & given:
         options.pop(GGUF_FLAGS[flag], None)
     if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings

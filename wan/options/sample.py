@@ -11,14 +11,18 @@ from wan.errors import UsageError
 from wan.options.files import check_lora, relighting_lora
 from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
-from wan.options.names import AUDIO_SYNCS, LORA_FLAGS, MAX_STEPS, SOLVER_NAMES, LoraChoice
+from wan.options.names import AUDIO_SYNCS, LORA_FLAGS, SOLVER_NAMES, LoraChoice
+from wan.options.phases import Phase, check_phases, make_phases
 from wan.options.sampling import (
     check_boundary_step,
     check_guide_scale,
     check_prompt,
     check_seed,
     check_shift,
+    check_sigma_max,
+    check_sigmas,
     check_step_list,
+    check_steps,
 )
 from wan.options.schema import Asked, Option, derived, option
 from wan.options.values import choice, number, or_default, whole
@@ -32,11 +36,6 @@ _CACHE = "cache: skip what changes little from step to step"
 def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
     steps, area = at.done["steps"], at.done["width"] * at.done["height"]
     return at.once("cache and coefficients", lambda: check_cache(at, steps, area, bool(inputs_of(at))))
-
-
-def _steps(at: Asked, given: Any) -> int:
-    listed = at.done["denoising_step_list"]
-    return len(listed) if listed else whole(given, at.spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
 
 
 def _input(name: str, kind: str, help: str, value: str) -> Any:
@@ -131,6 +130,8 @@ class Sample:
     film_frames:    of a video that is made in clips of frame_num frames; None: it is one clip
     width, height:  px of the video; for a video that starts from an image they follow the image's aspect ratio
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
+    shift:          None where nothing is shifted; sigma_max: of rCM's own steps, None: its default
+    phases:         as the user wrote them, see `by_phase`; None: one
     boundary_step_index: the first step of the low-noise expert; None: by the noise level
     first_step:     the first of the steps that is made
     vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
@@ -283,9 +284,27 @@ class Sample:
         _SAMPLING,
         "T,T,...",
         "timesteps of a step-distilled model, as 1000,750,500,250",
-        lambda at, given: check_step_list(given, at.get["sample_steps"]),
+        lambda at, given: check_step_list(given, at.get["sigmas"]),
     )
-    steps: int = option("number", _SAMPLING, "N", "number of steps", _steps, flag="sample_steps")
+    sigmas: tuple[float, ...] | None = option(
+        "numbers",
+        _SAMPLING,
+        "X,X,...",
+        "noise level of each step as it is, without a shift, as 1,0.757,0.522",
+        lambda at, given: check_sigmas(given),
+    )
+    phases: str | None = option(
+        "text",
+        _SAMPLING,
+        "TEXT",
+        "parts of the steps with guidance, LoRAs, solver and expert of their own, as"
+        ' "steps=2,guide=3.5,lora=0 | steps=4,guide=1"',
+        lambda at, given: check_phases(at.spec, given),
+    )
+    sigma_max: float | None = option(
+        "number", _SAMPLING, "X", "noise that rcm begins with, beside data of 1; default 80", check_sigma_max
+    )
+    steps: int = option("number", _SAMPLING, "N", "number of steps", check_steps, flag="sample_steps")
     strength: float | None = option(
         "number",
         _SAMPLING,
@@ -294,12 +313,12 @@ class Sample:
         _strength,
     )
     first_step: int = derived(_first_step)
-    shift: float = option(
+    shift: float | None = option(
         "number",
         _SAMPLING,
         "X",
         "shift of the noise schedule",
-        lambda at, given: check_shift(at.spec, given, at.done["size"]),
+        check_shift,
         flag="sample_shift",
     )
     guide_scale: tuple[float, float] = option(
@@ -315,7 +334,7 @@ class Sample:
         _SAMPLING,
         "N",
         "first step of the low-noise expert; default: by the noise level",
-        lambda at, given: check_boundary_step(at.spec, given, at.done["steps"]),
+        lambda at, given: check_boundary_step(at.spec, given, at.done["steps"], at.done["phases"]),
     )
     lora: LoraChoice = _lora("lora", "the DiT")
     lora_high: LoraChoice = _lora("lora_high", "the high-noise expert alone")
@@ -363,6 +382,20 @@ class Sample:
             for name, one in CACHE_OPTIONS.items()
         },
     }
+
+    @property
+    def by_phase(self) -> tuple[Phase, ...]:
+        """The phases, of which there is at least one."""
+        return make_phases(self.phases, Phase(self.steps, self.solver, self.guide_scale))
+
+    @property
+    def phase_of_step(self) -> list[Phase]:
+        return [phase for phase in self.by_phase for _ in range(phase.steps)]
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step may have guidance."""
+        return any(scale != 1 for phase in self.by_phase for scale in phase.guide_scale)
 
     @property
     def loras(self) -> dict[str, LoraChoice]:

@@ -10,7 +10,9 @@ from easydict import EasyDict
 
 from wan.conditioning.sizes import latent_frames
 from wan.errors import UsageError
-from wan.options.names import MAX_SEED, MAX_STEPS
+from wan.options.names import MAX_SEED, MAX_STEPS, RCM_NAMES
+from wan.options.phases import first_low_step, parse_phases, steps_of
+from wan.options.schema import Asked
 from wan.options.values import listed, number, or_default, shown, whole
 
 
@@ -39,7 +41,14 @@ def check_seed(value: Any) -> int:
     return secrets.randbelow(2**32) if seed == -1 else seed
 
 
-def check_shift(spec: EasyDict, value: Any, size: str) -> float:
+def check_shift(at: Asked, value: Any) -> float | None:
+    """None where nothing is shifted: listed sigmas are as they are, and rCM has steps of its own."""
+    spec, size = at.spec, at.done["size"]
+    if at.done["sigmas"] or own_steps(at) == {True}:
+        if value is not None:
+            what = "--sigmas" if at.done["sigmas"] else "the steps of rcm"
+            raise UsageError(f"--sample_shift has no effect: {what} are not shifted")
+        return None
     if value is None:
         at_480p = size in ("832*480", "480*832")
         value = spec.sampling.get("shift_480p", spec.sampling.shift) if at_480p else spec.sampling.shift
@@ -57,23 +66,71 @@ def check_guide_scale(spec: EasyDict, value: Any) -> tuple[float, float]:
     return scales[0], scales[-1]
 
 
-def check_step_list(value: Any, steps: Any) -> tuple[float, ...] | None:
+def own_steps(at: Asked) -> set[bool]:
+    """Whether solvers have steps of their own, for none are listed: those of rCM (True), or shifted ones (False)."""
+    if at.done["sigmas"] or at.done["denoising_step_list"]:
+        return set()
+    phases = parse_phases(at.done["phases"]) if at.done["phases"] else [{}]
+    return {phase.get("solver", at.done["solver"]) in RCM_NAMES for phase in phases}
+
+
+def check_sigma_max(at: Asked, value: Any) -> float | None:
+    if True not in own_steps(at):
+        if value is not None:
+            raise UsageError(f"--sigma_max is for --sample_solver {' and '.join(RCM_NAMES)} without listed steps")
+        return None
     if value is None:
         return None
+    return number(value, "sigma_max", float, "a number above 0", lambda n: 0 < n < math.inf)
+
+
+def check_steps(at: Asked, value: Any) -> int:
+    """How many there are: as many as are listed, or as the phases have together."""
+    told = {f"--{name}": len(at.done[name]) for name in ("denoising_step_list", "sigmas") if at.done[name]}
+    if at.done["phases"]:
+        told["--phases"] = steps_of(at.done["phases"])
+    if len(told) == 2 and len(set(told.values())) == 2:
+        (one, count), (other, others) = told.items()
+        raise UsageError(f"{other} has {others} steps in all, and {one} {count}")
+    for flag, count in told.items():
+        if value is not None and str(value) != str(count):
+            raise UsageError(f"--sample_steps {shown(value)} contradicts {flag}, which has {count} steps")
+    return next(iter(told.values()), None) or whole(value, at.spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
+
+
+def check_sigmas(value: Any) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    allowed = "falling noise levels from at most 1 to above 0, such as 1,0.9375,0.8333,0.625; a 0 may follow"
+    sigmas = [number(part, "sigmas", float, allowed, lambda n: 0 <= n <= 1) for part in listed(value)]
+    if len(sigmas) > 1 and sigmas[-1] == 0:
+        del sigmas[-1]
+    falling = all(later < earlier for earlier, later in zip(sigmas, sigmas[1:]))
+    if not 1 <= len(sigmas) <= MAX_STEPS or not falling or not sigmas[-1] > 0:
+        raise UsageError(f"--sigmas must be {allowed}, not {shown(value)}")
+    return tuple(sigmas)
+
+
+def check_step_list(value: Any, sigmas: Any) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if sigmas is not None:
+        raise UsageError("--sigmas and --denoising_step_list both list the steps: give one")
     allowed = "falling timesteps from at most 1000 to above 0, such as 1000,750,500,250"
     timesteps = [number(part, "denoising_step_list", float, allowed, lambda n: 0 < n <= 1000) for part in listed(value)]
     falling = all(later < earlier for earlier, later in zip(timesteps, timesteps[1:]))
     if not 1 <= len(timesteps) <= MAX_STEPS or not falling:
         raise UsageError(f"--denoising_step_list must be {allowed}, not {shown(value)}")
-    count = len(timesteps)
-    if steps is not None and str(steps) != str(count):
-        raise UsageError(f"--sample_steps {shown(steps)} contradicts --denoising_step_list, which has {count} steps")
     return tuple(timesteps)
 
 
-def check_boundary_step(spec: EasyDict, value: Any, steps: int) -> int | None:
+def check_boundary_step(spec: EasyDict, value: Any, steps: int, phases: str | None) -> int | None:
+    told = first_low_step(phases) if phases else None
     if value is None:
-        return None
+        return told
     if "experts" not in spec:
         raise UsageError(f"--boundary_step_index is for tasks with two experts; {spec.name} has one")
-    return whole(value, 0, "boundary_step_index", 0, steps)
+    index = whole(value, 0, "boundary_step_index", 0, steps)
+    if told is not None and told != index:
+        raise UsageError(f"--boundary_step_index {index} contradicts --phases, whose low-noise expert begins at {told}")
+    return index

@@ -16,7 +16,7 @@ from wan.plan.runs import text_encoding
 from wan.plan.smaller import smaller_frames, smaller_sizes
 from wan.plan.transfers import transfers
 from wan.plan.weights import count_parameters, expert_names
-from wan.tasks import load_preset, load_task, preset_names, task_names
+from wan.tasks import load_preset, load_task, task_names
 
 # What a stage reaches of the rate of one large product of matrices in its type. CPU: measured, two cores of Zen 4, fp32
 # and bf16, at the width of the 1.3B: DiT 0.7 to 1, decoding 0.9 to 1.3, the text encoder's layers 0.7 to 1.4. GPU: not
@@ -101,13 +101,15 @@ def _changes(load: Workload) -> Iterator[tuple[str, str, Workload | None]]:
         yield "size", f"--size {size.flag}", load.changed(size=size.flag, width=size.width, height=size.height)
     for frames in smaller_frames(request):
         yield "frames", f"--frame_num {frames}", load.changed(frame_num=frames)
-    is_free = not request.sample.denoising_step_list and request.sample.boundary_step_index is None
+    sample = request.sample
+    is_free = not (sample.denoising_step_list or sample.phases or sample.shift is None)
+    is_free = is_free and sample.boundary_step_index is None
     if is_free and request.sample.steps >= 20 and not request.sample.cache:  # whose settings are for a number of steps
         steps = request.sample.steps // 2
         yield "steps", f"--sample_steps {steps}", load.changed(steps=steps)
     # Both take guidance away, which --cfg_parallel shares out, and a cache has nothing to skip in so few steps.
     if is_free and request.load.grid.cfg == 1 and not request.sample.cache:
-        for name in reversed(preset_names()):  # of four steps before two: there are more models for it
+        for name in ("distill-4step", "distill-2step"):  # there are more models for the first
             options = load_preset(name, spec)
             steps = tuple(map(float, options["denoising_step_list"]))
             if len(steps) < request.sample.steps:
@@ -148,7 +150,9 @@ def _other_models(load: Workload) -> Iterator[tuple[str, Workload]]:
             size = min(other.sampling.sizes, key=lambda one: _far(one, request.sample.width, request.sample.height))
         width, height = map(int, size.split("*"))
         fields = {"task": name, "size": size, "width": width, "height": height, "steps": other.sampling.steps}
-        fields |= {"cache": {}, "ckpt_dir": other.hub[0], "ckpt_option": other.hub[0], "denoising_step_list": None}
+        fields |= {"cache": {}, "ckpt_dir": other.hub[0], "ckpt_option": other.hub[0]}
+        fields |= dict.fromkeys(("denoising_step_list", "sigmas", "sigma_max", "phases", "boundary_step_index"))
+        fields |= {"solver": other.sampling.solver, "shift": other.sampling.shift}
         guide = other.sampling.guide_scale
         fields["guide_scale"] = tuple(guide) if isinstance(guide, (list, tuple)) else (guide, guide)
         yield f"--task {name} --size {size}", Workload(request.changed(**fields), other)

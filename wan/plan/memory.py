@@ -95,8 +95,7 @@ class Workload:
     @property
     def branches(self) -> int:
         """That one process computes: cond and uncond."""
-        is_guided = any(scale != 1 for scale in self.request.sample.guide_scale)
-        return 2 if is_guided and self.request.load.grid.cfg == 1 else 1
+        return 2 if self.request.sample.is_guided and self.request.load.grid.cfg == 1 else 1
 
     @cached_property
     def stages(self) -> list[str]:
@@ -112,7 +111,8 @@ class Workload:
     @property
     def forwards(self) -> int:
         """Of the DiT in the whole run: two a step with guidance."""
-        scales = [scale_of(name, self.request.sample.guide_scale) for name in self.expert_of_step]
+        phases = self.request.sample.phase_of_step[self.request.sample.first_step :]
+        scales = [scale_of(name, phase.guide_scale) for name, phase in zip(self.expert_of_step, phases, strict=True)]
         return self.clips * sum(1 if scale == 1 else 2 for scale in scales)
 
     @cached_property
@@ -205,9 +205,10 @@ class Workload:
         if stage == "encode_audio":
             return self.hearing().peak
         if stage == "denoise":
-            is_guided = any(scale != 1 for scale in request.sample.guide_scale)
-            how = request.load.dtype, device, request.load.grid, request.sample.solver, is_guided
-            return runs.denoising_bytes(self.spec, self.latent, *how, request.sample.image is not None)
+            how = request.load.dtype, device, request.load.grid
+            solvers = {phase.solver for phase in request.sample.by_phase}
+            rest = request.sample.is_guided, request.sample.image is not None
+            return max(runs.denoising_bytes(self.spec, self.latent, *how, solver, *rest) for solver in solvers)
         if stage == "decode":
             return self.decoding(device).peak
         peak, sample = self.encoding(device).peak, request.sample

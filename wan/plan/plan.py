@@ -67,6 +67,7 @@ class Plan:
             "solver": request.sample.solver,
             "shift": request.sample.shift,
             "guide_scale": list(request.sample.guide_scale),
+            "phases": request.sample.phases,
             "files": find_files(request, spec),
             "dtypes": {"dit": request.load.dtype, "t5": request.load.t5_dtype, "vae": request.load.vae_dtype},
             "latent_shape": list(load.latent),

@@ -181,7 +181,7 @@ def _denoising(
                 times = Times.of(timestep)
             return _predict(model, latent, times)
 
-        steps = make_solver(solver, steps=_STEPS, shift=3.0)
+        steps = make_solver(solver, steps=_STEPS, shift=3.0, draw=lambda shape: _empty(*shape))
         denoise(predict, steps, _empty(1, *latent), guide_scale=5.0 if is_guided else 1.0, parallel=parallel)
     return tally.peak
 

@@ -16,12 +16,14 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     steps = str(plan["steps"])
     if "steps_by_expert" in plan:
         steps += " ({high} high-noise, {low} low-noise)".format(**plan["steps_by_expert"])
+    shift = "" if plan["shift"] is None else f", shift {plan['shift']:g}"
+    phases = f", by phase: {plan['phases']}" if plan["phases"] else ""
     clips = f" in {plan['clips']} clips" if plan["clips"] > 1 else ""
     lines = [
         f"task        {plan['task']}: {plan['title']}",
         f"video       {plan['size']}, {plan['frames']} frames{clips} at {plan['fps']} fps, seed {plan['seed']}",
         f"latent      {'x'.join(map(str, plan['latent_shape']))}, {plan['tokens']} tokens",
-        f"sampling    {plan['solver']}, {steps} steps, {plan['forwards']} forwards, shift {plan['shift']:g}",
+        f"sampling    {plan['solver']}, {steps} steps, {plan['forwards']} forwards{shift}{phases}",
         f"work        {_short(work['total'])} TFLOP a forward ({parts}), {_short(plan['tflop_total'])} TFLOP in all",
         "types       " + ", ".join(f"{name} {dtype}" for name, dtype in plan["dtypes"].items()),
         "parameters  " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan["parameters"].items()),

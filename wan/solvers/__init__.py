@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from wan.errors import UsageError
-from wan.solvers.base import Solver
+from wan.solvers.base import Draw, Solver
+from wan.solvers.chain import Method, chain
 from wan.solvers.dpmpp import DPMPlusPlus2M
 from wan.solvers.euler import Euler
-from wan.solvers.schedule import linear_schedule, listed_schedule, unipc_schedule
+from wan.solvers.renoise import Renoise
+from wan.solvers.schedule import (
+    RCM_SIGMA_MAX,
+    Schedule,
+    joined,
+    linear_schedule,
+    listed_schedule,
+    rcm_schedule,
+    sigma_schedule,
+    unipc_schedule,
+)
 from wan.solvers.unipc import UniPC2
 
-# name -> (update rule, its schedule when the caller lists no steps)
 SOLVERS = {
-    "unipc": (UniPC2, unipc_schedule),
-    "dpm++": (DPMPlusPlus2M, linear_schedule),
-    "euler": (Euler, linear_schedule),
+    "unipc": Method(UniPC2),
+    "dpm++": Method(DPMPlusPlus2M),
+    "euler": Method(Euler),
+    "dmd": Method(Renoise),
+    "rcm": Method(Renoise, is_rcm=True),
+    "rcm-ode": Method(Euler, is_rcm=True),
 }
 
 
@@ -24,45 +38,89 @@ def make_solver(
     name: str,
     *,
     steps: int,
-    shift: float,
+    shift: float = 1.0,
     denoising_step_list: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    sigma_max: float = RCM_SIGMA_MAX,
     num_train_timesteps: int = 1000,
     first: int = 0,
+    draw: Draw | None = None,
 ) -> Solver:
     """A fresh solver, holding its whole schedule, from step `first` on, and no history.
 
     ``shift`` is the timestep shift of flow matching: sigma -> shift * sigma / (1 + (shift - 1) * sigma).
     ``denoising_step_list`` names the unshifted training timesteps of a step-distilled model, for example
-    ``[1000, 750, 500, 250]``; it replaces the solver's own spacing and must have ``steps`` entries.
-    Raises UsageError for an unknown name or an impossible schedule.
+    ``[1000, 750, 500, 250]``, and ``sigmas`` noise levels as they are; each replaces the solver's own spacing and must
+    have ``steps`` entries. ``sigma_max`` is that of rCM's own steps, which have no shift. ``draw`` gives the noise that
+    a solver adds, see `Renoise`. Raises UsageError for an unknown name or an impossible schedule.
     """
+    schedule = make_schedule(
+        name,
+        steps=steps,
+        shift=shift,
+        denoising_step_list=denoising_step_list,
+        sigmas=sigmas,
+        sigma_max=sigma_max,
+        num_train_timesteps=num_train_timesteps,
+    )
+    return chain([(SOLVERS[name], steps)], schedule, first, draw)
+
+
+def make_schedule(
+    name: str,
+    *,
+    steps: int,
+    shift: float = 1.0,
+    denoising_step_list: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    sigma_max: float = RCM_SIGMA_MAX,
+    num_train_timesteps: int = 1000,
+) -> Schedule:
+    """The steps of `make_solver`."""
     if name not in SOLVERS:
         raise UsageError(f"unknown solver {name!r}; choose one of: {', '.join(SOLVERS)}")
     if steps < 1:
         raise UsageError(f"the number of sampling steps must be at least 1, got {steps}")
     if not shift > 0:
         raise UsageError(f"the timestep shift must be positive, got {shift}")
-    solver_class, own_schedule = SOLVERS[name]
-    if denoising_step_list is None:
-        timesteps, sigmas = own_schedule(steps, shift, num_train_timesteps)
-    elif len(denoising_step_list) == steps:
-        timesteps, sigmas = listed_schedule(denoising_step_list, shift, num_train_timesteps)
+    if sigmas is not None:
+        schedule = sigma_schedule(sigmas, num_train_timesteps)
+    elif denoising_step_list is not None:
+        schedule = listed_schedule(denoising_step_list, shift, num_train_timesteps)
+    elif SOLVERS[name].is_rcm:
+        schedule = rcm_schedule(steps, sigma_max, num_train_timesteps)
     else:
-        raise UsageError(f"{len(denoising_step_list)} denoising steps are listed, but {steps} sampling steps are asked")
-    solver = solver_class((timesteps[first:], sigmas[first:]))
-    solver.first = first
-    return solver
+        own = unipc_schedule if name == "unipc" else linear_schedule
+        schedule = own(steps, shift, num_train_timesteps)
+    listed = len(schedule.timesteps)
+    if listed != steps:
+        raise UsageError(f"{listed} denoising steps are listed, but {steps} sampling steps are asked")
+    return schedule
 
 
-def solver_of(sample: Any) -> Solver:
-    """The solver of a `wan.options.Sample`."""
-    return make_solver(
-        sample.solver,
-        steps=sample.steps,
-        shift=sample.shift,
-        denoising_step_list=sample.denoising_step_list,
-        first=sample.first_step,
-    )
+def solver_of(sample: Any, draw: Draw | None = None) -> Solver:
+    """The solver of a `wan.options.Sample`, of several where its phases name several: each takes its own steps of the
+    whole number, and ends where the next begins."""
+    parts = [
+        (name, sum(phase.steps for phase in phases)) for name, phases in groupby(sample.by_phase, _solver_of_phase)
+    ]
+    schedules, start = [], 0
+    for name, count in parts:
+        whole = make_schedule(
+            name,
+            steps=sample.steps,
+            shift=sample.shift or 1.0,
+            denoising_step_list=sample.denoising_step_list,
+            sigmas=sample.sigmas,
+            sigma_max=sample.sigma_max or RCM_SIGMA_MAX,
+        )
+        schedules.append(whole.between(start, start + count))
+        start += count
+    return chain([(SOLVERS[name], count) for name, count in parts], joined(schedules), sample.first_step, draw)
 
 
-__all__ = ["SOLVERS", "Solver", "make_solver", "solver_of"]
+def _solver_of_phase(phase: Any) -> str:
+    return phase.solver
+
+
+__all__ = ["SOLVERS", "Solver", "make_schedule", "make_solver", "solver_of"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from wan.solvers.schedule import Schedule
+
+Draw = Callable[[tuple[int, ...]], torch.Tensor]  # noise of a shape, fp32
 
 
 class Solver:
@@ -16,6 +19,7 @@ class Solver:
     sigmas:    fp32 [steps + 1] on the CPU, the last one 0
     index:     how many steps are done
     first:     how many steps of the schedule are left out, and none of these
+    noise_scale: what noise is multiplied by before the first step
 
     The counter is the solver's own and always starts at 0. The reference looks its first index up by timestep; where
     the first two timesteps coincide (UniPC, shift 12, 100 steps) that lookup answers 1, and the reference skips a sigma
@@ -23,6 +27,7 @@ class Solver:
     """
 
     first = 0
+    noise_scale = 1.0
 
     def __init__(self, schedule: Schedule):
         self.timesteps, self.sigmas = schedule

@@ -5,6 +5,7 @@ Wan is a rectified flow: x_sigma = (1 - sigma) * x_0 + sigma * noise, and the ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,12 +14,19 @@ import torch
 
 from wan.errors import UsageError
 
+RCM_ANGLES = (1.5, 1.4, 1.0)  # behind the first one, which sigma_max tells
+RCM_SIGMA_MAX = 80.0
+
 
 class Schedule(NamedTuple):
     """``timesteps`` [steps] as the network sees them; ``sigmas`` fp32 [steps + 1], falling to 0. Both on the CPU."""
 
     timesteps: torch.Tensor
     sigmas: torch.Tensor
+
+    def between(self, start: int, end: int) -> Schedule:
+        """Some of its steps, with the noise level that the last of them goes to."""
+        return Schedule(self.timesteps[start:end], self.sigmas[start : end + 1])
 
 
 def shift_sigma(sigma, shift: float):
@@ -52,6 +60,42 @@ def listed_schedule(step_list: Sequence[float], shift: float, num_train_timestep
     sigmas = shift_sigma(listed / num_train_timesteps, shift)
     timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.float32))
     return Schedule(timesteps, _with_zero(sigmas))
+
+
+def sigma_schedule(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> Schedule:
+    """Noise levels as they are given, with no shift; one 0 at the end, which other programs write, is left out.
+
+    The network is told 1000 * sigma, unrounded.
+    """
+    listed = np.asarray(sigmas, dtype=np.float64)
+    if listed.size > 1 and listed[-1] == 0:
+        listed = listed[:-1]
+    if listed.size == 0 or listed[0] > 1 or not listed[-1] > 0 or (np.diff(listed) >= 0).any():
+        raise UsageError(f"the sigmas must fall strictly, from at most 1 to above 0, got {list(sigmas)}")
+    return Schedule(torch.from_numpy((listed * num_train_timesteps).astype(np.float32)), _with_zero(listed))
+
+
+def rcm_schedule(steps: int, sigma_max: float, num_train_timesteps: int = 1000) -> Schedule:
+    """The steps of rCM (arXiv 2510.08431) and TurboDiffusion, 1 to 4 of them.
+
+    Their noise is told by an angle, of tangent noise / data: atan(sigma_max), 1.5, 1.4, 1.0. In a rectified flow that
+    is sigma = tan / (1 + tan). Source: behaviour of TurboDiffusion's inference, which also rounds 1000 * sigma to bf16.
+    """
+    angles = (math.atan(sigma_max), *RCM_ANGLES)[:steps]
+    if steps > len(angles):
+        raise UsageError(f"rcm has 1 to {len(angles)} steps of its own, not {steps}; --sigmas lists others")
+    if not sigma_max > 0 or (np.diff(angles) >= 0).any():
+        raise UsageError(f"the sigma_max of rcm must be above {math.tan(RCM_ANGLES[0]):.1f}, got {sigma_max:g}")
+    return sigma_schedule([math.tan(angle) / (1 + math.tan(angle)) for angle in angles], num_train_timesteps)
+
+
+def joined(schedules: Sequence[Schedule]) -> Schedule:
+    """Schedules one after another: each goes to where the next begins. Raises UsageError where that is no lower."""
+    timesteps = torch.cat([one.timesteps for one in schedules])
+    sigmas = torch.cat([*(one.sigmas[:-1] for one in schedules), schedules[-1].sigmas[-1:]])
+    if len(schedules) > 1 and (sigmas.diff() >= 0).any():
+        raise UsageError(f"the noise levels of these solvers do not fall one after another: {sigmas.tolist()}")
+    return Schedule(timesteps, sigmas)
 
 
 def _schedule(sigmas: np.ndarray, num_train_timesteps: int) -> Schedule:
