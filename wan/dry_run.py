@@ -10,10 +10,10 @@ from easydict import EasyDict
 from wan.command import put
 from wan.errors import SwanError, UsageError
 from wan.file_checks import faults
-from wan.models.attention import check_attention
+from wan.models.attention import choose_attention
 from wan.options import Request, check_device
 from wan.options.phases import check_phase_loras
-from wan.pipeline import DTYPES
+from wan.pipeline import attention_of
 from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
 from wan.plan.text import gigabytes
 from wan.weights.checkpoint import Checkpoint
@@ -27,8 +27,9 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     """
     request = request.changed(checkpoint=Checkpoint(request.load.ckpt_dir, spec, request.load.files, partial=True))
     machine, is_here = _machine(request, spec, local_size)
+    attention, notes = None, []
     if is_here:
-        check_attention(request.load.attention, DTYPES[request.load.dtype], request.load.device)
+        attention, notes = choose_attention(*attention_of(request.load))
     if is_here and request.sample.cache:
         check_device(request.sample.cache["cache_device"], "cache_device")
     check_phase_loras(request.sample.by_phase, request.sample.loras)
@@ -36,6 +37,7 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     if wrong:
         raise SwanError("; ".join(wrong))
     plan = make_plan(request, spec, machine)
+    plan |= {"attention": attention, "notes": [*plan["notes"], *notes]}
     if not is_here:
         plan["notes"].append(_of_no_device(machine))
     told = f"task: {request.load.task}, {request.load.task_told}\n" if request.load.task_told else ""

@@ -313,6 +313,7 @@ def _report(pipe: WanPipeline, request: Request, result: Result) -> dict[str, An
         **({"phases": request.sample.phases} if request.sample.phases else {}),
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "offload": pipe.placement.offload,
+        "attention": pipe.attention,
         **({"gguf_mode": modes} if modes else {}),
         **({"cache": pipe.cache.telemetry.report()} if request.sample.cache else {}),
         # Of the frames; of several clips, of the hashes of theirs.

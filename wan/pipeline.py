@@ -29,9 +29,10 @@ from wan.conditioning.sizes import latent_shape
 from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
+from wan.errors import UsageError
 from wan.file_checks import check_files, open_loras
 from wan.memory.experts import Check, Experts, load_expert, read_ahead
-from wan.models.attention import check_attention
+from wan.models.attention import choose_attention
 from wan.models.audio import load_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.dit.sequence import Times
@@ -100,6 +101,7 @@ class WanPipeline:
         self.notes: list[str] = []
         self.plan: dict[str, Any] = {}
         self.placement: Placement | None = None
+        self.attention = "sdpa"  # chosen with the first plan
         self.asked_loras: dict[str, LoraChoice] = {}  # by flag
         self.loras: dict[str, list[tuple[Lora, float]]] = self._open_loras({})  # by expert
         self.keeps = False  # models between their uses, while memory allows
@@ -119,7 +121,7 @@ class WanPipeline:
         Raises UsageError or SwanError, one line, before any work is done.
         """
         load = replace(load, device=check_device(load.device))
-        check_attention(load.attention, DTYPES[load.dtype], load.device)
+        choose_attention(*attention_of(load))
         checkpoint = Checkpoint(load.ckpt_dir, spec, load.files)
         notes = check_files(checkpoint)
         pipe = cls(checkpoint, load, parallel)
@@ -179,6 +181,8 @@ class WanPipeline:
         plan = self.planned(request)
         placement, before = Placement(**plan["placement"]), self.placement
         self.load = replace(self.load, dtype=plan["dtypes"]["dit"], auto_dtype=False)
+        if before is None:
+            self._choose_attention()
         self.plan, self.placement, self.checks.load = plan, placement, self.load
         if before is not None:
             if (placement.text, placement.packed["t5"]) != (before.text, before.packed["t5"]):
@@ -188,6 +192,15 @@ class WanPipeline:
                 self.experts.release()
         self.experts.keep_all = self.keeps or placement.offload == "none"
         return plan
+
+    def _choose_attention(self) -> None:
+        self.attention, notes = choose_attention(*attention_of(self.load))
+        chosen = sorted(set(self.parallel.gather_objects(self.attention)))
+        if len(chosen) > 1:
+            raise UsageError(
+                f"--attention {self.load.attention} is {' and '.join(chosen)} on these processes: give one"
+            )
+        self.checks.attention, self.notes = self.attention, self.notes + notes
 
     def planned(self, request: Request) -> dict[str, Any]:
         """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory."""
@@ -551,7 +564,7 @@ class WanPipeline:
             self._make_room("denoise", name)
             _empty_cache()
         with torch.device("meta"):
-            model = WanModel(**self.spec.dit, attention=self.load.attention, parallel=self.parallel)
+            model = WanModel(**self.spec.dit, attention=self.attention, parallel=self.parallel)
         offload = self.placement.offload
         load_expert(
             model,
@@ -580,6 +593,11 @@ class WanPipeline:
         if device.type not in self._meshes:
             self._meshes[device.type] = weight_mesh(device.type, self.parallel.local_size)
         return lambda model, blocks: shard_model(model, blocks, self._meshes[device.type])
+
+
+def attention_of(load: LoadOptions) -> tuple[str, torch.dtype, str, int]:
+    """What `choose_attention` is asked."""
+    return load.attention, DTYPES[load.dtype], load.device, load.grid.ring
 
 
 def _as_pixels(video: Tensor) -> np.ndarray:

@@ -24,7 +24,10 @@ _WIDER = {"fp16": "bf16 or fp32", "bf16": "fp32"}
 
 
 class StageChecks:
-    """Each raises NotFinite, on all ranks alike. load: what the models are loaded by, set once that is decided."""
+    """Each raises NotFinite, on all ranks alike. load: what the models are loaded by, and attention: the DiT's back end,
+    set once that is decided."""
+
+    attention = "sdpa"
 
     def __init__(self, files: CheckpointFiles, parallel: Parallel):
         self._files, self._parallel = files, parallel
@@ -61,7 +64,7 @@ class StageChecks:
         weight, scale = _bad_weight(model), scale_of(ctx.expert, request.sample.phase_of_step[ctx.step].guide_scale)
         tries = [f"a --sample_guide_scale below {scale:g}"] if scale > 1 and not weight else []
         tries += ["no cache"] if request.sample.cache and not weight else []
-        tries += ["--attention sdpa"] if self.load.attention != "sdpa" and not weight else []
+        tries += ["--attention sdpa"] if self.attention != "sdpa" and not weight else []
         tries += ["no --lora"] if request.sample.loras else []
         flag = "dit" if ctx.expert == "model" else ctx.expert
         stage, dtype = f"denoise, step {ctx.step + 1} of {ctx.steps}", ("dtype", self.load.dtype)

@@ -21,6 +21,8 @@ T2V, I2V = {"task": "t2v-tiny"} | STEPS, {"task": "i2v-tiny"} | STEPS
 TEACACHE, FBCACHE = {"teacache": True, "teacache_thresh": 0.3}, {"fbcache": True, "fb_thresh": 0.15}
 FSDP = {"dit_fsdp": True, "t5_fsdp": True}
 BLOCK = {"offload": "block", "resident_blocks": 1}
+PHASED = {"task": "t2v-tiny", "seed": 3, "sample_solver": "dmd", "sigmas": "1,0.757,0.522"}
+PHASED |= {"phases": "steps=1,lora=0,guide=3|steps=2,guide=1", "lora": str(ASSETS / "tiny/loras/stripes.safetensors")}
 ULYSSES, RING, CFG = {}, {"ring_size": 2}, {"cfg_parallel": True}
 # What makes the video (compared with one process) -> how the work is shared. 3 heads, 80 and 48 tokens.
 CASES = {
@@ -28,6 +30,7 @@ CASES = {
         (T2V, [ULYSSES, ULYSSES | FSDP, RING, CFG | FSDP]),
         (T2V | FBCACHE, [ULYSSES | FSDP, CFG, CFG | FSDP]),
         (I2V | TEACACHE, [RING | FSDP, CFG]),
+        (PHASED, [ULYSSES | FSDP, CFG]),
         (T2V | {"gguf": "model.gguf", "gguf_mode": "stream"}, [ULYSSES | FSDP, CFG | BLOCK]),
     ],
     4: [

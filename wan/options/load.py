@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from wan.distributed.grid import Grid
 from wan.errors import UsageError
+from wan.models.attention_names import AUTO, BACK_END_NAMES
 from wan.options.files import check_ckpt_dir, check_file
 from wan.options.machine import (
     check_attention,
@@ -19,7 +20,6 @@ from wan.options.machine import (
     make_grid,
 )
 from wan.options.names import (
-    ATTENTION_NAMES,
     DEFAULT_TASK,
     DTYPE_NAMES,
     FILE_FLAGS,
@@ -30,7 +30,7 @@ from wan.options.names import (
     VAE_DTYPE_NAMES,
 )
 from wan.options.schema import Option, derived, flag_of, option
-from wan.options.values import absolute, choice, whole
+from wan.options.values import absolute, choice, or_default, whole
 from wan.tasks import task_names
 
 _WEIGHTS, _MACHINE, _RANKS = "weights", "machine", "several processes, started by torchrun"
@@ -132,8 +132,9 @@ class LoadOptions:
         "name",
         _MACHINE,
         "NAME",
-        f"attention back end: {', '.join(ATTENTION_NAMES)}; default sdpa",
-        lambda at, given: given or "sdpa",
+        f"attention back end: auto (default: by the GPU, type and packages), {', '.join(BACK_END_NAMES)}; several with"
+        " commas between them: the first that can be used",
+        lambda at, given: or_default(given, AUTO),
     )
     offload: str = option(
         "name",
@@ -233,6 +234,7 @@ _NO_WISH = {
     "device": "auto",
     "offload": "auto",
     "residency": "auto",
+    "attention": AUTO,
 }  # beside None: left to whoever loads
 
 

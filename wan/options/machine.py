@@ -14,10 +14,10 @@ from wan.cache.options import check_coefficients, check_options
 from wan.conditioning.sizes import latent_shape
 from wan.distributed.grid import Grid, choose_grid
 from wan.errors import UsageError
+from wan.models.attention_names import ATTENTION_NAMES, AUTO, BACK_END_NAMES, split_names
 from wan.options.files import check_writable
 from wan.options.names import (
     AREA_BELOW_720P,
-    ATTENTION_NAMES,
     CACHE_FILES,
     DTYPE_NAMES,
     MAX_RANKS,
@@ -25,7 +25,7 @@ from wan.options.names import (
     T5_DTYPE_NAMES,
 )
 from wan.options.schema import Asked
-from wan.options.values import absolute, choice, number, or_default, whole
+from wan.options.values import absolute, choice, number, or_default, shown, whole
 
 
 def make_grid(get: Mapping[str, Any], world_size: int) -> Grid:
@@ -131,10 +131,15 @@ def check_t5_dtype(spec: EasyDict, value: Any) -> str:
     return spec.get("dtype", "bf16") if dtype == "auto" else dtype
 
 
-def check_attention(name: str, dtype: str) -> None:
-    choice(name, "sdpa", "attention", ATTENTION_NAMES)
-    if name != "sdpa" and dtype == "fp32":
-        raise UsageError(f"--attention {name} computes in bf16 and fp16, not in --dtype fp32; sdpa does")
+def check_attention(asked: str, dtype: str) -> None:
+    """asked: names with commas between them, of which the first that can be used is."""
+    names = split_names(asked)
+    for name in names:
+        if name not in ATTENTION_NAMES:
+            known = f"{AUTO}, {', '.join(BACK_END_NAMES)}"
+            raise UsageError(f"unknown --attention {shown(name)}; choose one of: {known}, or several with commas")
+    if dtype == "fp32" and {*names} <= {*BACK_END_NAMES} - {"sdpa"}:
+        raise UsageError(f"--attention {asked} computes in bf16 and fp16, not in --dtype fp32; sdpa does")
 
 
 def check_tile(value: Any, stride: int) -> int | None:

@@ -11,7 +11,6 @@ VAE_DTYPE_NAMES = ("fp32", "bf16")
 FILE_FLAGS = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip", "wav2vec")
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
 LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
-ATTENTION_NAMES = ("sdpa", "flash_attn2", "flash_attn3", "sage_attn2")  # all but the first compute in 16 bits alone
 GGUF_MODES = ("auto", "resident", "stream")
 CACHE_FILES = ("cache_coefficients", "cache_trace")
 MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20

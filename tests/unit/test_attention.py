@@ -1,0 +1,192 @@
+"""Attention: what is chosen by itself, what stands in for what cannot be used, and that this is said.
+
+Packages and GPUs are imitated: none of these kernels has run here.
+"""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wan import Engine
+from wan.cli import main
+from wan.errors import SwanError, UsageError
+from wan.models import attention
+from wan.models.attention import BACK_ENDS, choose_attention, get_attention
+from wan.models.attention_names import BACK_END_NAMES, WITHOUT_BACK_END, lightx2v_attention
+from wan.options import build_load
+
+BF16 = torch.bfloat16
+SDPA = "import torch.nn.functional as F\ndef exact(q, k, v):\n    return F.scaled_dot_product_attention(q, k, v)\n"
+ROWS = f"{SDPA}def by_rows(q, k, v):\n    return exact(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)\n"
+# What each package is called by, and how.
+PACKAGES = {
+    "flash_attn": f"{ROWS}def flash_attn_func(q, k, v, return_attn_probs=False):\n    return by_rows(q, k, v)\n",
+    "flash_attn_interface": f"{ROWS}def flash_attn_func(q, k, v):\n    return by_rows(q, k, v), None\n",
+    "flash_attn/cute": f"{ROWS}def flash_attn_func(q, k, v, return_lse=False):\n    return by_rows(q, k, v), None\n",
+    "sageattention": f"{ROWS}def sageattn(q, k, v, tensor_layout, return_lse=False):\n    return by_rows(q, k, v)\n"
+    "def sageattn_qk_int8_pv_fp16_cuda():\n    pass\n",
+    "sageattn3": f"{SDPA}sageattn3_blackwell = exact\n",
+    "spas_sage_attn": f"{SDPA}def spas_sage2_attn_meansim_topk_cuda(q, k, v, topk, is_causal, output_dtype):\n"
+    "    assert not is_causal and output_dtype == q.dtype\n    return exact(q, k, v) + 1\n",
+}
+VERSIONS = {"flash_attn": "2.8.3", "sageattention": "2.2.0"}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(major, packages): a GPU of that compute capability, and packages that are installed."""
+
+    def make(major, *packages, versions=VERSIONS):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: major > 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+        for name in packages:
+            folder = tmp_path / name
+            folder.mkdir(parents=True)
+            (folder / "__init__.py").write_text(PACKAGES[name])
+            if name in versions:
+                info = tmp_path / f"{name}-{versions[name]}.dist-info"
+                info.mkdir()
+                (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {versions[name]}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    for name in list(sys.modules):
+        if name.partition(".")[0] in {package.partition("/")[0] for package in PACKAGES}:
+            del sys.modules[name]
+
+
+def test_the_names_are_those_of_the_back_ends():
+    assert tuple(BACK_ENDS) == BACK_END_NAMES and not set(BACK_ENDS) & set(WITHOUT_BACK_END)
+
+
+@pytest.mark.parametrize(
+    "major, packages, dtype, device, chosen",
+    [
+        (0, [], BF16, "auto", "sdpa"),
+        (9, [], BF16, "cuda", "sdpa"),
+        (9, ["flash_attn", "flash_attn_interface", "sageattention"], BF16, "cuda", "flash_attn3"),
+        (9, ["flash_attn_interface"], torch.float32, "cuda", "sdpa"),
+        (9, ["flash_attn_interface"], BF16, "cpu", "sdpa"),
+        (10, ["flash_attn_interface", "flash_attn/cute", "sageattn3"], torch.float16, "cuda:0", "flash_attn4"),
+        (8, ["flash_attn", "sageattention", "spas_sage_attn"], BF16, "cuda", "sdpa"),  # whose kernel is the same
+    ],
+)
+def test_auto_goes_by_gpu_type_and_packages(machine, major, packages, dtype, device, chosen):
+    machine(major, *packages)
+    assert choose_attention("auto", dtype, device) == (chosen, [])
+
+
+def test_auto_passes_over_a_package_that_does_not_work(machine, tmp_path):
+    machine(9, "flash_attn_interface")
+    (tmp_path / "flash_attn_interface/__init__.py").write_text("raise ImportError('undefined symbol')")
+    assert choose_attention("auto", BF16, "cuda") == ("sdpa", [])
+    with pytest.raises(SwanError, match="the package flash_attn_interface cannot be used: undefined symbol"):
+        choose_attention("flash_attn3", BF16, "cuda")
+    _, [line] = choose_attention("flash_attn3,sdpa", BF16, "cuda")
+    assert "undefined symbol" in line and line.endswith("; sdpa is used")
+
+
+@pytest.mark.parametrize("asked, chosen", [("sage_attn3,sage_attn2,sdpa", "sage_attn2"), ("svg_attn,auto", "sdpa")])
+def test_what_cannot_be_used_gives_way_with_a_line(machine, asked, chosen):
+    machine(12, "sageattention")
+    name, lines = choose_attention(asked, BF16, "cuda")
+    assert name == chosen and len(lines) == 1
+    assert lines[0].startswith(f"warning: --attention {asked}: attention ")
+    assert lines[0].endswith(f"; {chosen} is used")
+
+
+@pytest.mark.parametrize(
+    "asked, ring, message",
+    [
+        ("radial_attn", 1, "attention 'radial_attn' leaves out part of the attention, and is not part of Swan: give"),
+        ("npu_flash_attn", 1, "attention 'npu_flash_attn' is for accelerators that are not supported: give what else"),
+        ("sage_attn3", 1, "attention back end 'sage_attn3' needs compute capability 10.x and 12.x, this GPU has 9.x"),
+        ("sparge_attn", 2, "attention back end 'sparge_attn' cannot merge the parts that --ring_size 2 makes"),
+        ("flash_attn3", 1, "attention back end 'flash_attn3' needs the package flash_attn_interface and a CUDA device"),
+        ("flash_attn3,svg_attn", 1, "--attention flash_attn3,svg_attn: none of these can be used: attention back end"),
+        ("sdpa2", 1, "unknown attention back end 'sdpa2'"),
+    ],
+)
+def test_what_cannot_be_used_alone_is_one_line(machine, asked, ring, message):
+    machine(9, "sageattn3", "spas_sage_attn")
+    with pytest.raises(UsageError) as error:
+        choose_attention(asked, BF16, "cuda", ring)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_version_1_of_sageattention_is_not_taken_for_2(machine, tmp_path):
+    machine(9, "sageattention", versions={"sageattention": "1.0.6"})
+    with pytest.raises(UsageError, match=r"needs the package sageattention \(version 2 or later\)"):
+        choose_attention("sage_attn2", BF16, "cuda")
+
+
+def test_nor_is_a_folder_of_its_sources(machine, tmp_path):
+    machine(9, "sageattention", versions={})
+    assert choose_attention("sage_attn2", BF16, "cuda") == ("sage_attn2", [])
+    (tmp_path / "sageattention/__init__.py").write_text("def sageattn(q, k, v, **more):\n    pass\n")
+    del sys.modules["sageattention"]
+    with pytest.raises(SwanError, match="the package sageattention cannot be used"):
+        choose_attention("sage_attn2", BF16, "cuda")
+
+
+def test_version_4_alone_is_not_version_2(machine):
+    machine(10, "flash_attn/cute")
+    assert BACK_ENDS["flash_attn4"].is_installed() and not BACK_ENDS["flash_attn2"].is_installed()
+
+
+@pytest.mark.parametrize("name", [name for name in BACK_END_NAMES if name != "sdpa"])
+def test_packages_are_called_as_they_want_to_be(machine, name):
+    """The result has our axes, whatever theirs."""
+    machine(9, BACK_ENDS[name].package.replace(".", "/"))
+    q, k = (torch.randn(1, tokens, 3, 64, generator=torch.Generator().manual_seed(tokens)) for tokens in (130, 40))
+    q, k = q.to(BF16), k.to(BF16)
+    for keys in (q, k):
+        whole = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, keys))).transpose(1, 2)
+        leaves_out = name == "sparge_attn" and keys is q  # the imitation adds 1 where it is called
+        torch.testing.assert_close(get_attention(name)(q, keys, keys), whole + 1 if leaves_out else whole)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("torch_sdpa", "sdpa"),
+        ("flash_attn3", "flash_attn3,auto"),
+        ("sage_attn2", "sage_attn2,auto"),
+        ("sage_attn2_k_int8_v_fp8", "sage_attn2,auto"),
+        ("nbhd_attn", "nbhd_attn,auto"),
+        ("mlu_sage_attn", "mlu_sage_attn,auto"),
+        ("warp", None),
+    ],
+)
+def test_names_of_lightx2v(theirs, ours):
+    assert lightx2v_attention(theirs) == ours
+    if ours:
+        assert build_load({"attention": ours}).attention == ours
+
+
+def test_the_choice_is_in_the_report_and_the_line_is_told_once():
+    quick = {"size": "32*48", "frame_num": 5, "sample_steps": 1, "sample_guide_scale": 1}
+    with Engine(device="cpu", attention="radial_attn,auto") as engine:
+        events = []
+        reports = [engine.generate(**quick, on_event=events.append).report for _ in range(2)]
+    assert [report["attention"] for report in reports] == ["sdpa", "sdpa"]
+    [line] = [event.text for event in events if event.kind == "warning" and "radial" in event.text]
+    assert line.startswith("--attention radial_attn,auto: attention 'radial_attn' leaves out part of the attention")
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--attention", "warp"], 2, "unknown --attention 'warp'; choose one of: auto, sdpa, flash_attn2"),
+        (["--attention", "sdpa,"], 2, "unknown --attention ''; choose one of"),
+        (["--attention", "sage_attn3"], 2, "--attention sage_attn3 computes in bf16 and fp16, not in --dtype fp32"),
+        (["--attention", "radial_attn"], 2, "attention 'radial_attn' leaves out part"),
+        (["--attention", "radial_attn,sdpa"], 0, "--attention radial_attn,sdpa: attention 'radial_attn' leaves out"),
+    ],
+)
+def test_command_line(capsys, flags, code, message):
+    assert main([*flags, "--device", "cpu", "--dry_run"]) == code
+    out, err = capsys.readouterr()
+    assert message in (err if code else out)
