@@ -24,8 +24,8 @@ _WIDER = {"fp16": "bf16 or fp32", "bf16": "fp32"}
 
 
 class StageChecks:
-    """Each raises NotFinite, on all ranks alike. load: what the models are loaded by, and attention: the DiT's back end,
-    set once that is decided."""
+    """Each raises NotFinite, on all ranks alike. load: what the models are loaded by; attention: the DiT's back end.
+    Both are set once they are decided."""
 
     attention = "sdpa"
 

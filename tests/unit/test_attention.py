@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from wan import Engine
 from wan.cli import main
 from wan.errors import SwanError, UsageError
-from wan.models import attention
 from wan.models.attention import BACK_ENDS, choose_attention, get_attention
 from wan.models.attention_names import BACK_END_NAMES, WITHOUT_BACK_END, lightx2v_attention
 from wan.options import build_load

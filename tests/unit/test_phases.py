@@ -71,6 +71,18 @@ def test_the_uncond_branch_is_computed_where_there_is_guidance():
     assert len(branches) == 10
 
 
+def test_the_plan_counts_the_weights_that_are_written_anew():
+    def denoising(phases, task="t2v-tiny", **loras):
+        request, spec = build_request(QUICK | {"task": task, "phases": phases} | loras), load_task(task)
+        return make_plan(request, spec, look(request))["seconds"]["denoise"]
+
+    once, never = (denoising(f"steps=2,lora={x}|steps=3", lora=STRIPES) for x in (0, 1))
+    assert denoising("steps=1,lora=0|steps=1|steps=3,lora=0", lora=STRIPES) - never == pytest.approx(2 * (once - never))
+    assert once > never
+    split = "steps=2,expert=high,lora=0|steps=2,expert=low"  # each has the same in all of its steps
+    assert denoising(split, I2V, lora_low=lora("stripes-low", I2V)) == denoising(split.replace("0", "1"), I2V)
+
+
 def by_hand(strengths, **options):
     """Latents of a run whose LoRA is changed between its steps, one for each."""
     request, pipe = pipe_for(sample_steps=len(strengths), **options)

@@ -63,7 +63,7 @@ def test_a_request_for_other_models_is_refused(request_of, option, options):
 
 def test_the_attention_is_part_of_the_models(request_of):
     pipe = built(request_of(dtype="bf16"))
-    with pytest.raises(UsageError, match="--attention is flash_attn2 .* sdpa"):
+    with pytest.raises(UsageError, match="--attention is flash_attn2 .* auto"):
         pipe(request_of(dtype="bf16").changed(attention="flash_attn2"))
 
 

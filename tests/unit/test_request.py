@@ -126,7 +126,7 @@ BAD = [
     ({"save_file": "/proc/video.mp4"}, "cannot write"),
     ({"device": "tpu"}, "auto, cpu, cuda"),
     ({"dtype": "int8"}, "auto, bf16, fp16, fp32"),
-    ({"attention": "warp"}, "sdpa, flash_attn2, flash_attn3, sage_attn2"),
+    ({"attention": "warp"}, "auto, sdpa, flash_attn2, flash_attn3, flash_attn4, sage_attn2"),
     ({"attention": "flash_attn2", "dtype": "fp32"}, "computes in bf16 and fp16, not in --dtype fp32"),
     ({"dtype": "fp32", "convert_model_dtype": True}, "contradicts"),
     ({"vae_tile_px": 100}, "multiple of 8"),

@@ -62,6 +62,8 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     waited = transfers(load, machine, placement)["exposed_seconds_per_forward"]
     forward = load.forward_flops.total / request.load.grid.sequence / (machine.flops * reached["dit"]) + waited
     seconds["denoise"] = load.forwards / request.load.grid.cfg * forward
+    dense = [name for name in expert_names(spec) if placement.packed.get(name) != "stream"]
+    seconds["denoise"] += sum(load.rewrites[name] * read[name] for name in dense)  # from the file, with other LoRAs
     seconds["decode"] = clips * tiled.decoding(kind).flops / vae_rate
     if "encode_image" not in load.stages or "vae" in released:
         seconds["decode"] += times["vae"] * read["vae"]

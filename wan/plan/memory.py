@@ -6,9 +6,11 @@ The peak of a stage is what it keeps, and the larger of what loading and what co
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from easydict import EasyDict
@@ -114,6 +116,18 @@ class Workload:
         phases = self.request.sample.phase_of_step[self.request.sample.first_step :]
         scales = [scale_of(name, phase.guide_scale) for name, phase in zip(self.expert_of_step, phases, strict=True)]
         return self.clips * sum(1 if scale == 1 else 2 for scale in scales)
+
+    @cached_property
+    def rewrites(self) -> Counter[str]:
+        """How often the weights of each expert get other strengths of LoRAs, in the whole run."""
+        phases = (
+            self.request.sample.phase_of_step[self.request.sample.first_step :] if self.request.sample.loras else ()
+        )
+        count: Counter[str] = Counter()
+        for name in self.experts:
+            own = [phase.lora for phase, expert in zip(phases, self.expert_of_step) if expert == name]
+            count[name] = self.clips * sum(before != after for before, after in pairwise(own))
+        return count
 
     @cached_property
     def forward_flops(self) -> runs.Forward:
