@@ -120,11 +120,9 @@ class Workload:
     @cached_property
     def rewrites(self) -> Counter[str]:
         """How often the weights of each expert get other strengths of LoRAs, in the whole run."""
-        phases = (
-            self.request.sample.phase_of_step[self.request.sample.first_step :] if self.request.sample.loras else ()
-        )
-        count: Counter[str] = Counter()
-        for name in self.experts:
+        sample, count = self.request.sample, Counter()
+        phases = sample.phase_of_step[sample.first_step :]
+        for name in self.experts if sample.loras else ():
             own = [phase.lora for phase, expert in zip(phases, self.expert_of_step) if expert == name]
             count[name] = self.clips * sum(before != after for before, after in pairwise(own))
         return count
