@@ -14,8 +14,8 @@ from wan.pipeline import WanPipeline
 from wan.plan import look, make_plan
 from wan.solvers import solver_of
 from wan.tasks import load_task
-from wan.weights.export import export_gguf
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 
 QUICK = {"size": "32*48", "frame_num": 5, "prompt": "a red circle", "seed": 5, "device": "cpu"}
 STRIPES = lora("stripes")
