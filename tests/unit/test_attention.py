@@ -15,6 +15,8 @@ from wan.errors import SwanError, UsageError
 from wan.models.attention import BACK_ENDS, choose_attention, get_attention
 from wan.models.attention_names import BACK_END_NAMES, WITHOUT_BACK_END, lightx2v_attention
 from wan.options import build_load
+from wan.pipeline import WanPipeline
+from wan.tasks import load_task
 
 BF16 = torch.bfloat16
 SDPA = "import torch.nn.functional as F\ndef exact(q, k, v):\n    return F.scaled_dot_product_attention(q, k, v)\n"
@@ -173,6 +175,13 @@ def test_the_choice_is_in_the_report_and_the_line_is_told_once():
     assert [report["attention"] for report in reports] == ["sdpa", "sdpa"]
     [line] = [event.text for event in events if event.kind == "warning" and "radial" in event.text]
     assert line.startswith("--attention radial_attn,auto: attention 'radial_attn' leaves out part of the attention")
+
+
+def test_processes_attend_alike():
+    pipe = WanPipeline.from_load(build_load({"device": "cpu"}), load_task("t2v-tiny"))
+    pipe.parallel.gather_objects = lambda one: [one, "flash_attn3"]
+    with pytest.raises(UsageError, match="--attention auto is flash_attn3 and sdpa on these processes: give one"):
+        pipe._choose_attention()
 
 
 @pytest.mark.parametrize(
