@@ -27,9 +27,9 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     """
     request = request.changed(checkpoint=Checkpoint(request.load.ckpt_dir, spec, request.load.files, partial=True))
     machine, is_here = _machine(request, spec, local_size)
-    attention, notes = None, []
+    notes = []
     if is_here:
-        attention, notes = choose_attention(*attention_of(request.load))
+        _, notes = choose_attention(*attention_of(request.load))
     if is_here and request.sample.cache:
         check_device(request.sample.cache["cache_device"], "cache_device")
     check_phase_loras(request.sample.by_phase, request.sample.loras)
@@ -37,7 +37,7 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     if wrong:
         raise SwanError("; ".join(wrong))
     plan = make_plan(request, spec, machine)
-    plan |= {"attention": attention, "notes": [*plan["notes"], *notes]}
+    plan["notes"] = [*plan["notes"], *notes]
     if not is_here:
         plan["notes"].append(_of_no_device(machine))
     told = f"task: {request.load.task}, {request.load.task_told}\n" if request.load.task_told else ""

@@ -25,7 +25,7 @@ class StandIn:
     fail = None  # raised after denoising
     early = None  # raised before
     notes, placement = (), types.SimpleNamespace(offload="none", packed={})
-    plan = {"notes": (), "seconds": {}}
+    plan, attention = {"notes": (), "seconds": {}}, "sdpa"
 
     @classmethod
     def from_load(cls, load, spec, parallel):
