@@ -1,8 +1,8 @@
-"""A tiny VAE (TAE): 2D convolutions that see one frame of the past, some thirty times less to compute than the Wan VAE.
+"""A tiny VAE (TAE): convolutions of single frames, a few of which also see the frame before.
 
-Source: behaviour of TAEHV (taew2_1, taew2_2), whose layout LightTAE (lighttaew2_1, lighttaew2_2) shares; parameter names
-are theirs. Encoding takes four frames a latent frame, the last one repeated where there are fewer; decoding makes four
-of each, and drops the first three of the video.
+Source: behaviour of TAEHV (taew2_1, taew2_2), whose layout LightTAE (lighttaew2_1, lighttaew2_2) shares; parameter
+names are theirs. Encoding takes four frames a latent frame, the last one repeated where there are fewer; decoding
+makes four of each, and drops the first three of the video.
 Shape legend as in `vae_blocks`.
 """
 
@@ -74,9 +74,12 @@ class TGrow(nn.Module):
         self.stride = stride
         self.conv = nn.Conv2d(channels, stride * channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.conv.weight.flatten(1))
-        return x.unflatten(-1, (self.stride, -1)).movedim(-2, 2).flatten(1, 2)
+    def forward(self, x: Tensor, grows: bool = True) -> Tensor:
+        """Of all the frames; grows: else of the last one alone."""
+        weight = self.conv.weight.flatten(1)
+        if not grows:
+            return F.linear(x, weight[-weight.shape[1] :])
+        return F.linear(x, weight).unflatten(-1, (self.stride, -1)).movedim(-2, 2).flatten(1, 2)
 
 
 class Encoder(nn.ModuleDict):
@@ -111,18 +114,19 @@ class Decoder(nn.ModuleDict):
             self[str(first + _BLOCKS + 2)] = Conv3x3(width, widths[stage + 1], bias=False)
         self[str(first + _BLOCKS + 4)] = Conv3x3(widths[-1], out_channels)
 
-    def forward(self, x: Tensor, state: State) -> Tensor:
+    def forward(self, x: Tensor, state: State, grows: bool = True) -> Tensor:
+        """grows: else one frame is made of each latent frame, as the last of its four would be."""
         first, *layers, last = self.values()
-        is_first = not state
+        unseen = _FRAMES - 1 if grows and not state else 0
         x = F.relu(first(torch.tanh(x / _BOUND) * _BOUND, state), inplace=True)
         for layer in layers:
             if isinstance(layer, MemBlock):
                 x = layer(x, state)
             elif isinstance(layer, TGrow):
-                x = layer(x)  # before the picture is enlarged, which is the same, pixel by pixel
+                x = layer(x, grows)  # before the picture is enlarged, which is the same, pixel by pixel
             else:
-                if layer is layers[-1] and is_first:  # from here on no frame is looked back at
-                    x = x[:, _FRAMES - 1 :]
+                if layer is layers[-1]:  # from here on no frame is looked back at
+                    x = x[:, unseen:]
                 x = upsampled_conv(x, layer.weight, None, state)
         return last(F.relu(x, inplace=True), state)
 
@@ -160,6 +164,17 @@ class TAE(VideoVAE):
 
     def latents(self, z: Tensor, state: State) -> Tensor:
         return z.to(self.dtype).permute(0, 2, 3, 4, 1)
+
+    def sketch(self, z: Tensor) -> Tensor:
+        """`decode` of one frame for each latent frame, `[B, 3, T', sh, sw]`: a third of the work, for previews.
+
+        Source: behaviour of TAEHV where its growth of frames is switched off."""
+        mean, std = self._stats(z)
+        state, frames = State(), []
+        for frame in self.latents(z.float() / (1 / std) + mean, state).split(1, dim=1):
+            self.between_chunks()
+            frames.append(self.pixels(self.decoder(frame, state, grows=False)))
+        return torch.cat(frames, 2).clamp_(-1, 1)
 
     def pixels(self, decoded: Tensor) -> Tensor:
         x = F.pixel_shuffle(decoded.float().permute(0, 1, 4, 2, 3), self.patch_size)

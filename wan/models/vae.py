@@ -7,11 +7,13 @@ Shape legend as in `vae_blocks`; public methods take and return channels first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wan.models.tae import TAE
 from wan.models.vae_base import LATENT_STATS, VideoVAE
 from wan.models.vae_blocks import (
     AttentionBlock,
@@ -122,6 +124,12 @@ class WanVAE(VideoVAE):
 
     def pixels(self, decoded: Tensor) -> Tensor:
         return _to_channels_first(decoded, self.pixel_shuffle)
+
+
+def empty_vae(config: Mapping[str, Any]) -> VideoVAE:
+    """On the meta device: a WanVAE, or the TAE that a configuration with `widths` is of, see `infer_vae_config`."""
+    with torch.device("meta"):
+        return (TAE if "widths" in config else WanVAE)(**config)
 
 
 def _to_channels_last(x: Tensor, shuffle: int, dtype: torch.dtype) -> Tensor:

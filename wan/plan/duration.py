@@ -63,8 +63,8 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     forward = load.forward_flops.total / request.load.grid.sequence / (machine.flops * reached["dit"]) + waited
     seconds["denoise"] = load.forwards / request.load.grid.cfg * forward
     seconds["decode"] = clips * tiled.decoding(kind).flops / vae_rate
-    if "encode_image" not in load.stages or "vae" in released:
-        seconds["decode"] += times["vae"] * read["vae"]
+    if load.decoder == "tae" or "encode_image" not in load.stages or "vae" in released:
+        seconds["decode"] += times[load.decoder] * read[load.decoder]
     return seconds | {"total": sum(seconds.values())}
 
 

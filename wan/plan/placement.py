@@ -171,7 +171,7 @@ def _released(request: Request, spec: EasyDict, name: str) -> tuple[str, ...]:
     kept = name == "none"
     keeps_vae = kept if request.load.vae_offload is None else not request.load.vae_offload
     models = () if kept else ("t5", "wav2vec", "clip", *expert_names(spec))
-    return (*models, *(() if keeps_vae else ("vae",)))
+    return (*models, *(() if keeps_vae else ("vae", "tae")))
 
 
 def _most_resident(load: Workload, machine: Machine, base: Placement) -> int:
