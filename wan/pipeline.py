@@ -189,6 +189,8 @@ class WanPipeline:
         if before is not None:
             if (placement.text, placement.packed["t5"]) != (before.text, before.packed["t5"]):
                 self._let_go("t5")
+            for name in self._models.keys() - {row["component"] for row in plan["weights"]}:
+                self._let_go(name)
             same = ("offload", "resident_blocks", "blocks_from", "packed")
             if any(getattr(placement, name) != getattr(before, name) for name in same):
                 self.experts.release()

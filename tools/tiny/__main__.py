@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--vace_steps", type=int, default=3800)
     parser.add_argument("--resume_vace", action="store_true", help="go on with the branch of an interrupted run")
     parser.add_argument("--tae_steps", type=int, default=1500)
+    parser.add_argument("--resume_tae", action="store_true", help="go on with the TAE of an earlier run")
     args = parser.parse_args()
     if os.environ.get("WAN_INFERENCE_ONLY", "1") != "0":
         print("error: training needs WAN_INFERENCE_ONLY=0", file=sys.stderr)
@@ -86,7 +87,7 @@ def main() -> int:
     if "export_vace" in args.stages:
         export.export_vace(args.out, args.to_vace)
     if "tae" in args.stages:
-        train_tae.train(args.out, args.to, args.tae_steps)
+        train_tae.train(args.out, args.to, args.tae_steps, resume=args.resume_tae)
     return 0
 
 
