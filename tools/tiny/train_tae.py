@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tools.tiny.world import NUM_FRAMES, SIZES, Clip, combinations, held_out, render, sample
@@ -85,28 +85,23 @@ def score(tae: TAE, held: list[Pair]) -> dict[str, float]:
     return {"psnr_db": round(10 * math.log10(4 / error), 2), "latent_rms": round(math.sqrt(latent), 3)}
 
 
-def train(out: Path, checkpoint: Path, steps: int, seed: int = 0, resume: bool = False) -> None:
-    """Writes `checkpoint`/taew2_1.safetensors, in fp16 as the released ones are. resume: goes on from what is there, at
-    half the rate and with other clips."""
+def train(out: Path, checkpoint: Path, steps: int, seed: int = 0) -> None:
+    """Writes `checkpoint`/taew2_1.safetensors, in fp16 as the released ones are."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     spec, tae = load_task("t2v-tiny"), build()
     vae = WanVAE(**spec.vae)
     vae.load_state_dict(torch.load(checkpoint / spec.files.vae, weights_only=True))
     vae.eval()
-    if resume:
-        tae.load_state_dict(load_file(checkpoint / FILE))
-        rng.seed(seed + 1)
     combos = [one for one in combinations() if one not in held_out()]
     start = time.time()
     data = [pair for size, count in CLIPS.items() for pair in pairs(vae, rng, clips_of(rng, combos, count), size)]
     held = pairs(vae, rng, clips_of(rng, sorted(held_out()), 4 * BATCH), SIZES[0])
-    log = (out / "train_tae.jsonl").open("a" if resume else "w")
-    peak = 1e-3 if resume else 2e-3
+    log = (out / "train_tae.jsonl").open("w")
     optimizer = torch.optim.AdamW(tae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
     totals = [0.0, 0.0]
     for step in range(steps):
-        rate = peak * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         found = losses(tae, rng.choice(data))
