@@ -58,7 +58,7 @@ TINY_PROMPTS = (  # of the embedded models
     "a green triangle moving down on a black background",
 )
 PASSED_ON = (  # flags with the names and meanings that they have in generate.py
-    *("ckpt_dir", *FILE_FLAGS, *GGUF_FLAGS, "gguf_mode"),
+    *("ckpt_dir", *(flag for flag in FILE_FLAGS if flag != "tae"), *GGUF_FLAGS, "gguf_mode"),
     *("image", "last_frame", "size", "frame_num", "sample_shift", "sample_guide_scale", "sample_solver"),
     *("device", "dtype", "attention", "offload_model", "t5_cpu"),
 )

@@ -270,7 +270,8 @@ def _start(world: World, device_type: str, request: Request, spec: EasyDict, see
 
 def _compare_files(world: World, checkpoint: Checkpoint, request: Request) -> None:
     """That all processes have the same checkpoint and LoRAs, before any of it is loaded."""
-    called = {"vae": "the VAE", "t5": "the text encoder", "clip": "the image encoder", "wav2vec": "the audio encoder"}
+    called = {"t5": "the text encoder", "clip": "the image encoder", "wav2vec": "the audio encoder"}
+    called |= {"vae": "the VAE", "tae": "the TAE"}
     found = {called.get(name, f"the DiT ({name})"): checkpoint.source(name).paths for name in checkpoint.components}
     tokenizer = checkpoint.files.tokenizer
     found["the tokenizer"] = [path for name in TOKENIZER_FILES if (path := tokenizer / name).is_file()]

@@ -26,7 +26,7 @@ from wan.options.files import check_save_file
 from wan.options.names import LORA_FLAGS, LoraChoice
 from wan.pipeline import Result, WanPipeline
 from wan.plan import start_lines
-from wan.preview import Preview
+from wan.preview import Preview, TAEPreview, preview_of
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
@@ -39,7 +39,8 @@ class Event:
     """kind: "stage" (one begins or ends), "step" (one of denoising has ended), "preview", "note" or "warning".
 
     done, total: of what the stage counts; seconds: so far in this stage; left: of it, estimated, None where unknown
-    frames: uint8 [T', h, w, 3] of a preview, one pixel a latent cell; text: of a note or warning
+    frames: uint8 [T', h, w, 3] of a preview, one pixel a latent cell, or by a TAE [T', H, W, 3]; text: of a note or
+        warning
     """
 
     kind: str
@@ -121,7 +122,7 @@ class Engine:
         self._pipe = WanPipeline.from_load(load, spec, parallel)
         self._pipe.keeps = load.residency != "stage"
         self._loras: dict[str, LoraChoice] = {}
-        self._preview: Preview | None = None
+        self._preview: Preview | TAEPreview | None = None
         self._turn, self._owner = threading.Lock(), 0  # the thread whose turn it is
         self._is_closed = False
 
@@ -256,7 +257,7 @@ class Engine:
 
     def _shows(self, tell: Callable[[Event], object], every: int) -> Callable[[StepContext, Tensor], None]:
         if self._preview is None:
-            self._preview = self._pipe.with_vae(Preview)
+            self._preview = self._pipe.with_decoder(preview_of)
 
         def show(ctx: StepContext, clean: Tensor) -> None:
             if (ctx.step + 1) % every == 0 or ctx.step + 1 == ctx.steps:

@@ -30,14 +30,15 @@ from wan.denoise import OnStep, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 from wan.errors import UsageError
-from wan.file_checks import check_files, open_loras
+from wan.file_checks import check_encodes, check_files, open_loras
 from wan.memory.experts import Check, Experts, load_expert, read_ahead
 from wan.models.attention import choose_attention
 from wan.models.audio import load_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.dit.sequence import Times
 from wan.models.encoders import Shard, load_clip_encoder, load_text_encoder
-from wan.models.vae import WanVAE
+from wan.models.vae import empty_vae
+from wan.models.vae_base import VideoVAE
 from wan.options import LoadOptions, Request, check_device
 from wan.options.files import check_loras
 from wan.options.load import check_built
@@ -57,12 +58,19 @@ from wan.stage_checks import StageChecks
 from wan.tasks.kinds import kind_of
 from wan.weights.assign import load_weights
 from wan.weights.checkpoint import Checkpoint
+from wan.weights.infer import vae_config
 from wan.weights.lora import Lora, set_loras
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NEGATIVE = None  # among texts by their prompts
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STAGE_OF = {"t5": "encode_text", "wav2vec": "encode_audio", "clip": "encode_image", "vae": "decode"}  # by model
+STAGE_OF = {  # by model
+    "t5": "encode_text",
+    "wav2vec": "encode_audio",
+    "clip": "encode_image",
+    "vae": "decode",
+    "tae": "decode",
+}
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 OnClip = Callable[[np.ndarray, Made], None]  # (frames of a clip, uint8 [T, H, W, 3], and what there is with it)
@@ -187,6 +195,8 @@ class WanPipeline:
         if before is not None:
             if (placement.text, placement.packed["t5"]) != (before.text, before.packed["t5"]):
                 self._let_go("t5")
+            for name in self._models.keys() - {row["component"] for row in plan["weights"]}:
+                self._let_go(name)
             same = ("offload", "resident_blocks", "blocks_from", "packed")
             if any(getattr(placement, name) != getattr(before, name) for name in same):
                 self.experts.release()
@@ -207,6 +217,7 @@ class WanPipeline:
         decided = ("device", "dtype", "auto_dtype", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
         held = Held(**{"ram" if self.device.type == "cpu" else "device": self.held_bytes() if self._used else 0})
+        check_encodes(request, self.spec)
         machine = measure(self.device, request, self.spec, self.parallel.local_size, held)
         machines = self.parallel.gather_objects(machine)
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
@@ -320,7 +331,7 @@ class WanPipeline:
     def _condition(self, film: Film, clip: int, request: Request) -> Condition:
         """With the VAE, which is loaded when something is to be encoded, and stays until all is."""
         with ExitStack() as stage:
-            held: list[WanVAE] = []
+            held: list[VideoVAE] = []
 
             def encode(video: Tensor) -> Tensor:
                 if not held:
@@ -476,14 +487,14 @@ class WanPipeline:
 
     def _decode(self, latents: Tensor, tile_px: int) -> Tensor:
         """[3, T, H, W] in [-1, 1]."""
-        with self._model("vae") as vae, self.checks.decoding(vae):
+        with self._model(self.checkpoint.decoder) as vae, self.checks.decoding(vae):
             return vae.decode(latents, tile_px=tile_px, group=self.parallel.world)[0]
 
     # Models
 
-    def with_vae(self, use: Callable[[WanVAE], T]) -> T:
-        """What `use` makes with the VAE."""
-        with self._model("vae") as vae, torch.inference_mode():
+    def with_decoder(self, use: Callable[[VideoVAE], T]) -> T:
+        """What `use` makes with the VAE or TAE that decodes."""
+        with self._model(self.checkpoint.decoder) as vae, torch.inference_mode():
             return use(vae)
 
     def take_notes(self) -> list[str]:
@@ -554,10 +565,14 @@ class WanPipeline:
     def _load_wav2vec(self):
         return load_audio_encoder(self.checkpoint.source("wav2vec"), device=self.device, dtype=torch.float32)
 
-    def _load_vae(self) -> WanVAE:
-        vae, dtype = _empty_vae(self.spec), DTYPES[self.load.vae_dtype]
+    def _load_vae(self, name: str = "vae") -> VideoVAE:
+        source = self.checkpoint.source(name)
+        vae, dtype = empty_vae(vae_config(source, self.spec)), DTYPES[self.load.vae_dtype]
         vae.between_chunks = lambda: self.check()
-        return load_weights(vae, self.checkpoint.source("vae"), "vae", device=self.device, dtype=dtype)
+        return load_weights(vae, source, "vae", device=self.device, dtype=dtype)
+
+    def _load_tae(self) -> VideoVAE:
+        return self._load_vae("tae")
 
     def _load_expert(self, name: str, device: torch.device, check: Check) -> WanModel:
         if device == self.device:  # while another expert computes there, its memory is left alone
@@ -605,11 +620,6 @@ def _as_pixels(video: Tensor) -> np.ndarray:
     writes its videos."""
     pixels = video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
     return pixels.permute(1, 2, 3, 0).cpu().numpy()
-
-
-def _empty_vae(spec: Any) -> WanVAE:
-    with torch.device("meta"):
-        return WanVAE(**spec.vae)
 
 
 @contextmanager

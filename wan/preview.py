@@ -1,4 +1,4 @@
-"""What the latent of a step will look like, without the VAE: a linear map from each cell to a colour."""
+"""What the latent of a step will look like: by a TAE, or without a VAE by a linear map from each cell to a colour."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.files import atomic
-from wan.models.vae import WanVAE
+from wan.models.tae import TAE
+from wan.models.vae_base import VideoVAE
 
 _CELLS = 12  # side of the pictures that a map is fitted on
 _PICTURES = 12
@@ -24,7 +25,7 @@ class Preview:
     It is fitted on the VAE at hand, which so can be any one: those of Wan, distilled ones, the embedded tiny one.
     """
 
-    def __init__(self, vae: WanVAE):
+    def __init__(self, vae: VideoVAE):
         device = next(vae.parameters()).device
         pictures = _pictures(torch.Generator().manual_seed(0))  # one pixel a cell
         videos = F.interpolate(pictures, scale_factor=vae.stride_s)[:, :, None].expand(-1, -1, 5, -1, -1)
@@ -37,7 +38,28 @@ class Preview:
     def __call__(self, latent: Tensor) -> np.ndarray:
         """`[z, T', h, w]` -> uint8 `[T', h, w, 3]`."""
         colours = latent.float().cpu().movedim(0, -1) @ self.map[:-1] + self.map[-1]
-        return colours.add(1).mul(127.5).clamp(0, 255).to(torch.uint8).numpy()
+        return _as_uint8(colours)
+
+
+class TAEPreview:
+    """By a TAE, which it holds: a picture of full size for each latent frame."""
+
+    def __init__(self, tae: TAE):
+        self.tae = tae
+
+    def __call__(self, latent: Tensor) -> np.ndarray:
+        """`[z, T', h, w]` -> uint8 `[T', H, W, 3]`."""
+        device = next(self.tae.parameters()).device
+        return _as_uint8(self.tae.sketch(latent[None].to(device))[0].permute(1, 2, 3, 0).cpu())
+
+
+def preview_of(vae: VideoVAE) -> Preview | TAEPreview:
+    """What shows the latents of a VAE."""
+    return TAEPreview(vae) if isinstance(vae, TAE) else Preview(vae)
+
+
+def _as_uint8(colours: Tensor) -> np.ndarray:
+    return colours.add(1).mul(127.5).clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _pictures(generator: torch.Generator) -> Tensor:

@@ -72,14 +72,15 @@ class StageChecks:
 
     @contextmanager
     def decoding(self, vae: nn.Module) -> Iterator[None]:
-        """Around `vae.decode`, which finds them frame by frame, before it clamps them."""
+        """Around `decode` of a VAE or TAE, which finds them frame by frame, before it clamps them."""
         try:
             yield
         except NotFinite as error:
-            raise self._of_vae("decode", f"{error} is not finite", _bad_weight(vae)) from None
+            name = "tae" if self._files.tae else "vae"
+            raise self._of_vae("decode", f"{error} is not finite", name, _bad_weight(vae)) from None
 
-    def _of_vae(self, stage: str, what: str, weight: str = "") -> NotFinite:
-        return _error(stage, what, self._files.vae, ("vae_dtype", self.load.vae_dtype), "vae", weight)
+    def _of_vae(self, stage: str, what: str, name: str = "vae", weight: str = "") -> NotFinite:
+        return _error(stage, what, getattr(self._files, name), ("vae_dtype", self.load.vae_dtype), name, weight)
 
 
 def _error(

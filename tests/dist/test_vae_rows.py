@@ -1,4 +1,4 @@
-"""The VAE over the rows of a picture: every process of a group gets what one process alone computes."""
+"""A VAE over the rows of a picture: every process of a group gets what one process alone computes."""
 
 from itertools import product
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from wan.distributed.halo import RowShards
 from wan.distributed.shards import ALONE, Group, split
 from tests.dist.processes import run
+from wan.models.tae import TAE
 from wan.models.vae import WanVAE
 
 pytestmark = pytest.mark.dist
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.dist
 CONFIGS = {
     "2.1": {"version": "2.1", "dim": 8, "z_dim": 16},
     "2.2": {"version": "2.2", "dim": 8, "dec_dim": 12, "z_dim": 48},
+    "tae": {"z_dim": 48, "patch_size": 2, "widths": (8, 8, 8, 8), "encoder_width": 8},
 }
 
 
@@ -52,9 +54,14 @@ CASES = [
 CASES.append(Case("encode", "2.1", frames=5, rows=5, extra=4))
 
 
+def make(version):
+    config = CONFIGS[version]
+    return (TAE if "widths" in config else WanVAE)(**config).eval()
+
+
 def compute(case, group=ALONE):
     torch.manual_seed(0)
-    vae = WanVAE(**CONFIGS[case.version]).eval().to(case.dtype)
+    vae = make(case.version).to(case.dtype)
     tile_px = case.tile * vae.stride_s
     if case.call == "decode":
         z = torch.randn(case.batch, vae.z_dim, (case.frames + 3) // 4, case.rows, case.columns)
@@ -79,7 +86,7 @@ def extend_pictures(group):
 
 def count_rows(group):
     """Those of 7 that go into the decoder and come from the encoder."""
-    vae, seen = WanVAE(**CONFIGS["2.1"]).eval(), []
+    vae, seen = make("2.1"), []
     vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
     vae.encoder.register_forward_hook(lambda _, __, out: seen.append(out.shape[2]))
     vae.decode(torch.randn(1, 16, 1, 7, 2), group=group)

@@ -6,7 +6,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wan.models.vae import LATENT_STATS, WanVAE, _tiled
+from wan.models.vae import WanVAE
+from wan.models.vae_base import LATENT_STATS, _tiled
 from wan.models.vae_blocks import AttentionBlock, ResidualBlock
 from wan.weights.assign import load_weights
 

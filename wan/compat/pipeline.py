@@ -25,7 +25,7 @@ from wan.errors import UsageError
 from wan.memory.experts import Check, Experts
 from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
-from wan.models.vae import WanVAE
+from wan.models.vae_base import VideoVAE
 from wan.options import LoadOptions, Request, check_device
 from wan.options.names import MAX_SEED
 from wan.pipeline import DTYPE_NAMES, Progress, WanPipeline
@@ -120,7 +120,7 @@ class GGUFPipeline(WanPipeline):
         return self.text_encoder.tokenizer
 
     @property
-    def vae(self) -> WanVAE:
+    def vae(self) -> VideoVAE:
         with self._model("vae") as vae:
             return vae
 
@@ -137,7 +137,7 @@ class GGUFPipeline(WanPipeline):
         if dtype is not None:
             self.load = replace(self.load, dtype=DTYPE_NAMES[dtype], t5_dtype=DTYPE_NAMES[dtype])
         for part in [*self._models.values(), *self.experts.loaded()]:
-            part.to(device=device, dtype=None if isinstance(part, WanVAE) else dtype)
+            part.to(device=device, dtype=None if isinstance(part, VideoVAE) else dtype)
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wan.distributed.halo import WHOLE, RowShards
 from wan.models.ops.sliced import slices
 
-_ROWS = 2  # the axis of the rows
+ROWS = 2  # the axis of the rows
 
 
 class State(dict[nn.Module, Tensor]):
@@ -85,7 +85,7 @@ class CausalConv3d(nn.Conv3d):
         With the halo of each frame, which the past keeps: only that of new frames is exchanged.
         """
         past = state.get(self)
-        halo = (_ROWS, self.padding[1], self.padding[1])  # axis, places before and after
+        halo = (ROWS, self.padding[1], self.padding[1])  # axis, places before and after
         if past is None:
             x = state.rows.extend(x if norm is None else norm(x, silu=True), *halo)
             state[self] = torch.cat([torch.zeros_like(x), x], 1)
@@ -144,7 +144,7 @@ class AttentionBlock(nn.Module):
         B, T, H, W, C = x.shape
         qkv = F.linear(self.norm(x), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         q, kv = qkv.split([C, 2 * C], dim=-1)
-        q, kv = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, state.rows.gather(kv, _ROWS)))
+        q, kv = (part.flatten(2, 3).flatten(0, 1).unsqueeze(1) for part in (q, state.rows.gather(kv, ROWS)))
         y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=-1)).view(B, T, H, W, C)
         return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).add_(x)
 
@@ -159,9 +159,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         x = F.pad(x, (0, 0, 0, 1, 0, 1))
-        state.rows.exchange(x, _ROWS, 0, 1)
+        state.rows.exchange(x, ROWS, 0, 1)
         conv = self.resample["1"]
-        x = _conv2d(x, conv.weight, conv.bias, stride=2)
+        x = conv2d(x, conv.weight, conv.bias, stride=2)
         if self.time_conv is None:
             return x
         past, state[self] = state.get(self), x[:, -1:].clone()
@@ -190,16 +190,21 @@ class Upsample(nn.Module):
                 x = y.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
             else:  # the first frame stays one frame, and later windows see zeros in its place
                 state[self.time_conv] = x.new_zeros(x.shape[0], 2, *x.shape[2:])
-        B, T, H, W, _ = x.shape
-        x = state.rows.extend(x, _ROWS, 1, 1)
-        padding = (state.rows.padding(1), 1)
         conv = self.resample["1"]
-        out = x.new_empty(B, T, H, 2, W, 2, conv.out_channels)
-        for row, rows in enumerate(_sum_taps(conv.weight.float(), 2)):
-            for column, weight in enumerate(_sum_taps(rows, 3)):
-                y = _conv2d(x, weight.to(x.dtype), conv.bias, padding=padding)  # one row and column more than needed
-                out[:, :, :, row, :, column] = y[:, :, row : row + H, column : column + W]
-        return out.view(B, T, 2 * H, 2 * W, -1)
+        return upsampled_conv(x, conv.weight, conv.bias, state)
+
+
+def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: State) -> Tensor:
+    """A 3x3 convolution of the picture at twice its rows and columns (nearest), which is never made: see `Upsample`."""
+    B, T, H, W, _ = x.shape
+    x = state.rows.extend(x, ROWS, 1, 1)
+    padding = (state.rows.padding(1), 1)
+    out = x.new_empty(B, T, H, 2, W, 2, weight.shape[0])
+    for row, rows in enumerate(_sum_taps(weight.float(), 2)):
+        for column, taps in enumerate(_sum_taps(rows, 3)):
+            y = conv2d(x, taps.to(x.dtype), bias, padding=padding)  # one row and column more than needed
+            out[:, :, :, row, :, column] = y[:, :, row : row + H, column : column + W]
+    return out.view(B, T, 2 * H, 2 * W, -1)
 
 
 def _sum_taps(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -208,7 +213,10 @@ def _sum_taps(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> Tensor:
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Of each frame alone: `[B, T, H, W, C_in] -> [B, T, H', W', C_out]`."""
     y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
     return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 

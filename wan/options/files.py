@@ -56,7 +56,7 @@ def _is_hub_id(value: str) -> bool:
 def check_file(spec: EasyDict, get: Mapping[str, Any], part: str) -> str | None:
     """The single file in place of the checkpoint's own for a component, absolute, by the flag of either name."""
     flag = next((flag for flag in _flags(part) if get[flag]), None)
-    parts = ["vae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"]), *spec.files]
+    parts = ["vae", "tae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"]), *spec.files]
     if flag and part not in parts:
         usable = (one for one in (*FILE_FLAGS, *GGUF_FLAGS) if GGUF_FLAGS.get(one, one) in parts)
         usable = ", ".join(f"--{one}" for one in usable)

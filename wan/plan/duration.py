@@ -65,8 +65,8 @@ def stage_seconds(load: Workload, machine: Machine, placement: Placement) -> dic
     dense = [name for name in expert_names(spec) if placement.packed.get(name) != "stream"]
     seconds["denoise"] += sum(load.rewrites[name] * read[name] for name in dense)  # from the file, with other LoRAs
     seconds["decode"] = clips * tiled.decoding(kind).flops / vae_rate
-    if "encode_image" not in load.stages or "vae" in released:
-        seconds["decode"] += times["vae"] * read["vae"]
+    if load.decoder == "tae" or "encode_image" not in load.stages or "vae" in released:
+        seconds["decode"] += times[load.decoder] * read[load.decoder]
     return seconds | {"total": sum(seconds.values())}
 
 

@@ -12,6 +12,7 @@ from easydict import EasyDict
 from wan.errors import SwanError, UsageError
 from wan.files import open_plain, visible_files
 from wan.options import Request
+from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.source import Source, config_beside
 
@@ -24,13 +25,20 @@ def checkpoint_of(request: Request, spec: EasyDict) -> Checkpoint:
     return Checkpoint(request.load.ckpt_dir, spec, request.load.files, partial=True)
 
 
+def vae_names(request: Request, spec: EasyDict) -> list[str]:
+    """The VAE, but where a TAE decodes and nothing is encoded, and the TAE, where there is one."""
+    has_tae = checkpoint_of(request, spec).decoder == "tae"
+    encodes = kind_of(spec).encodes(request.sample)
+    return [*(["vae"] if encodes or not has_tae else []), *(["tae"] if has_tae else [])]
+
+
 def find_files(request: Request, spec: EasyDict) -> list[dict[str, Any]]:
     """One row a file: component, path, bytes (None if missing), hub (True: a run downloads it).
 
     LoRAs are rows of the component "lora".
     """
     checkpoint, rows = checkpoint_of(request, spec), []
-    for part, official in _official_paths(spec).items():
+    for part, official in _official_paths(request, spec).items():
         paths = checkpoint.paths(part)
         hub = checkpoint.hub and part not in request.load.files and not paths
         sizes = {path: size_of(path) for path in paths} or {Path(request.load.ckpt_dir) / official: None}
@@ -98,8 +106,8 @@ def _is_quantised(source: Source) -> bool:
     return False
 
 
-def _official_paths(spec: EasyDict) -> dict[str, str]:
-    """Component -> its place in the official checkpoint folder."""
+def _official_paths(request: Request, spec: EasyDict) -> dict[str, str]:
+    """Component -> its place in the official checkpoint folder; of a TAE, which has none, "tae"."""
     networks = spec.get("experts") or {"dit": "diffusion_pytorch_model*.safetensors"}
-    others = ("t5", "tokenizer", "wav2vec", "clip", "vae")
-    return {**networks, **{name: spec.files[name] for name in others if name in spec.files}}
+    others = [name for name in ("t5", "tokenizer", "wav2vec", "clip") if name in spec.files]
+    return {**networks, **{name: spec.files.get(name, name) for name in [*others, *vae_names(request, spec)]}}

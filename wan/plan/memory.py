@@ -72,12 +72,22 @@ class Workload:
             return other
         known = dict(self.components)
         if "vae_dtype" in fields:
-            known["vae"] = component(other.request, self.spec, "vae")
+            known |= {name: component(other.request, self.spec, name) for name in ("vae", "tae") if name in known}
         for name, kind in (gguf or {}).items():
             load = other.request.load
             known[name] = as_gguf(known[name], kind, load.t5_dtype if name == "t5" else load.dtype)
         other.__dict__.update(components=known, loras=self.loras)  # in place of what `cached_property` would find
         return other
+
+    @property
+    def vae_configs(self) -> dict[str, Mapping[str, Any]]:
+        """Of the VAEs that there is work for."""
+        return {name: one.config for name, one in self.components.items() if one.kind == "vae"}
+
+    @property
+    def decoder(self) -> str:
+        """The component that decodes."""
+        return "tae" if "tae" in self.components else "vae"
 
     @cached_property
     def latent(self) -> tuple[int, int, int, int]:
@@ -188,7 +198,7 @@ class Workload:
         request = self.request
         size, each = (request.sample.height, request.sample.width), self.kind.encoded_frames(self.spec, request.sample)
         how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
-        counts = [runs.encoding(self.spec.vae, frames, *size, *how) for frames in each]
+        counts = [runs.encoding(self.components["vae"].config, frames, *size, *how) for frames in each]
         return runs.Count(max(one.peak for one in counts), sum(one.flops for one in counts))
 
     def decoding(self, device: str) -> runs.Count:
@@ -196,7 +206,15 @@ class Workload:
         how = request.load.vae_dtype, device, request.sample.vae_tile_px or 0, request.load.grid.size
         channels, frames, *sides = self.latent
         frames += self.kind.latents_before(self.spec, request.sample)
-        return runs.decoding(self.spec.vae, (channels, frames, *sides), *how)
+        return runs.decoding(self.components[self.decoder].config, (channels, frames, *sides), *how)
+
+    def previewing_bytes(self, device: str) -> int:
+        """Of a TAE that shows steps, and what it makes. Who calls the engine from Python says that only later."""
+        component, output = self.components[self.decoder], self.request.output
+        if "widths" not in component.config or (output is not None and not output.preview):
+            return 0
+        count = runs.sketching(component.config, self.latent, self.request.load.vae_dtype, device)
+        return component.dense.total + count.peak
 
     def text_encoding(self) -> runs.Count:
         return runs.text_encoding(self.spec.text, len(self.prompts), self.text_tokens, self.request.load.t5_dtype)
@@ -220,7 +238,8 @@ class Workload:
             how = request.load.dtype, device, request.load.grid
             solvers = {phase.solver for phase in request.sample.by_phase}
             rest = request.sample.is_guided, request.sample.image is not None
-            return max(runs.denoising_bytes(self.spec, self.latent, *how, solver, *rest) for solver in solvers)
+            peak = max(runs.denoising_bytes(self.spec, self.latent, *how, solver, *rest) for solver in solvers)
+            return peak + self.previewing_bytes(device)
         if stage == "decode":
             return self.decoding(device).peak
         peak, sample = self.encoding(device).peak, request.sample
@@ -273,7 +292,7 @@ class _Held:
         elif stage == "denoise":
             own, work, names = *self._denoise(work), load.experts
         else:
-            names = ["wav2vec" if stage == "encode_audio" else "vae"]
+            names = [{"encode_audio": "wav2vec", "decode": load.decoder}.get(stage, "vae")]
             names += ["clip"] * (stage == "encode_image" and "clip" in load.components and self.encodes["clip"])
             sizes = [load.components[name].dense.total for name in names]
             stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]

@@ -6,10 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from easydict import EasyDict
-
 from wan.errors import UsageError
-from wan.options import Request
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES, Machine
 from wan.plan.memory import Workload, memory_by_stage
 from wan.plan.text import gigabytes
@@ -150,7 +147,7 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
     is_whole = name in ("none", "model")
     next_expert = "" if len(load.experts) == 1 else "device" if name == "none" else "disk"
     layers = load.spec.dit.num_layers
-    base = Placement(name, layers if is_whole else 0, "", next_expert, released=_released(request, load.spec, name))
+    base = Placement(name, layers if is_whole else 0, "", next_expert, released=_released(load, name))
     places = ["device", *(["stream"] if machine.device == "cuda" else []), "cpu"]
     if request.load.t5_cpu:
         places = ["cpu"]
@@ -167,11 +164,11 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
     return ways[-1]
 
 
-def _released(request: Request, spec: EasyDict, name: str) -> tuple[str, ...]:
-    kept = name == "none"
+def _released(load: Workload, name: str) -> tuple[str, ...]:
+    request, kept = load.request, name == "none"
     keeps_vae = kept if request.load.vae_offload is None else not request.load.vae_offload
-    models = () if kept else ("t5", "wav2vec", "clip", *expert_names(spec))
-    return (*models, *(() if keeps_vae else ("vae",)))
+    models = () if kept else ("t5", "wav2vec", "clip", *expert_names(load.spec))
+    return (*models, *(() if keeps_vae else load.vae_configs))
 
 
 def _most_resident(load: Workload, machine: Machine, base: Placement) -> int:

@@ -77,7 +77,7 @@ class Plan:
             "tflop_per_forward": {part: one / 1e12 for part, one in flops.by_kind().items()}
             | {"total": flops.total / 1e12},
             "tflop_total": load.forwards * flops.total / 1e12,
-            "parameters": parameters(spec),
+            "parameters": parameters(spec, load.vae_configs),
             "blocks": len(load.components[load.experts[0]].dense.blocks),
             "machine": asdict(self.machine),
             "placement": asdict(self.placement) | {"released": list(self.placement.released)},
@@ -113,7 +113,8 @@ class Plan:
         """One row for each component and place: component, where ("GPU", "RAM" or "disk"), bytes, until when."""
         load, placement, rows = self.load, self.placement, []
         here = "RAM" if self.machine.device in ("cpu", "mps") else "GPU"
-        stage_of = {"t5": "encode_text", "wav2vec": "encode_audio", "clip": "encode_image", "vae": "decode"}
+        stage_of = {"t5": "encode_text", "wav2vec": "encode_audio", "clip": "encode_image"}
+        stage_of |= {"vae": "encode_image", load.decoder: "decode"}
         for name, component in load.components.items():
             if component.kind == "dit" and name not in load.experts:
                 continue

@@ -27,7 +27,7 @@ from wan.models.dit.adapters.animate import FACE_EVERY
 from wan.models.dit.sequence import Group, Times
 from wan.models.encoders import clip_model, text_model
 from wan.models.ops.sliced import counted_for
-from wan.models.vae import WanVAE
+from wan.models.vae import empty_vae
 from wan.plan.tally import Tally
 from wan.solvers import make_solver
 
@@ -72,11 +72,14 @@ class Forward:
 
 
 def build(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """A model on the meta device, without values. kind: "dit", "vae" or an encoder; config: as the task has it."""
+    """A model on the meta device, without values. kind: "dit", "vae" or an encoder; config: as the task has it, or of a
+    VAE as its file tells it."""
     if kind in _ENCODERS:
         return _ENCODERS[kind](**config).to("meta")
+    if kind == "vae":
+        return empty_vae(config)
     with torch.device("meta"):
-        return (WanModel if kind == "dit" else WanVAE)(**config)
+        return WanModel(**config)
 
 
 def in_type(model: nn.Module, dtype: str) -> nn.Module:
@@ -211,7 +214,7 @@ def _predict(model: WanModel, latent: Tensor, times: Tensor | Times) -> Tensor:
 
 
 def decoding(
-    vae: EasyDict, latent: tuple[int, ...], dtype: str, device: str, tile_px: int = 0, ranks: int = 1
+    vae: Mapping[str, Any], latent: tuple[int, ...], dtype: str, device: str, tile_px: int = 0, ranks: int = 1
 ) -> Count:
     """Of a whole latent [z, T, h, w], until there are the pixels of the video in 8 bits."""
     run = lambda chunks: _vae(key(vae), "decode", chunks, latent[2:], dtype, device, tile_px, ranks)  # noqa: E731
@@ -219,11 +222,23 @@ def decoding(
 
 
 def encoding(
-    vae: EasyDict, frames: int, rows: int, columns: int, dtype: str, device: str, tile_px: int = 0, ranks: int = 1
+    vae: Mapping[str, Any],
+    frames: int,
+    rows: int,
+    columns: int,
+    dtype: str,
+    device: str,
+    tile_px: int = 0,
+    ranks: int = 1,
 ) -> Count:
     """Of a video of 4n+1 frames of rows x columns pixels, with that video itself."""
     run = lambda chunks: _vae(key(vae), "encode", chunks, (rows, columns), dtype, device, tile_px, ranks)  # noqa: E731
     return _as_long(run, 1 + (frames - 1) // 4)
+
+
+def sketching(vae: Mapping[str, Any], latent: tuple[int, ...], dtype: str, device: str) -> Count:
+    """Of a preview by a TAE, see `TAE.sketch`."""
+    return _as_long(lambda chunks: _vae(key(vae), "sketch", chunks, latent[2:], dtype, device, 0, 1), latent[1])
 
 
 def _as_long(run: Callable[[int], Count], chunks: int) -> Count:
@@ -245,6 +260,9 @@ def _vae(
             run.model, model.decode_raw = model.decode_raw, run
             video = model.decode(_empty(1, model.z_dim, chunks, *size), tile_px, group)[0]
             video.add_(1).mul_(127.5).clamp_(0, 255).to(torch.uint8)
+        elif way == "sketch":
+            model.sketch(_empty(1, model.z_dim, chunks, *size)).add(1).mul(127.5).to(torch.uint8)
+            run.tiles = 1
         else:
             run.model, model.encode_raw = model.encode_raw, run
             model.encode(_empty(1, 3, 4 * chunks - 3, *size), tile_px, group)

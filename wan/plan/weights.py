@@ -20,11 +20,12 @@ from wan.models.audio import empty_audio_encoder
 from wan.models.dit import WanModel
 from wan.models.encoders import empty_clip_encoder, empty_text_encoder
 from wan.options import Request
-from wan.plan.files import checkpoint_of, size_of
+from wan.plan.files import checkpoint_of, size_of, vae_names
 from wan.plan.runs import DTYPES, build, in_type, key
 from wan.quant.linear import QuantLinear
 from wan.weights.assign import ModelWeights
 from wan.weights.checkpoint import Checkpoint
+from wan.weights.infer import vae_config
 from wan.weights.source import Source, TensorInfo, open_source
 from wan.weights.write.export import plan_tensors
 from wan.weights.write.recipes import RECIPES
@@ -80,7 +81,8 @@ class Reading:
 class Component:
     """A model.
 
-    kind: "dit", "vae", "t5", "clip" or "wav2vec"; config: as the task has it; packed: None where its files are dense.
+    kind: "dit", "vae", "t5", "clip" or "wav2vec"; config: as the task has it, or of a VAE as its file tells it; packed:
+    None where its files are dense.
     """
 
     name: str
@@ -103,16 +105,18 @@ class Component:
 
 
 def components(request: Request, spec: EasyDict) -> dict[str, Component]:
-    """By name: "t5", "wav2vec", "clip", "vae", and "model" or "high" and "low". Files that are here are looked into."""
-    names = ["t5", *(name for name in ("wav2vec", "clip") if name in spec.files), *expert_names(spec), "vae"]
+    """By name: "t5", "wav2vec", "clip", "model" or "high" and "low", "vae" and "tae", as far as there is work for them.
+    Files that are here are looked into."""
+    names = ["t5", *(name for name in ("wav2vec", "clip") if name in spec.files), *expert_names(spec)]
+    names += vae_names(request, spec)
     return {name: component(request, spec, name) for name in names}
 
 
 def component(request: Request, spec: EasyDict, name: str) -> Component:
-    kind = name if name in ("t5", "wav2vec", "clip", "vae") else "dit"
+    checkpoint = checkpoint_of(request, spec)
+    kind = checkpoint.kind(name)
     dtypes = {"t5": request.load.t5_dtype, "wav2vec": "fp32", "vae": request.load.vae_dtype}
     dtype = dtypes.get(kind, request.load.dtype)
-    checkpoint = checkpoint_of(request, spec)
     known, asked = checkpoint.derived, ("component", name, dtype)
     if asked not in known:
         known[asked] = _component(checkpoint, spec, name, kind, dtype)
@@ -125,6 +129,7 @@ def _component(checkpoint: Checkpoint, spec: EasyDict, name: str, kind: str, dty
     dense, reading = _as_released(kind, key(config), dtype)
     try:
         if source := checkpoint.source(name) if files else None:
+            config = vae_config(source, spec) if kind == "vae" else config
             makers = {"t5": empty_text_encoder, "clip": empty_clip_encoder, "wav2vec": empty_audio_encoder}
             make = makers.get(kind, lambda _: build(kind, config))
             dense, reading = _prepared(make(source), source, kind, dtype, stream=False)
@@ -157,11 +162,12 @@ def config_of(spec: EasyDict, kind: str) -> Mapping[str, Any]:
     return {"dit": spec.dit, "vae": spec.vae, "t5": spec.text, "clip": {}, "wav2vec": {}}[kind]
 
 
-def parameters(spec: EasyDict) -> dict[str, int]:
-    """Number of parameters by component; `dit` is one expert."""
-    kinds = {"text": "t5", "dit": "dit", "vae": "vae"}
+def parameters(spec: EasyDict, vaes: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, int]:
+    """Number of parameters by component; `dit` is one expert. vaes: by name, where they are not the task's own."""
+    kinds = {"text": "t5", "dit": "dit"}
     kinds |= {name: name for name in ("wav2vec", "clip") if name in spec.files}
-    return {name: count_parameters(spec, kind) for name, kind in kinds.items()}
+    counts = {name: count_parameters(spec, kind) for name, kind in kinds.items()}
+    return counts | {name: _count("vae", key(config)) for name, config in (vaes or {"vae": spec.vae}).items()}
 
 
 def count_parameters(spec: EasyDict, kind: str) -> int:

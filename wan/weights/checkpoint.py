@@ -16,7 +16,7 @@ from wan.weights.source import INDEX_SUFFIX, Source, open_source
 
 
 class Checkpoint:
-    """Components by name: "model", or "high" and "low", and "vae", "t5" and perhaps "clip", "wav2vec".
+    """Components by name: "model", or "high" and "low", and "vae", "t5" and perhaps "clip", "wav2vec", "tae".
 
     A file is opened when its component is first asked for, and stays open: what was checked is what is read, and a file
     that has changed since is an error. ckpt_dir, spec, single, partial: see `locate`. hub: whether a run would
@@ -38,7 +38,19 @@ class Checkpoint:
 
     @property
     def components(self) -> list[str]:
-        return [*self.files.dit, "vae", "t5", *(part for part in ("clip", "wav2vec") if self.spec["files"].get(part))]
+        """Those of the task; a VAE beside a TAE, which some videos can do without, only if it is here."""
+        encoders = [part for part in ("clip", "wav2vec") if self.spec["files"].get(part)]
+        vaes = ["vae"] if self.files.vae or not self.files.tae else []
+        return [*self.files.dit, *vaes, *(["tae"] if self.files.tae else []), "t5", *encoders]
+
+    @property
+    def decoder(self) -> str:
+        """The component that decodes."""
+        return "tae" if self.files.tae else "vae"
+
+    def kind(self, name: str) -> str:
+        """What a component is: "dit", "vae", "t5", "clip" or "wav2vec"."""
+        return "dit" if name in self.files.dit else "vae" if name == "tae" else name
 
     def paths(self, name: str) -> list[Path]:
         """The files of a component, "dit" too being "model", or the folder of the "tokenizer"; [] where they are

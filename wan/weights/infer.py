@@ -86,6 +86,53 @@ def _s2v_config(source: Source, shapes: Mapping[str, tuple[int, ...]], config: M
     }
 
 
+def infer_vae_config(source: Source) -> dict[str, Any]:
+    """Configuration of the VAE in `source`, as far as shapes tell it, as `WanVAE` or `TAE` takes it.
+
+    Of a Wan VAE version, z_dim, dim and dec_dim: LightVAE has its names and narrower layers. Of a TAE z_dim,
+    patch_size, widths, encoder_width and, by the name of the file, unscaled: LightTAE's, which are called so, hold
+    latents as the Wan VAE makes them, others as the diffusion model sees them (behaviour of LightX2V).
+    Raises SwanError if this is no VAE that is read.
+    """
+    shapes = our_shapes(source, "vae")
+    try:
+        if "decoder.1.weight" in shapes:
+            return _tae_config(source, shapes)
+        ends = {"dim": "encoder.conv1.bias", "dec_dim": "decoder.head.0.gamma", "z_dim": "conv2.bias"}
+        is_22 = any(name.startswith("encoder.downsamples.0.downsamples.") for name in shapes)
+        return {"version": "2.2" if is_22 else "2.1"} | {key: math.prod(shapes[name]) for key, name in ends.items()}
+    except (KeyError, IndexError):
+        found = looks_like(source)
+    if "decoder.1.conv.0.weight" in shapes:
+        raise SwanError(f"{source.describe()}: a TAE of the layout Super, which is not read; the plain one is")
+    read = "those of Wan2.1 and Wan2.2, LightVAE, TAEHV and LightTAE are, LightVAE Pro and Lite are not"
+    raise SwanError(f"{source.describe()}: not a VAE that is read ({read}){found}")
+
+
+def _tae_config(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    widths = [shapes[f"decoder.{block}.conv.0.bias"][0] for block in (3, 9, 15)]
+    return {
+        "z_dim": shapes["decoder.1.weight"][1],
+        "patch_size": math.isqrt(shapes["decoder.22.bias"][0] // 3),
+        "widths": [*widths, shapes["decoder.22.weight"][1]],
+        "encoder_width": shapes.get("encoder.0.bias", (0,))[0],
+        "unscaled": any("lighttae" in path.name.lower() for path in source.paths),
+    }
+
+
+def vae_config(source: Source, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the VAE in `source`: what shapes do not tell is as the task `spec` has it.
+
+    Raises SwanError if this is no VAE, or one of other latents than the task's.
+    """
+    told = infer_vae_config(source)
+    stride = 8 * (told["patch_size"] if "widths" in told else 2 if told["version"] == "2.2" else 1)
+    if (told["z_dim"], stride) != (spec["vae"]["z_dim"], spec["vae_stride"][1]):
+        needs = f"z {spec['vae']['z_dim']} and {spec['vae_stride'][1]} pixels a latent"
+        raise SwanError(f"{source.describe()}: holds {identify(source)}; task {spec['name']} needs {needs}")
+    return told if "widths" in told else {**spec["vae"], **told}
+
+
 def identify(source: Source) -> str | None:
     """What the file looks like, in words ("a Wan2.1 VAE (z 16, width 96)"), or None if it cannot be told."""
     try:
@@ -128,8 +175,9 @@ def _identify(source: Source) -> str | None:
     if "feature_projection.projection.weight" in audio:
         dim, layers = audio["feature_projection.projection.weight"][0], count(audio, "encoder.layers.")
         return f"a wav2vec2 audio encoder (dim {dim}, {layers} layers)"
-    if "encoder.0.weight" in keys and any(key.startswith("decoder.") for key in keys):
-        return "a tiny VAE (TAE)"
+    if "decoder.1.weight" in vae:
+        config = _tae_config(source, vae)
+        return f"a tiny VAE (TAE, z {config['z_dim']}, widths {', '.join(map(str, config['widths']))})"
     return None
 
 

@@ -16,7 +16,7 @@ from wan.errors import SwanError, UsageError
 from wan.files import visible_files, visible_names
 from wan.weights.source import WEIGHT_SUFFIXES, weight_files
 
-OVERRIDES = ("dit", "high", "low", "vae", "t5", "tokenizer", "clip", "wav2vec")
+OVERRIDES = ("dit", "high", "low", "vae", "tae", "t5", "tokenizer", "clip", "wav2vec")
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _DIFFUSERS = {
@@ -38,6 +38,7 @@ MLX_FILES = {  # of mlx-video, all in one folder
 }
 _MLX_VAE_ENCODER = "vae_encoder.safetensors"  # there in some versions
 _LIGHTX2V_BLOCK = re.compile(r"(non_)?block(_\d+)?\.safetensors")  # one file for each block
+_LIGHT_VAE = re.compile(r"(taew|lighttae|lightvae)\w*\.", re.IGNORECASE)  # and no transformer
 _WAV2VEC_FILES = ("config.json", "model*.safetensors*", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
@@ -52,6 +53,7 @@ class CheckpointFiles:
     tokenizer: Path | None  # a folder
     clip: list[Path] | None  # only for tasks with an image encoder
     wav2vec: list[Path] | None = None  # only for tasks with an audio encoder
+    tae: list[Path] | None = None  # only if one is given
     folder: Path | None = None  # the checkpoint's, downloaded if need be; None if single files are all of it
 
 
@@ -75,18 +77,22 @@ def locate(
     overrides: a file or folder for any of OVERRIDES; "dit" is for one expert.
     partial: what is missing may be; of a hub id, what is in its cache is found, and nothing is downloaded.
 
+    With a TAE, which decodes, the VAE may be missing, and is not downloaded for a task that makes videos from text.
+
     Raises UsageError for a folder or an override that does not exist, SwanError for what is missing in the folder.
     """
     given = _check_overrides(overrides or {}, spec)
     experts = dict(spec.get("experts") or {"model": "."})
     parts = [*experts, "vae", "t5", "tokenizer", *(part for part in ("clip", "wav2vec") if spec["files"].get(part))]
-    wanted = [part for part in parts if part not in given]
+    parts += ["tae"] if "tae" in given else []
+    optional = {"vae"} if "tae" in given else set()
+    wanted = [part for part in parts if part not in given and not (part in optional and spec.get("kind") == "t2v")]
     root = _resolve(ckpt_dir, spec, wanted, partial) if wanted else None
     found: dict[str, Any] = {}
     for part in parts:
         if part in given:
             found[part] = given[part] if part == "tokenizer" else files_at(given[part])
-        elif not partial:
+        elif not partial and part not in optional:
             found[part] = _find(root, part, spec)
         elif root is not None:
             with contextlib.suppress(MissingPart):
@@ -98,6 +104,7 @@ def locate(
         tokenizer=found.get("tokenizer"),
         clip=found.get("clip"),
         wav2vec=found.get("wav2vec"),
+        tae=found.get("tae"),
         folder=root,
     )
 
@@ -226,7 +233,7 @@ def _root_dit(root: Path, spec: Mapping[str, Any]) -> list[Path]:
     others = {Path(name).stem for name in spec["files"].values()}
     others |= {path.stem for name in spec["files"].values() for path in _quantised_twins(root / name)}
     rest = visible_files(root, "*.safetensors") + visible_files(root, "*.gguf")
-    rest = [path for path in rest if path.stem not in others]
+    rest = [path for path in rest if path.stem not in others and not _LIGHT_VAE.match(path.name)]
     if rest and all(_LIGHTX2V_BLOCK.fullmatch(path.name) for path in rest):
         return rest
     if len(rest) > 1:

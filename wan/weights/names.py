@@ -246,7 +246,7 @@ _LANDMARKS = {
     "dit": r"(vace_)?blocks\.\d+\.(self_attn|cross_attn|attn[12]|ffn|norm[23])\."
     r"|(patch|text|time)_embedding(\.|_proj\.)|(time_projection|condition_embedder|head|img_emb|proj_out)\.",
     "vae": r"(encoder|decoder)\.(conv1|conv_in|conv_out|norm_out|downsamples|upsamples|middle|head|mid_block)\."
-    r"|(encoder|decoder)\.(down|up)_blocks\.|(quant_conv|post_quant_conv|conv1|conv2)\.",
+    r"|(encoder|decoder)\.((down|up)_blocks|\d+)\.|(quant_conv|post_quant_conv|conv1|conv2)\.",
     "t5": r"encoder\.(block\.\d|final_layer_norm|embed_tokens)|shared\.|token_embedding\.|enc\.blk\.\d+\."
     r"|blocks\.\d+\.(attn|pos_embedding|norm[12]|ffn\.(gate|fc1|fc2))\.",
     "clip": r"visual\.(transformer|cls_embedding|pos_embedding|patch_embedding|pre_norm|post_norm)"

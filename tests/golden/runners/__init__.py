@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.golden.cases import Case
 from tests.golden.checks import Check
-from tests.golden.runners import animate, audio, clip, loop, model, preprocess, s2v, scheduler, text, vae
+from tests.golden.runners import animate, audio, clip, loop, model, preprocess, s2v, scheduler, tae, text, vae
 
 # (does this runner know the case?, run it). The first match counts.
 RUNNERS = [
@@ -17,6 +17,7 @@ RUNNERS = [
     (animate.matches_face_encoder, animate.run_face_encoder),
     (animate.matches_preprocess, animate.run_preprocess),
     (vae.matches, vae.run),
+    (tae.matches, tae.run),
     (text.matches_t5, text.run_t5),
     (text.matches_cleaning, text.run_cleaning),
     (text.matches_tokenizer, text.run_tokenizer),
