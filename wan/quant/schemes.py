@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # torch >= 2.7
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGN_BYTES = 16  # of codes and rows, as matrix products of GPUs want them
 _SLICE_WEIGHTS = 1 << 17  # 512 KiB in fp32: what is done to a slice stays in the cache

@@ -5,8 +5,9 @@ affine codes of MLX.
     float8 or int8        X.weight_scale, X.scale_weight   code * scale; scales: one, one a row, or one for 128 x 128
     uint32, packed        X.scales, X.biases               code * scale + bias; for each 32, 64 or 128 columns of a row
 
-A float8 weight with no scale is an ordinary tensor, which is cast. Where the file says how a matrix is stored, see
-`comfy_quant`, its tensors have to agree.
+Those whose scales are small floats as well (NVFP4, MX formats) are in `block_floats`. A float8 weight with no scale is
+an ordinary tensor, which is cast. Where the file says how a matrix is stored, see `comfy_quant`, its tensors have to
+agree.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from wan.errors import SwanError
 from wan.quant.ggml import GGMLType
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import FLOAT8, SCALE_DTYPES, Scheme, pack_rows
+from wan.weights.block_floats import find_block_floats, lost_scales
 from wan.weights.comfy_quant import LEAF, Note, read_notes
 from wan.weights.source import Source, Span, TensorInfo, config_beside
 from wan.weights.stored import ACTIVATIONS, Stored, check_finite, label
@@ -30,10 +32,13 @@ _SCALES = ("weight_scale", "scale_weight")
 _BLOCK = 128
 _GROUPS = (32, 64, 128)
 _NAMES = {torch.int8: "int8", **dict.fromkeys(FLOAT8, "fp8")}
-_READ = "fp8 and int8 with a scale for the tensor, each row or blocks of 128, and MLX's 4 and 8 bits, are read"
+_READ = (
+    "fp8 and int8 with a scale for the tensor, each row or blocks of 128, NVFP4, MXFP4, MXFP6, MXFP8, and MLX's 4 and 8"
+    " bits, are read"
+)
 # Last parts of names that other ways to quantise use: none is a parameter of a model here.
 _FOREIGN = re.compile(
-    r"weight_scale_\w+|weight_global_scale|input_global_scale|qweight|qzeros|absmax|quant_map|bitsandbytes__\w+"
+    r"weight_scale_\w+|weight_global_scale|input_global_scale|input_absmax|pre_quant_scale|qweight|qzeros|absmax|quant_map|bitsandbytes__\w+"
     r"|scales|biases|" + "|".join((*_SCALES, *ACTIVATIONS))
 )
 
@@ -57,7 +62,7 @@ class WithScales(Stored):
     def _numbers(self, source: Source, name: str, first: int, last: int) -> Tensor:
         """Scales or offsets of some rows, [rows, groups]."""
         groups = self.scheme.groups(self.shape[1])
-        if self.rows_per_scale == 1:
+        if self.rows_per_scale == 1 and source.info(name).shape[0] == self.shape[0]:
             numbers = source.read(name, (first, last)).reshape(last - first, groups)
         else:
             whole = source.read(name).reshape(-1, groups)
@@ -129,6 +134,8 @@ def check_scales(source: Source) -> None:
 
 def _refuse(source: Source, name: str, weight: str, names: set[str]) -> None:
     if weight in names and source.block_type(weight) is None:
+        if lost := lost_scales(source, weight, names):
+            raise SwanError(f"{source.describe()}: {weight} is NVFP4, and there is no {lost}")
         what = f"{weight} ({label(source.info(weight).dtype)}, with {name}) is quantised in an unknown way"
         raise SwanError(f"{source.describe()}: {what}; {_READ}")
     if weight not in names and name.endswith(_SCALES):
@@ -160,6 +167,8 @@ def _check_unsaid(source: Source, stored: Mapping[str, Stored], notes: Mapping[s
 def _find(source: Source, name: str, path: str, names: set[str], note: Note | None) -> Stored | None:
     """What makes up the matrix `name`; None if it is not quantised, or not all of it is here."""
     dtype = source.info(name).dtype
+    if found := find_block_floats(source, name, path, names, note):
+        return found
     if dtype in _NAMES or note:
         scales = [f"{path}.{leaf}" for leaf in _SCALES if f"{path}.{leaf}" in names]
         if len(scales) > 1:
@@ -181,7 +190,7 @@ def _scaled(source: Source, name: str, scale: str, path: str, names: set[str], n
         group, rows_per_scale = size, size
     elif told in ((), (1,), (1, 1)):
         group, rows_per_scale = columns, max(height, 1)
-    elif told in ((height,), (height, 1)):
+    elif told in ((height,), (height, 1), (1, height)):
         group, rows_per_scale = columns, 1
     elif told == blocks:
         group, rows_per_scale = size, size
