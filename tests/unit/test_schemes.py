@@ -49,7 +49,8 @@ def random_scales(*shape):
 def scaled_file(kind, layout, height=200, width=304):
     """(tensors, the fp32 weights they stand for); scales are laid out element by element."""
     codes = random_codes(kind, height, width)
-    shape = {"tensor": (), "tensor1": (1,), "rows": (height, 1), "rows1": (height,), "blocks": (2, 3)}[layout]
+    shape = {"tensor": (), "tensor1": (1,), "rows": (height, 1), "rows1": (height,)}
+    shape = (shape | {"rows2": (1, height), "blocks": (2, 3)})[layout]
     scales = random_scales(*shape)
     numbers, spread = scales.numpy(), np.empty((height, width), np.float32)
     for row, column in np.ndindex(height, width):
@@ -77,7 +78,9 @@ def mlx_config(folder, bits, group):
     (folder / "config.json").write_text(json.dumps({"quantization": {"bits": bits, "group_size": group}}))
 
 
-SCALED = [(kind, layout) for kind in ("fp8", "int8") for layout in ("tensor", "tensor1", "rows", "rows1", "blocks")]
+SCALED = [
+    (kind, layout) for kind in ("fp8", "int8") for layout in ("tensor", "tensor1", "rows", "rows1", "rows2", "blocks")
+]
 AFFINE = [(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 CASES = [*SCALED, ("e5m2", "tensor"), *AFFINE]
 
