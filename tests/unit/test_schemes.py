@@ -16,6 +16,7 @@ from tests.unit.weight_helpers import DictSource
 from wan.errors import SwanError, UsageError
 from wan.models.dit import WanModel
 from wan.models.encoders import load_text_encoder
+from wan.models.vae import WanVAE
 from wan.quant import products
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.products import _product, round_tokens, scaled_product
@@ -590,3 +591,45 @@ def test_layouts_of_lightx2v(tmp_path, checkpoint):
     (root / "wan_fp8.safetensors.index.json").touch()
     files = locate(root, SPEC, overrides | {"t5": root / "models_t5_umt5-xxl-enc-int8.pth"})
     assert [path.name for path in files.dit["model"]] == ["wan_fp8.safetensors.index.json"]
+
+
+def test_a_folder_of_mlx_video_with_the_vae_of_wan22(tmp_path):
+    """By the names of its own code, and read back, by the folder's whole task."""
+    spec = shrunk("ti2v-5B")
+    found = locate(write_checkpoint(tmp_path / "in", spec), spec)
+    parts = {"dit": open_source(found.dit["model"]), "t5": open_source(found.t5), "vae": open_source(found.vae)}
+    export_folder(parts, tmp_path / "mlx", Form("mlx", torch.float32), copies={spec.files.tokenizer: found.tokenizer})
+    with safe_open(tmp_path / "mlx/vae.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    was = parts["vae"]
+
+    def theirs(name):  # their rules, in their order
+        for index in "0236":
+            name = name.replace(f".residual.{index}.", f".residual.layer_{index}.")
+        for index in "02":
+            name = name.replace(f".head.{index}.", f".head.layer_{index}.")
+        for old, new in ((".resample.1.", ".resample_"), (".to_qkv.", ".to_qkv_"), (".proj.", ".proj_")):
+            name = name.replace(old, new)
+        return name
+
+    assert shapes.keys() == {theirs(name) for name in was.keys()}
+    for name in was.keys():
+        shape, held = list(was.info(name).shape), shapes[theirs(name)]
+        if name.endswith("gamma"):
+            assert held == [shape[0]]
+        else:
+            assert held == ([shape[0], *shape[2:], shape[1]] if name.endswith("weight") else shape)
+    made = locate(tmp_path / "mlx", spec)
+    for component, paths in (("dit", made.dit["model"]), ("vae", made.vae)):
+        source, old = open_source(paths), parts[component]
+        for ours, name in official_names(source.keys(), component).items():
+            wanted = old.read(ours)
+            assert torch.equal(source.read(name).reshape(wanted.shape), wanted)
+    videos = []
+    for source in (was, open_source(made.vae)):
+        with torch.device("meta"):
+            vae = WanVAE(**spec.vae)
+        load_weights(vae, source, "vae", dtype=torch.float32)
+        with torch.no_grad():
+            videos.append(vae.decode(torch.ones(1, 48, 2, 2, 2)))
+    assert torch.equal(*videos)

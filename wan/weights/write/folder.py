@@ -6,8 +6,7 @@ Three forms, each of which `--ckpt_dir` takes:
     fp8, int8   the official files and names, the codes and scales of LightX2V, a scale for each row
 
 Quantised are the matrices of attention and feed-forward networks; in fp8 and int8 the text encoder's as well. Other
-tensors get the type that was asked for, the VAE stays in fp32. The VAE of Wan2.2 keeps its official names in mlx, where
-mlx-video has others: that file is for Swan only.
+tensors get the type that was asked for, the VAE stays in fp32.
 
 Format of the files: https://github.com/huggingface/safetensors
 """
@@ -112,6 +111,7 @@ def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
         if component_of(source) != component:
             raise SwanError(f"{source.describe()}: does not hold the {part}")
         plan_tensors(source, RECIPES["F32"])  # whole, and with no foreign tensors
+    kind = f"vae {vae_version(source)}" if component == "vae" else component
     planned = []
     for ours, stored in our_names(source, component).items():
         if isinstance(stored, Rows):
@@ -119,23 +119,24 @@ def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
         official = official_t5_name(ours) if component == "t5" else ours
         shape = source.info(stored).shape
         try:
-            planned.append(_plan_tensor(stored, official, shape, component, form))
+            planned.append(_plan_tensor(stored, official, shape, kind, form))
         except ValueError as error:
             raise SwanError(f"{source.describe()}: {stored}: {error}") from None
     return planned
 
 
-def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], component: str, form: Form) -> Planned:
+def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], kind: str, form: Form) -> Planned:
+    """kind: "dit", "t5", "vae 2.1" or "vae 2.2"."""
     is_mlx = form.format == "mlx"
-    written = mlx_name(name, component) if is_mlx and component != "vae" else name
-    if len(shape) == 2 and _is_quantised(name, component, form):
+    written = mlx_name(name, kind) if is_mlx else name
+    if len(shape) == 2 and _is_quantised(name, kind, form):
         plan = _plan_affine if is_mlx else _plan_channels
         return plan(stored, written, (shape[0], shape[1]), form)
-    dtype = torch.float32 if component == "vae" else form.dtype
-    shape = to_mlx(torch.empty(shape, device="meta"), component, name).shape if is_mlx else shape
+    dtype = torch.float32 if kind.startswith("vae") else form.dtype
+    shape = to_mlx(torch.empty(shape, device="meta"), kind, name).shape if is_mlx else shape
 
     def make(tensor: Tensor) -> tuple[Tensor, ...]:
-        cast = (to_mlx(tensor, component, name) if is_mlx else tensor).to(dtype)
+        cast = (to_mlx(tensor, kind, name) if is_mlx else tensor).to(dtype)
         if not cast.isfinite().all():
             whose = "it holds values that are not finite"
             if tensor.float().isfinite().all():
