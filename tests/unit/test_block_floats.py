@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tests.unit.tiny_checkpoint import dit_state, shrunk
+from tests.unit.tiny_checkpoint import dit_state, shrunk, write_checkpoint
+from wan.convert import main as convert
 from wan.engine import Engine
 from wan.errors import SwanError
 from wan.models.dit import WanModel
 from wan.quant.linear import QuantEmbedding, QuantLinear
+from wan.quant.rounding import quantize_mxfp8, quantize_nvfp4
 from wan.quant.schemes import E8M0
 from wan.tasks import load_task
 from wan.weights.assign import load_weights
+from wan.weights.locate import locate
 from wan.weights.scaled import check_scales, join_scales
 from wan.weights.source import open_source
+from wan.weights.write.folder import Form, export_folder
 
 # Exponent and mantissa bits of codes, bits of a code, columns that share a scale.
 CODES = {"nvfp4": (2, 1, 4, 16), "mxfp4": (2, 1, 4, 32), "mxfp6": (3, 2, 6, 32), "mxfp8": (4, 3, 8, 32)}
@@ -228,9 +232,13 @@ def quantised(weight, kind, maker, name):
         scales = (largest / 6 / whole).to(torch.float8_e4m3fn)
         codes_of_scales, steps = scales.view(torch.uint8), scales.float() * whole
     else:
-        codes_of_scales = (torch.log2(largest / numbers[-1]).ceil() + 127).clamp(0, 254).to(torch.uint8)
+        exponents = torch.where(largest > 0, torch.log2(largest / numbers[-1]).ceil(), 0)
+        codes_of_scales = (exponents + 127).to(torch.uint8)
         steps = 2.0 ** (codes_of_scales.float() - 127)
-    nearest = torch.bucketize((grouped / steps.unsqueeze(-1)).abs(), (numbers[1:] + numbers[:-1]) / 2)
+    sizes = (grouped / steps.unsqueeze(-1)).abs().nan_to_num(0)  # of a block of zeros
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    lower, upper = torch.bucketize(sizes, middles), torch.bucketize(sizes, middles, right=True)
+    nearest = torch.where(lower % 2 == 0, lower, upper)  # of two that are as near, the even one
     codes = nearest + (grouped < 0) * (1 << bits - 1)
     return stored(kind, maker, codes.flatten(1).numpy(), codes_of_scales.numpy(), whole, name)
 
@@ -278,6 +286,52 @@ def test_a_transformer_computes_alike_packed_and_dequantised(kind, maker, tmp_pa
         with torch.no_grad():
             made.append(model(x, torch.tensor([500.0]), text))
     assert torch.equal(*made) and made[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+def test_what_is_written_is_comfyuis(kind, tmp_path, capsys):
+    """Each tensor as the formulas above have it, rounded to the nearest code; the folder is taken as any other."""
+    torch.manual_seed(0)
+    spec = shrunk("t2v-1.3B")
+    spec.dit.update(dim=192, num_heads=2, ffn_dim=160)
+    spec.text.update(dim_ffn=64)
+    checkpoint, output = write_checkpoint(tmp_path / "in", spec), tmp_path / "out"
+    official = load_file(checkpoint / "diffusion_pytorch_model.safetensors")
+    official["blocks.0.ffn.0.weight"][5, 16:80] = 0
+    save_file(official, checkpoint / "diffusion_pytorch_model.safetensors")
+    arguments = ["--to", kind, "--checkpoint-dir", checkpoint, "--output-dir", output, "--dtype", "float32", "--quiet"]
+    assert convert(list(map(str, arguments))) == 0
+    made = load_file(output / "diffusion_pytorch_model.safetensors")
+    told = [name for name in made if name.endswith(".comfy_quant")]
+    assert len(told) == 20 and json.loads(capsys.readouterr().out)["quantized"] == 27
+    for name in (name.removesuffix(".comfy_quant") for name in told):
+        wanted = quantised(official[f"{name}.weight"], kind, "comfy", name)
+        wanted.pop(f"{name}.input_scale", None)
+        for one, tensor in wanted.items():
+            assert torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (made[one], tensor))), one
+    files = locate(output, spec)
+    source = open_source(files.dit["model"])
+    error = source.read("blocks.0.ffn.0.weight") - official["blocks.0.ffn.0.weight"]
+    assert (error[5, 16:80] == 0).all() and 0 < error.norm() < 0.13 * official["blocks.0.ffn.0.weight"].norm()
+    assert open_source(files.t5).block_type("blocks.0.ffn.fc1.weight").name == kind
+    with torch.device("meta"):
+        model = WanModel(**spec.dit)
+    load_weights(model, source, "dit", stream=True)
+
+
+def test_rounding_of_ties_and_of_what_has_no_groups(tmp_path):
+    row = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, 0]) * 448
+    codes, scales, whole = quantize_nvfp4(row.unsqueeze(0))
+    assert (scales.float(), whole) == (448, 1)
+    assert codes.tolist() == [[7, 0, 2, 2, 4, 4, 6, 6, 8, 10, 10, 12, 12, 14, 14, 0]]
+    codes, scales = quantize_mxfp8(torch.tensor([[448.0, *[1.0] * 31], [449.0, *[1.0] * 31], [0.0] * 32]))
+    assert scales.tolist() == [[127], [128], [127]] and codes.float()[:2, 0].tolist() == [448, 224]
+    spec = shrunk("t2v-1.3B")
+    spec.dit.update(dim=56, num_heads=2)
+    save_file(dit_state(spec), tmp_path / "dit.safetensors")
+    for kind, group in (("nvfp4", 16), ("mxfp8", 32)):
+        with pytest.raises(SwanError, match=f"rows of 56 weights are no whole number of groups of {group}"):
+            export_folder({"dit": open_source(tmp_path / "dit.safetensors")}, tmp_path / "out", Form(kind))
 
 
 def test_companions_in_another_file(tmp_path):

@@ -118,6 +118,19 @@ def find_block_floats(
     return BlockFloats(scheme, (rows, columns), hidden, scale, whole, note is not None and scheme is _NVFP4)
 
 
+def tiled(scales: Tensor) -> Tensor:
+    """Scales [rows, groups] -> as they lie in a file, padded with zeros."""
+    rows, groups = scales.shape
+    whole = torch.zeros(tiled_shape(rows, groups), dtype=torch.uint8)
+    whole[:rows, :groups] = scales.view(torch.uint8)
+    by_tile = whole.view(-1, 4, 32, whole.shape[1] // _TILE_COLUMNS, _TILE_COLUMNS).permute(0, 3, 2, 1, 4)
+    return by_tile.reshape(whole.shape).view(scales.dtype)
+
+
+def tiled_shape(rows: int, groups: int) -> tuple[int, int]:
+    return _padded(rows, _TILE_ROWS), _padded(groups, _TILE_COLUMNS)
+
+
 def lost_scales(source: Source, name: str, names: Collection[str]) -> str:
     """What a matrix of LightX2V's NVFP4 lacks, in words; "" for any other."""
     path = name.removesuffix(".weight")
@@ -164,7 +177,7 @@ def _tiled_shape(scheme: Scheme, rows: int, size_bytes: int) -> tuple[int, int] 
     group_bytes = scheme.code_bytes(scheme.group)
     if size_bytes % group_bytes:
         return None
-    return _padded(rows, _TILE_ROWS), _padded(size_bytes // group_bytes, _TILE_COLUMNS)
+    return tiled_shape(rows, size_bytes // group_bytes)
 
 
 def _check_shape(source: Source, name: str, scheme: Scheme, shape: tuple[int, int], scale: str) -> None:

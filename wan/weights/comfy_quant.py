@@ -11,6 +11,7 @@ What is known is taken, what is not is refused by its name. Formats: https://git
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,11 @@ class Note:
     per_row: bool | None = dataclasses.field(default=None, compare=False)  # the scales themselves tell
     block: int = 0
     where: str = dataclasses.field(default="", compare=False)
+
+
+def make_note(format: str) -> torch.Tensor:
+    """What `X.comfy_quant` holds of a matrix in this format."""
+    return torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
 
 
 def read_notes(source: Source) -> dict[str, Note]:
