@@ -20,8 +20,9 @@ from wan.models.vae import WanVAE
 from wan.quant import products
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.products import _product, round_tokens, scaled_product
-from wan.quant.rounding import quantize_affine, quantize_channels
+from wan.quant.rounding import quantize_affine, quantize_channels, quantize_nvfp4
 from wan.weights.assign import check_weights, load_weights
+from wan.weights.block_floats import tiled
 from wan.weights.infer import check_dit, check_encoder
 from wan.weights.locate import locate
 from wan.weights.names import official_names
@@ -466,6 +467,17 @@ def test_packed_computes_what_dequantised_does(folder):
     assert torch.equal(*(encoder(["a cat"])[0] for encoder in encoders))
 
 
+def nvfp4(weight, path):
+    """As LightX2V stores it: the scales of all rows lie in tiles."""
+    codes, scales, whole = quantize_nvfp4(weight)
+    stored = {
+        "weight": codes[:, 0::2] | codes[:, 1::2] << 4,
+        "weight_scale": tiled(scales),
+        "weight_global_scale": 1 / whole,
+    }
+    return {f"{path}.{leaf}": tensor for leaf, tensor in stored.items()}
+
+
 def predict_shared(path):
     from wan.distributed.fsdp import shard_model, weight_mesh
 
@@ -486,6 +498,9 @@ def test_shared_out_among_ranks(checkpoint, tmp_path):
         for name in (f"blocks.{index}.ffn.0.weight", f"blocks.{index}.ffn.2.weight"):
             tensors[name], tensors[f"{name}_scale"] = quantize_channels(tensors[name], "int8" if index else "fp8")
         for path in (f"blocks.{index}.{kind}_attn.{one}" for kind in ("self", "cross") for one in "qkvo"):
+            if path.endswith("o"):
+                tensors |= nvfp4(tensors[f"{path}.weight"], path)
+                continue
             parts = quantize_affine(tensors[f"{path}.weight"], 4, 32, torch.float32)
             tensors |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), parts))
     save_file(tensors, tmp_path / "dit.safetensors")
