@@ -39,12 +39,14 @@ def test_experts_below_such_a_folder_and_by_their_names(tmp_path):
     lay_out(tmp_path / "a", T5, VAE, TOKENIZER, *(f"distill_models/{one}" for one in both))
     files = locate(tmp_path / "a", task)
     assert names(tmp_path / "a/distill_models", files.dit["high"] + files.dit["low"]) == both
-    lay_out(tmp_path / "b", T5, VAE, TOKENIZER, *EXPERTS)
+    lay_out(tmp_path / "b", T5, VAE, TOKENIZER, *EXPERTS, "wan2.2_high_noise_lora_rank64.safetensors")
     files = locate(tmp_path / "b", task)
     assert names(tmp_path / "b", files.dit["high"] + files.dit["low"]) == EXPERTS
     lay_out(tmp_path / "b", "Wan2.2-HighNoise-Q8_0.gguf")
     with pytest.raises(SwanError, match="cannot tell which of wan2.2_i2v.*Q8_0.gguf to take; name it with --high"):
         locate(tmp_path / "b", task)
+    lay_out(tmp_path / "b", "transformer/model.safetensors")  # a folder for it goes before a name
+    assert names(tmp_path / "b", locate(tmp_path / "b", task).dit["high"]) == ["transformer/model.safetensors"]
     given = {"high": tmp_path / "b/Wan2.2-HighNoise-Q8_0.gguf"}
     assert names(tmp_path / "b", locate(tmp_path / "b", task, given).dit["low"]) == EXPERTS[1:]
 

@@ -210,7 +210,7 @@ def _find_in(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
         looked_for = "diffusion_pytorch_model*.safetensors"
     elif part in ("high", "low"):
         folder = root / spec["experts"][part]
-        found = weight_files(folder) if folder.is_dir() else _named_expert(root, part)
+        found = weight_files(folder) if folder.is_dir() else []
         looked_for = f"{spec['experts'][part]}/*.safetensors"
     elif part == "wav2vec":
         folder = root / spec["files"][part]
@@ -228,6 +228,8 @@ def _find_in(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
     if not found and part in MLX_FILES and (root / MLX_FILES[part]).is_file():
         more = [root / _MLX_VAE_ENCODER] if part == "vae" else []
         found = [root / MLX_FILES[part], *(path for path in more if path.is_file())]
+    if not found and part in ("high", "low"):
+        found = _named_expert(root, part)
     if not found:
         raise _missing(root, part, f"{looked_for} and {_DIFFUSERS[part]}/")
     return found
@@ -258,6 +260,7 @@ def _root_dit(root: Path, spec: Mapping[str, Any]) -> list[Path]:
 def _named_expert(root: Path, part: str) -> list[Path]:
     """Weights of an expert at the top of the folder, told by its name: `wan2.2_i2v_A14b_high_noise_*.safetensors`."""
     files = visible_files(root, "*.safetensors") + visible_files(root, "*.gguf")
+    files = [path for path in files if "lora" not in path.name.lower()]
     found = [path for path in files if (told := EXPERT.search(path.name)) and told[1].lower() == part]
     if len(found) > 1:
         raise _unclear(root, part, [path.name for path in found])

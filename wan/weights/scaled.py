@@ -38,8 +38,8 @@ _READ = (
 )
 # Last parts of names that other ways to quantise use: none is a parameter of a model here.
 _FOREIGN = re.compile(
-    r"weight_scale_\w+|weight_global_scale|input_global_scale|input_absmax|pre_quant_scale|qweight|qzeros|absmax|quant_map|bitsandbytes__\w+"
-    r"|scales|biases|" + "|".join((*_SCALES, *ACTIVATIONS))
+    r"weight_scale_\w+|weight_global_scale|input_global_scale|input_absmax|pre_quant_scale|qweight|qzeros|absmax"
+    r"|quant_map|bitsandbytes__\w+|scales|biases|" + "|".join((*_SCALES, *ACTIVATIONS))
 )
 
 
