@@ -43,6 +43,8 @@ from wan.weights.write.recipes import RECIPES
 SCHEMES = {
     "fp8": Form("fp8", torch.float32),
     "int8": Form("int8", torch.float32),
+    "nvfp4": Form("nvfp4", torch.float32),
+    "mxfp8": Form("mxfp8", torch.float32),
     "mlx8": Form("mlx", torch.float32, 8, 64),
     "mlx4": Form("mlx", torch.float32, 4, 64),
     "mlx4-32": Form("mlx", torch.float32, 4, 32),

@@ -42,6 +42,7 @@ _TYPES_HELP = """\
 formats (--to):
   gguf        one file with the transformer or the text encoder, in one of the types below
   fp8, int8   a folder in the official layout; matrices of transformer and text encoder in 8 bits, one scale a row
+  nvfp4, mxfp8  the same in ComfyUI's formats: 4 or 8 bits, one scale for 16 or 32 weights of a row
   mlx         a folder as mlx-video has it; with --quantize the transformer's matrices in 4 or 8 bits
 types (--type):
   F32 F16 BF16              not quantised
@@ -65,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    formats = ["gguf", "fp8", "int8", "mlx"]
+    formats = ["gguf", "fp8", "int8", "nvfp4", "mxfp8", "mlx"]
     add("--to", choices=formats, help="format of the output; default: gguf with --type or --output, else mlx")
     add("--type", metavar="TYPE", help="gguf: how to store the weights, see below")
     add(
@@ -82,9 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", metavar="DIR", help="gguf: folder with the spiece.model for a t5 file; default: beside it")
     add("--threads", type=int, metavar="N", help="gguf: default: one for each processor")
-    add("--output-dir", metavar="DIR", help="fp8, int8, mlx: the folder to write; default: wan_mlx_model for mlx")
-    add("--dtype", choices=_DTYPES, help="fp8, int8, mlx: type of what is not quantised; default: bfloat16")
-    add("--model-version", choices=["auto", "2.1", "2.2"], help="fp8, int8, mlx: default: auto, told from the folder")
+    add("--output-dir", metavar="DIR", help="all but gguf: the folder to write; default: wan_mlx_model for mlx")
+    add("--dtype", choices=_DTYPES, help="all but gguf: type of what is not quantised; default: bfloat16")
+    add("--model-version", choices=["auto", "2.1", "2.2"], help="all but gguf: default: auto, told from the folder")
     add("--quantize", action="store_true", default=None, help="mlx: quantise the transformer")
     add("--bits", type=int, choices=[4, 8], help="mlx: default: 4")
     add("--group-size", type=int, choices=[32, 64, 128], help="mlx: weights that share a scale; default: 64")

@@ -132,8 +132,8 @@ def stand_in(arguments):
         elif path.suffix in (".gguf", ".safetensors"):
             path.write_bytes(b"GGUF")
     for flag, value in zip(arguments, arguments[1:]):
-        if flag == "--ckpt_dir" and value.startswith("."):
-            Path(value).mkdir(exist_ok=True)
+        if flag in ("--ckpt_dir", "--dit") and value.startswith(".") and not Path(value).is_file():
+            Path(value).mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])

@@ -204,12 +204,17 @@ LAYER = json.dumps({"layers": {"x": {"format": "int8_tensorwise"}}})
 @pytest.mark.parametrize(
     ("said", "header", "match"),
     [
-        ({"format": "nvfp4"}, None, r"x.comfy_quant says of x.weight: format 'nvfp4', which is not read"),
+        (
+            {"format": "svdquant_w4a4"},
+            None,
+            r"x.comfy_quant says of x.weight: format 'svdquant_w4a4', which is not read",
+        ),
+        ({"format": "nvfp4"}, None, r"format nvfp4, and it is int8 \[64, 256\]"),
         ({"format": "convrot_w4a4"}, None, "convrot_w4a4"),
         ({"format": "a\nb"}, None, r"a\\nb"),
         ({"format": ["int8_tensorwise"]}, None, "not read"),
         ({}, None, "format None"),
-        (None, json.dumps({"layers": {"x": {"format": "mxfp8"}}}), r"_quantization_metadata.*mxfp8"),
+        (None, json.dumps({"layers": {"x": {"format": "mxfp9"}}}), r"_quantization_metadata.*mxfp9"),
         (None, json.dumps({"layers": {"x": "awq_w4a16"}}), "awq_w4a16"),
         ({"format": "float8_e4m3fn"}, None, r"format float8_e4m3fn, and it is int8 \[64, 256\]"),
         ({"format": "int8_tensorwise", "hadamard_quip": True}, None, "'hadamard_quip': True, which is not known"),

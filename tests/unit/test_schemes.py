@@ -16,11 +16,13 @@ from tests.unit.weight_helpers import DictSource
 from wan.errors import SwanError, UsageError
 from wan.models.dit import WanModel
 from wan.models.encoders import load_text_encoder
+from wan.models.vae import WanVAE
 from wan.quant import products
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.products import _product, round_tokens, scaled_product
-from wan.quant.rounding import quantize_affine, quantize_channels
+from wan.quant.rounding import quantize_affine, quantize_channels, quantize_nvfp4
 from wan.weights.assign import check_weights, load_weights
+from wan.weights.block_floats import tiled
 from wan.weights.infer import check_dit, check_encoder
 from wan.weights.locate import locate
 from wan.weights.names import official_names
@@ -49,7 +51,8 @@ def random_scales(*shape):
 def scaled_file(kind, layout, height=200, width=304):
     """(tensors, the fp32 weights they stand for); scales are laid out element by element."""
     codes = random_codes(kind, height, width)
-    shape = {"tensor": (), "tensor1": (1,), "rows": (height, 1), "rows1": (height,), "blocks": (2, 3)}[layout]
+    shape = {"tensor": (), "tensor1": (1,), "rows": (height, 1), "rows1": (height,)}
+    shape = (shape | {"rows2": (1, height), "blocks": (2, 3)})[layout]
     scales = random_scales(*shape)
     numbers, spread = scales.numpy(), np.empty((height, width), np.float32)
     for row, column in np.ndindex(height, width):
@@ -77,7 +80,9 @@ def mlx_config(folder, bits, group):
     (folder / "config.json").write_text(json.dumps({"quantization": {"bits": bits, "group_size": group}}))
 
 
-SCALED = [(kind, layout) for kind in ("fp8", "int8") for layout in ("tensor", "tensor1", "rows", "rows1", "blocks")]
+SCALED = [
+    (kind, layout) for kind in ("fp8", "int8") for layout in ("tensor", "tensor1", "rows", "rows1", "rows2", "blocks")
+]
 AFFINE = [(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 CASES = [*SCALED, ("e5m2", "tensor"), *AFFINE]
 
@@ -462,6 +467,17 @@ def test_packed_computes_what_dequantised_does(folder):
     assert torch.equal(*(encoder(["a cat"])[0] for encoder in encoders))
 
 
+def nvfp4(weight, path):
+    """As LightX2V stores it: the scales of all rows lie in tiles."""
+    codes, scales, whole = quantize_nvfp4(weight)
+    stored = {
+        "weight": codes[:, 0::2] | codes[:, 1::2] << 4,
+        "weight_scale": tiled(scales),
+        "weight_global_scale": 1 / whole,
+    }
+    return {f"{path}.{leaf}": tensor for leaf, tensor in stored.items()}
+
+
 def predict_shared(path):
     from wan.distributed.fsdp import shard_model, weight_mesh
 
@@ -482,6 +498,9 @@ def test_shared_out_among_ranks(checkpoint, tmp_path):
         for name in (f"blocks.{index}.ffn.0.weight", f"blocks.{index}.ffn.2.weight"):
             tensors[name], tensors[f"{name}_scale"] = quantize_channels(tensors[name], "int8" if index else "fp8")
         for path in (f"blocks.{index}.{kind}_attn.{one}" for kind in ("self", "cross") for one in "qkvo"):
+            if path.endswith("o"):
+                tensors |= nvfp4(tensors[f"{path}.weight"], path)
+                continue
             parts = quantize_affine(tensors[f"{path}.weight"], 4, 32, torch.float32)
             tensors |= dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), parts))
     save_file(tensors, tmp_path / "dit.safetensors")
@@ -587,3 +606,45 @@ def test_layouts_of_lightx2v(tmp_path, checkpoint):
     (root / "wan_fp8.safetensors.index.json").touch()
     files = locate(root, SPEC, overrides | {"t5": root / "models_t5_umt5-xxl-enc-int8.pth"})
     assert [path.name for path in files.dit["model"]] == ["wan_fp8.safetensors.index.json"]
+
+
+def test_a_folder_of_mlx_video_with_the_vae_of_wan22(tmp_path):
+    """By the names of its own code, and read back, by the folder's whole task."""
+    spec = shrunk("ti2v-5B")
+    found = locate(write_checkpoint(tmp_path / "in", spec), spec)
+    parts = {"dit": open_source(found.dit["model"]), "t5": open_source(found.t5), "vae": open_source(found.vae)}
+    export_folder(parts, tmp_path / "mlx", Form("mlx", torch.float32), copies={spec.files.tokenizer: found.tokenizer})
+    with safe_open(tmp_path / "mlx/vae.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    was = parts["vae"]
+
+    def theirs(name):  # their rules, in their order
+        for index in "0236":
+            name = name.replace(f".residual.{index}.", f".residual.layer_{index}.")
+        for index in "02":
+            name = name.replace(f".head.{index}.", f".head.layer_{index}.")
+        for old, new in ((".resample.1.", ".resample_"), (".to_qkv.", ".to_qkv_"), (".proj.", ".proj_")):
+            name = name.replace(old, new)
+        return name
+
+    assert shapes.keys() == {theirs(name) for name in was.keys()}
+    for name in was.keys():
+        shape, held = list(was.info(name).shape), shapes[theirs(name)]
+        if name.endswith("gamma"):
+            assert held == [shape[0]]
+        else:
+            assert held == ([shape[0], *shape[2:], shape[1]] if name.endswith("weight") else shape)
+    made = locate(tmp_path / "mlx", spec)
+    for component, paths in (("dit", made.dit["model"]), ("vae", made.vae)):
+        source, old = open_source(paths), parts[component]
+        for ours, name in official_names(source.keys(), component).items():
+            wanted = old.read(ours)
+            assert torch.equal(source.read(name).reshape(wanted.shape), wanted)
+    videos = []
+    for source in (was, open_source(made.vae)):
+        with torch.device("meta"):
+            vae = WanVAE(**spec.vae)
+        load_weights(vae, source, "vae", dtype=torch.float32)
+        with torch.no_grad():
+            videos.append(vae.decode(torch.ones(1, 48, 2, 2, 2)))
+    assert torch.equal(*videos)

@@ -62,7 +62,7 @@ def round_tokens(tokens: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def _product(tokens: Tensor, blocks: Tensor, scheme: Scheme, bias: Tensor | None) -> Tensor:
-    stored, scales, _ = split_rows(blocks, scheme, tokens.shape[1])
+    stored, scales, *_ = split_rows(blocks, scheme, tokens.shape[1])
     codes, token_scales = round_tokens(tokens, scheme)
     matrix = stored.view(scheme.code_dtype).t()  # columns lie `row bytes` apart, a multiple of 16
     if scheme.name == "fp8":

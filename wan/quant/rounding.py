@@ -1,4 +1,4 @@
-"""Weights -> codes and scales of the schemes in schemes.py, under the conventions of LightX2V and MLX.
+"""Weights -> codes and scales of the schemes in schemes.py, under the conventions of LightX2V, ComfyUI and MLX.
 
 All functions take any float type on the CPU, work in fp32 and raise ValueError for values that are not finite.
 """
@@ -9,6 +9,8 @@ import sys
 
 import torch
 from torch import Tensor
+
+from wan.quant.schemes import scale_values
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0}
 
@@ -34,10 +36,7 @@ def quantize_affine(weights: Tensor, bits: int, group: int, dtype: torch.dtype) 
     A weight is code * scale + bias and off by half a scale at most: bias and scale are rounded outwards, so that the
     codes reach both ends of a group after they were rounded to `dtype`.
     """
-    out, columns = weights.shape
-    if columns % group:
-        raise ValueError(f"rows of {columns} weights are no whole number of groups of {group}")
-    grouped = _checked(weights).unflatten(1, (-1, group))
+    grouped = _grouped(weights, group)
     steps = (1 << bits) - 1
     biases = _rounded(grouped.amin(-1, keepdim=True), dtype, float("-inf"))
     scales = _rounded((grouped.amax(-1, keepdim=True) - biases.float()) / steps, dtype, float("inf"))
@@ -48,6 +47,46 @@ def quantize_affine(weights: Tensor, bits: int, group: int, dtype: torch.dtype) 
     if bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
     return _words(codes), scales.squeeze(-1), biases.squeeze(-1)
+
+
+def quantize_nvfp4(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[out, in] -> E2M1 codes uint8 [out, in], E4M3 scales [out, in / 16] and the fp32 scale of the whole matrix, [].
+
+    That one is amax / 2688, so that the largest block has a scale of 448. A weight is off by half the distance of its
+    neighbours at most, but where the scale of its block was rounded down: there the largest are cut to 6.
+    """
+    grouped = _grouped(weights, 16)
+    largest = grouped.abs().amax(-1)
+    whole = largest.amax() / (6 * _LARGEST["fp8"])
+    whole = torch.where(whole > 0, whole, 1.0)  # a matrix of zeros
+    scales = (largest / 6 / whole).clamp_(max=_LARGEST["fp8"]).to(torch.float8_e4m3fn)
+    steps = (scales.float() * whole).unsqueeze(-1)
+    sizes = grouped.abs() / torch.where(steps > 0, steps, float("inf"))
+    # Codes are evenly apart below 2, between 2 and 4, and between 4 and 6; ties go to even ones.
+    codes = torch.where(
+        sizes < 2, (2 * sizes).round(), torch.where(sizes < 4, 2 + sizes.round(), 4 + (sizes / 2).round())
+    )
+    codes = codes.clamp_(max=7).to(torch.uint8) | (grouped < 0).to(torch.uint8) << 3
+    return codes.flatten(1), scales, whole
+
+
+def quantize_mxfp8(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> codes [out, in] in float8_e4m3fn and E8M0 scales, uint8 [out, in / 32].
+
+    A scale is the least power of two with which no weight of its block is cut, so that a weight is off by a 16th of
+    itself at most (or, below 2^-6 scales, by 2^-10 scales).
+    """
+    grouped = _grouped(weights, 32)
+    mantissas, exponents = torch.frexp(grouped.abs().amax(-1) / _LARGEST["fp8"])  # 0.5 <= mantissa < 1, or both are 0
+    scales = (exponents - (mantissas == 0.5).int() + 127).clamp_(min=0).to(torch.uint8)
+    codes = (grouped / scale_values(scales).unsqueeze(-1)).to(torch.float8_e4m3fn)
+    return codes.flatten(1), scales
+
+
+def _grouped(weights: Tensor, group: int) -> Tensor:
+    if weights.shape[1] % group:
+        raise ValueError(f"rows of {weights.shape[1]} weights are no whole number of groups of {group}")
+    return _checked(weights).unflatten(1, (-1, group))
 
 
 def _words(codes: Tensor) -> Tensor:

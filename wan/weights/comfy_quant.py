@@ -11,6 +11,7 @@ What is known is taken, what is not is refused by its name. Formats: https://git
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +34,12 @@ _FORMATS: dict[str, tuple[torch.dtype, str | None]] = {
     "float8_e5m2": (torch.float8_e5m2, None),
     "int8_tensorwise": (torch.int8, None),
     "int8_blockwise": (torch.int8, "block"),
+    "nvfp4": (torch.uint8, None),  # these two in `block_floats`
+    "mxfp8": (torch.float8_e4m3fn, None),
 }
+_GROUPS = {"nvfp4": 16, "mxfp8": 32}  # of one size only, and never rotated
 # How to multiply, and what the weights once were: no matter for one that dequantises.
 _HINTS = ("full_precision_matrix_mult", "orig_dtype", "orig_shape")
-
-
 _KEYS = ("format", "convrot", "convrot_groupsize", "weight_rotated", "per_row", "per_channel", "group_size", *_HINTS)
 
 
@@ -55,6 +57,11 @@ class Note:
     per_row: bool | None = dataclasses.field(default=None, compare=False)  # the scales themselves tell
     block: int = 0
     where: str = dataclasses.field(default="", compare=False)
+
+
+def make_note(format: str) -> torch.Tensor:
+    """What `X.comfy_quant` holds of a matrix in this format."""
+    return torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
 
 
 def read_notes(source: Source) -> dict[str, Note]:
@@ -137,8 +144,10 @@ def _note(source: Source, weight: str, where: str, value: Any) -> Note:
         known = ", ".join(_FORMATS)
         raise SwanError(f"{start}: format {_shown(name)}, which is not read; formats that are: {known}")
     code_dtype, shared = _FORMATS[name]
+    keys = ("format", *_HINTS) if name in _GROUPS else _KEYS
     for key, one in said.items():
-        if key not in _KEYS and one not in (None, False):
+        is_usual = key == "group_size" and one == _GROUPS.get(name)
+        if key not in keys and one not in (None, False) and not is_usual:
             raise SwanError(f"{start}: format {name} with {_shown(key)}: {_shown(one)}, which is not known")
     _check_codes(start, name, info, code_dtype)
     return Note(

@@ -14,10 +14,9 @@ from wan.weights.containers import gguf_header, pth_header
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.safetensors_header import read_header, read_index
 from wan.weights.infer import describe_dit, infer_dit_config, misfits
-from wan.weights.locate import files_at, locate
+from wan.weights.locate import EXPERT, files_at, locate
 from wan.weights.source import Source, TensorInfo, open_source, sniff
 
-_EXPERT = re.compile(r"(high|low)[-_. ]?noise", re.IGNORECASE)
 _VERSION = re.compile(r"wan[-_. ]?2[-_. ]?([12])(?!\d)", re.IGNORECASE)  # in names, of 2.1 or 2.2
 _BOTH = "give both with --high and --low"
 
@@ -51,7 +50,7 @@ def _of_file(path: Path, has_two: bool) -> str:
     if not has_two and pairs:
         name, experts = f"{path.parent.name}/{path.name}", " or ".join(pairs)
         version = _VERSION.search(path.name) or _VERSION.search(path.parent.name)
-        if _EXPERT.search(name) or not alone or (version and version[1] == "2"):
+        if EXPERT.search(name) or not alone or (version and version[1] == "2"):
             raise UsageError(f"{path}: one of the two experts of {experts}, as it seems; {_BOTH}")
         if not version:
             told = f"{', '.join(alone)}, or one of the two experts of {experts}"
@@ -91,7 +90,7 @@ def _of_folder(ckpt_dir: str, specs: Sequence[Any]) -> str:
     for is_whole, has_two in ((True, True), (True, False), (False, True)):
         some = {spec.name: files for whole, spec, files in fits if (whole, "experts" in spec) == (is_whole, has_two)}
         for files in some.values():
-            if not has_two and len(files) == 1 and _EXPERT.search(files[0].name):
+            if not has_two and len(files) == 1 and EXPERT.search(files[0].name):
                 return _of_file(files[0], has_two=False)
             return _one(looks[files][0], list(some))
     return _one(looks[found[0][2]][0], [])

@@ -37,9 +37,14 @@ MLX_FILES = {  # of mlx-video, all in one folder
     "t5": "t5_encoder.safetensors",
 }
 _MLX_VAE_ENCODER = "vae_encoder.safetensors"  # there in some versions
+# Of LightX2V, below the checkpoint's folder: the same parts in several precisions, distilled or not.
+LIGHTX2V_FOLDERS = ("distill_fp8", "distill_int8", "distill_models", "fp8", "int8", "original")
+_LIGHTX2V_DISTILLED = "distill_model.pt"  # its first distilled transformer
 _LIGHTX2V_BLOCK = re.compile(r"(non_)?block(_\d+)?\.safetensors")  # one file for each block
+EXPERT = re.compile(r"(high|low)[-_. ]?noise", re.IGNORECASE)  # in names of files
 _LIGHT_VAE = re.compile(r"(taew|lighttae|lightvae)\w*\.", re.IGNORECASE)  # and no transformer
 _WAV2VEC_FILES = ("config.json", "model*.safetensors*", "pytorch_model*.bin")
+_TWINS = ("t5", "clip")  # parts that LightX2V also quantises
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
@@ -185,6 +190,22 @@ def _patterns(spec: Mapping[str, Any], wanted: list[str]) -> list[str]:
 
 
 def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
+    """Files of a part, or the folder of the tokenizer: at the top, else in the one folder of LightX2V that has it."""
+    try:
+        return _find_in(root, part, spec)
+    except MissingPart as missing:
+        found = {}
+        for name in LIGHTX2V_FOLDERS:
+            with contextlib.suppress(MissingPart):
+                found[name] = _find_in(root / name, part, spec)
+        if not found:
+            raise missing
+        if len(found) > 1 and part != "tokenizer":  # which is the same everywhere
+            raise _unclear(root, part, [f"{name}/" for name in found]) from None
+        return next(iter(found.values()))
+
+
+def _find_in(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
     diffusers = root / _DIFFUSERS[part]
     if part == "tokenizer":
         return _find_tokenizer(root, spec)
@@ -205,16 +226,17 @@ def _find(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
     else:
         official = root / spec["files"][part]
         same = [official.with_suffix(suffix) for suffix in (official.suffix, *WEIGHT_SUFFIXES)]
-        found = [path for path in same if path.is_file()][:1] or _quantised_twins(official)
+        found = [path for path in same if path.is_file()][:1] or _quantised_twins(root, part, spec)
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise SwanError(f"{root}: cannot tell which of {names} to take; name it")
+            raise _unclear(root, part, [path.name for path in found])
         looked_for = spec["files"][part]
     if not found and diffusers.is_dir():
         found = weight_files(diffusers)
     if not found and part in MLX_FILES and (root / MLX_FILES[part]).is_file():
         more = [root / _MLX_VAE_ENCODER] if part == "vae" else []
         found = [root / MLX_FILES[part], *(path for path in more if path.is_file())]
+    if not found and part in ("high", "low"):
+        found = _named_expert(root, part)
     if not found:
         raise _missing(root, part, f"{looked_for} and {_DIFFUSERS[part]}/")
     return found
@@ -231,22 +253,33 @@ def _root_dit(root: Path, spec: Mapping[str, Any]) -> list[Path]:
     if (root / MLX_FILES["model"]).is_file():
         return [root / MLX_FILES["model"]]
     others = {Path(name).stem for name in spec["files"].values()}
-    others |= {path.stem for name in spec["files"].values() for path in _quantised_twins(root / name)}
-    rest = visible_files(root, "*.safetensors") + visible_files(root, "*.gguf")
+    others |= {path.stem for part in _TWINS for path in _quantised_twins(root, part, spec)}
+    rest = [one for name in ("*.safetensors", "*.gguf", _LIGHTX2V_DISTILLED) for one in visible_files(root, name)]
     rest = [path for path in rest if path.stem not in others and not _LIGHT_VAE.match(path.name)]
     if rest and all(_LIGHTX2V_BLOCK.fullmatch(path.name) for path in rest):
         return rest
     if len(rest) > 1:
         names = ", ".join(path.name for path in rest[:4])
-        raise SwanError(f"{root}: cannot tell which file is the transformer ({names}); name it")
+        raise SwanError(f"{root}: cannot tell which file is the transformer ({names}); name it with --dit")
     return rest
 
 
-def _quantised_twins(official: Path) -> list[Path]:
-    """Files of LightX2V in place of an official one in bf16: `X-fp8.pth` or `X-int8.pth` for `X-bf16.pth`."""
-    stem = official.stem.removesuffix("-bf16")
-    if stem == official.stem:
+def _named_expert(root: Path, part: str) -> list[Path]:
+    """Weights of an expert at the top of the folder, told by its name: `wan2.2_i2v_A14b_high_noise_*.safetensors`."""
+    files = visible_files(root, "*.safetensors") + visible_files(root, "*.gguf")
+    files = [path for path in files if "lora" not in path.name.lower()]
+    found = [path for path in files if (told := EXPERT.search(path.name)) and told[1].lower() == part]
+    if len(found) > 1:
+        raise _unclear(root, part, [path.name for path in found])
+    return found
+
+
+def _quantised_twins(root: Path, part: str, spec: Mapping[str, Any]) -> list[Path]:
+    """Files of LightX2V in place of an official encoder: `X-fp8.pth` or `X-int8.pth` for `X-bf16.pth` or `X.pth`."""
+    if part not in _TWINS or part not in spec["files"]:
         return []
+    official = root / spec["files"][part]
+    stem = official.stem.removesuffix("-bf16")
     return [path for path in visible_files(official.parent, f"{stem}-*") if path.suffix in WEIGHT_SUFFIXES]
 
 
@@ -267,6 +300,11 @@ def files_at(path: Path) -> list[Path]:
     if not files:
         raise SwanError(f"{path}: no weight files in it")
     return files
+
+
+def _unclear(root: Path, part: str, names: Iterable[str]) -> SwanError:
+    flag = "dit" if part == "model" else part
+    return SwanError(f"{root}: cannot tell which of {', '.join(names)} to take; name it with --{flag}")
 
 
 def _missing(root: Path, part: str, looked_for: str, limit: int = 12) -> MissingPart:

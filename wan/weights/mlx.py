@@ -1,8 +1,10 @@
 """The files of mlx-video: their names and order of axes. Its folder is known to `locate`.
 
 Its transformer numbers some layers otherwise and folds the patch embedding, its text encoder has official names but
-one, and the kernels of its VAE (of Wan2.1) have their input channels last. What this reads, and writes back, has
-official names and shapes outside.
+one, and the kernels of its VAEs have their input channels last. That of Wan2.2 also has names of its own, and gains of
+norms without axes of 1. What this reads, and writes back, has official names and shapes outside.
+
+Source: https://github.com/Blaizzy/mlx-video (convert.py, vae22.py)
 """
 
 from __future__ import annotations
@@ -26,13 +28,25 @@ _DIT: Table = {
     "blocks.{a}.ffn.fc2": "blocks.{a}.ffn.2",
 }
 _T5: Table = {"blocks.{a}.ffn.gate_proj": "blocks.{a}.ffn.gate.0"}
+_KERNELS = {  # these are no modules there
+    f"{theirs}_{leaf}": f"{ours}.{leaf}"
+    for theirs, ours in (("resample", "resample.1"), ("to_qkv", "to_qkv"), ("proj", "proj"))
+    for leaf in ("weight", "bias")
+}
+_VAE_22: Table = {
+    f"{half}.{place}.{theirs}": f"{half}.{place}.{ours}"
+    for half, stage in (("encoder", "downsamples"), ("decoder", "upsamples"))
+    for place in (f"{stage}.{{a}}.{stage}.{{b}}", "middle.{a}")
+    for theirs, ours in (_KERNELS | {f"residual.layer_{index}": f"residual.{index}" for index in (0, 2, 3, 6)}).items()
+} | {f"{half}.head.layer_{index}": f"{half}.head.{index}" for half in ("encoder", "decoder") for index in (0, 2)}
 _TO_OFFICIAL = {
     "dit": Dialect("mlx", r"^patch_embedding_proj\.", _DIT),
     "t5": Dialect("mlx", r"\.ffn\.gate_proj\.", _T5),
+    "vae 2.2": Dialect("mlx", r"\.residual\.layer_\d\.", _VAE_22),
 }
 _TO_MLX = {
     component: Dialect("official", "", {str(ours): path for path, ours in table.items()})
-    for component, table in (("dit", _DIT), ("t5", _T5))
+    for component, table in (("dit", _DIT), ("t5", _T5), ("vae 2.2", _VAE_22), ("vae 2.1", {}))
 }
 _TABLES = ("freqs",)  # computed, not trained; saved along with a quantised transformer
 _VAE_MARKER = "decoder.conv1.weight"  # [channels, 3, 3, 3, z]; officially [channels, z, 3, 3, 3]
@@ -76,11 +90,11 @@ class MlxSource(Source):
 def translate_mlx(source: Source) -> Source:
     """`source` under official names if it is a file of mlx-video; else itself."""
     keys = source.keys()
-    for dialect in _TO_OFFICIAL.values():
+    for component, dialect in _TO_OFFICIAL.items():
         if any(dialect.marker.search(name) for name in keys):
             names = {dialect.translate(name, {})[0]: name for name in keys if name not in _TABLES}
             if len(names) == len([name for name in keys if name not in _TABLES]):
-                return MlxSource(source, names)
+                return MlxSource(source, names, is_last=component == "vae 2.2")
             return source  # a mixture of layouts: `official_names` says which tensors clash
     shape = source.info(_VAE_MARKER).shape if _VAE_MARKER in keys else ()
     if len(shape) == 5 and shape[1:4] == (3, 3, 3) and shape[4] != 3:
@@ -89,14 +103,16 @@ def translate_mlx(source: Source) -> Source:
 
 
 def mlx_name(official: str, component: str) -> str:
-    """What mlx-video calls a tensor of "dit" or "t5"."""
+    """What mlx-video calls a tensor of "dit", "t5", "vae 2.1" or "vae 2.2"."""
     return _TO_MLX[component].translate(official, {})[0]
 
 
 def to_mlx(tensor: torch.Tensor, component: str, official: str) -> torch.Tensor:
-    """A tensor of "dit", "t5" or "vae" in the shape in which mlx-video has it."""
+    """A tensor of one of these in the shape in which mlx-video has it."""
     if component == "dit" and official == "patch_embedding.weight":
         return tensor.flatten(1)
-    if component == "vae" and official.endswith(".weight") and tensor.ndim in (4, 5):
+    if component.startswith("vae") and official.endswith(".weight") and tensor.ndim in (4, 5):
         return tensor.movedim(1, -1).contiguous()
+    if component == "vae 2.2" and official.endswith(".gamma"):
+        return tensor.flatten()
     return tensor

@@ -5,15 +5,16 @@ affine codes of MLX.
     float8 or int8        X.weight_scale, X.scale_weight   code * scale; scales: one, one a row, or one for 128 x 128
     uint32, packed        X.scales, X.biases               code * scale + bias; for each 32, 64 or 128 columns of a row
 
-A float8 weight with no scale is an ordinary tensor, which is cast. Where the file says how a matrix is stored, see
-`comfy_quant`, its tensors have to agree.
+Those whose scales are small floats as well (NVFP4, MX formats) are in `block_floats`. A float8 weight with no scale is
+an ordinary tensor, which is cast. Where the file says how a matrix is stored, see `comfy_quant`, its tensors have to
+agree.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,31 +23,51 @@ from wan.errors import SwanError
 from wan.quant.ggml import GGMLType
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import FLOAT8, SCALE_DTYPES, Scheme, pack_rows
+from wan.weights.block_floats import find_block_floats, lost_scales
 from wan.weights.comfy_quant import LEAF, Note, read_notes
 from wan.weights.source import Source, Span, TensorInfo, config_beside
+from wan.weights.stored import ACTIVATIONS, Stored, check_finite, label
 
 _SCALES = ("weight_scale", "scale_weight")
-_ACTIVATIONS = ("input_scale", "scale_input")  # not of the weights: not needed here
 _BLOCK = 128
 _GROUPS = (32, 64, 128)
 _NAMES = {torch.int8: "int8", **dict.fromkeys(FLOAT8, "fp8")}
-_READ = "fp8 and int8 with a scale for the tensor, each row or blocks of 128, and MLX's 4 and 8 bits, are read"
+_READ = (
+    "fp8 and int8 with a scale for the tensor, each row or blocks of 128, NVFP4, MXFP4, MXFP6, MXFP8, and MLX's 4 and 8"
+    " bits, are read"
+)
 # Last parts of names that other ways to quantise use: none is a parameter of a model here.
 _FOREIGN = re.compile(
-    r"weight_scale_\w+|weight_global_scale|input_global_scale|qweight|qzeros|absmax|quant_map|bitsandbytes__\w+"
-    r"|scales|biases|" + "|".join((*_SCALES, *_ACTIVATIONS))
+    r"weight_scale_\w+|weight_global_scale|input_global_scale|input_absmax|pre_quant_scale|qweight|qzeros|absmax"
+    r"|quant_map|bitsandbytes__\w+|scales|biases|" + "|".join((*_SCALES, *ACTIVATIONS))
 )
 
 
-class Stored(NamedTuple):
-    """Where a quantised tensor is: names of its companions, and for how many rows one row of scales holds."""
+@dataclass(frozen=True)
+class WithScales(Stored):
+    """scales, offsets: names of these tensors; rows_per_scale: for how many rows one row of scales holds."""
 
-    scheme: Scheme
-    shape: tuple[int, int]
     scales: str
     offsets: str | None
     rows_per_scale: int
-    hidden: tuple[str, ...]
+
+    def pack(self, source: Source, name: str, first: int, last: int) -> Tensor:
+        codes = source.read(name, (first, last))
+        scales = self._numbers(source, self.scales, first, last)
+        if not scales.all():
+            raise SwanError(f"{source.describe()}: tensor {self.scales} holds a scale of zero: the file is damaged")
+        offsets = self._numbers(source, self.offsets, first, last) if self.offsets else None
+        return pack_rows(self.scheme, self.shape[1], codes, scales, offsets)
+
+    def _numbers(self, source: Source, name: str, first: int, last: int) -> Tensor:
+        """Scales or offsets of some rows, [rows, groups]."""
+        groups = self.scheme.groups(self.shape[1])
+        if self.rows_per_scale == 1 and source.info(name).shape[0] == self.shape[0]:
+            numbers = source.read(name, (first, last)).reshape(last - first, groups)
+        else:
+            whole = source.read(name).reshape(-1, groups)
+            numbers = whole[torch.arange(first, last) // self.rows_per_scale]
+        return check_finite(source, name, numbers)
 
 
 class ScaledSource(Source):
@@ -69,29 +90,11 @@ class ScaledSource(Source):
         one = self._stored.get(name)
         if one is None:
             return self._inner.packed(name, mapped, rows)
-        height, columns = one.shape
-        first, last = rows or (0, height)
-        codes = self._inner.read(name, rows)
-        scales = self._numbers(one.scales, one, first, last)
-        if not scales.all():
-            raise SwanError(f"{self.describe()}: tensor {one.scales} holds a scale of zero: the file is damaged")
-        offsets = self._numbers(one.offsets, one, first, last) if one.offsets else None
-        return PackedTensor(one.scheme, (last - first, columns), pack_rows(one.scheme, columns, codes, scales, offsets))
+        first, last = rows or (0, one.shape[0])
+        return PackedTensor(one.scheme, (last - first, one.shape[1]), one.pack(self._inner, name, first, last))
 
     def block_type(self, name: str) -> GGMLType | Scheme | None:
         return self._stored[name].scheme if name in self._stored else self._inner.block_type(name)
-
-    def _numbers(self, name: str, one: Stored, first: int, last: int) -> Tensor:
-        """Scales or offsets of some rows, [rows, groups]."""
-        groups = one.scheme.groups(one.shape[1])
-        if one.rows_per_scale == 1:
-            numbers = self._inner.read(name, (first, last)).reshape(last - first, groups)
-        else:
-            whole = self._inner.read(name).reshape(-1, groups)
-            numbers = whole[torch.arange(first, last) // one.rows_per_scale]
-        if not numbers.isfinite().all():
-            raise SwanError(f"{self.describe()}: tensor {name} holds infinite or NaN numbers: the file is damaged")
-        return numbers
 
 
 def join_scales(source: Source) -> Source:
@@ -125,13 +128,15 @@ def check_scales(source: Source) -> None:
         dtype = source.info(name).dtype
         if leaf == "weight" and dtype in (torch.int8, torch.uint32) and source.block_type(name) is None:
             lacks = f"{path}.weight_scale" if dtype == torch.int8 else f"{path}.scales and {path}.biases"
-            raise SwanError(f"{source.describe()}: {name} holds {_label(dtype)} codes, and there is no {lacks}")
+            raise SwanError(f"{source.describe()}: {name} holds {label(dtype)} codes, and there is no {lacks}")
     _check_twins(source)
 
 
 def _refuse(source: Source, name: str, weight: str, names: set[str]) -> None:
     if weight in names and source.block_type(weight) is None:
-        what = f"{weight} ({_label(source.info(weight).dtype)}, with {name}) is quantised in an unknown way"
+        if lost := lost_scales(source, weight, names):
+            raise SwanError(f"{source.describe()}: {weight} is NVFP4, and there is no {lost}")
+        what = f"{weight} ({label(source.info(weight).dtype)}, with {name}) is quantised in an unknown way"
         raise SwanError(f"{source.describe()}: {what}; {_READ}")
     if weight not in names and name.endswith(_SCALES):
         raise SwanError(f"{source.describe()}: {name} belongs to {weight}, which is not there")
@@ -162,6 +167,8 @@ def _check_unsaid(source: Source, stored: Mapping[str, Stored], notes: Mapping[s
 def _find(source: Source, name: str, path: str, names: set[str], note: Note | None) -> Stored | None:
     """What makes up the matrix `name`; None if it is not quantised, or not all of it is here."""
     dtype = source.info(name).dtype
+    if found := find_block_floats(source, name, path, names, note):
+        return found
     if dtype in _NAMES or note:
         scales = [f"{path}.{leaf}" for leaf in _SCALES if f"{path}.{leaf}" in names]
         if len(scales) > 1:
@@ -183,7 +190,7 @@ def _scaled(source: Source, name: str, scale: str, path: str, names: set[str], n
         group, rows_per_scale = size, size
     elif told in ((), (1,), (1, 1)):
         group, rows_per_scale = columns, max(height, 1)
-    elif told in ((height,), (height, 1)):
+    elif told in ((height,), (height, 1), (1, height)):
         group, rows_per_scale = columns, 1
     elif told == blocks:
         group, rows_per_scale = size, size
@@ -193,12 +200,12 @@ def _scaled(source: Source, name: str, scale: str, path: str, names: set[str], n
     if note:
         _check_shared(source, note, scale, (group, rows_per_scale), (columns, height))
         dtype = note.code_dtype
-    beside = (*_ACTIVATIONS, LEAF)
+    beside = (*ACTIVATIONS, LEAF)
     hidden = (scale, *(f"{path}.{leaf}" for leaf in beside if f"{path}.{leaf}" in names))
     rotation = note.rotation if note else 0
     label = _NAMES[dtype] + ("-rotated" if rotation else "")
     scheme = Scheme(label, dtype, group, scale_dtype, rotation=rotation)
-    return Stored(scheme, (height, columns), scale, None, rows_per_scale, hidden)
+    return WithScales(scheme, (height, columns), hidden, scale, None, rows_per_scale)
 
 
 def _check_shared(source: Source, note: Note, scale: str, found: tuple[int, int], whole: tuple[int, int]) -> None:
@@ -235,7 +242,7 @@ def _affine(source: Source, name: str, path: str) -> Stored:
         raise SwanError(f"{source.describe()}: {name} is in {told}; the config.json that tells is not beside it")
     bits, group = fits[0]
     scheme = Scheme(f"affine{bits}", torch.uint8, group, _scale_dtype(source, scales), bits, has_offsets=True)
-    return Stored(scheme, (height, words * 32 // bits), scales, offsets, 1, (scales, offsets))
+    return WithScales(scheme, (height, words * 32 // bits), (scales, offsets), scales, offsets, 1)
 
 
 def _mlx_config(source: Source) -> dict[str, int] | None:
@@ -250,9 +257,5 @@ def _mlx_config(source: Source) -> dict[str, int] | None:
 def _scale_dtype(source: Source, name: str) -> torch.dtype:
     dtype = source.info(name).dtype
     if dtype not in SCALE_DTYPES:
-        raise SwanError(f"{source.describe()}: {name} holds {_label(dtype)} scales, an unknown way; {_READ}")
+        raise SwanError(f"{source.describe()}: {name} holds {label(dtype)} scales, an unknown way; {_READ}")
     return dtype
-
-
-def _label(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

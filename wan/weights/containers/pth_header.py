@@ -19,7 +19,7 @@ from wan.weights.containers.pickled import Forbidden, Other, Reader, Storage, Vi
 from wan.weights.containers.zip_directory import Record, data_start, read_directory
 
 ITEMSIZE = {
-    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"), 1),
     **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
     **dict.fromkeys(("int32", "uint32", "float32"), 4),
     **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
+from wan.quant.schemes import E8M0
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
@@ -33,6 +34,7 @@ _DTYPES = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": E8M0,
     "U16": getattr(torch, "uint16", None),  # torch >= 2.3
     "U32": getattr(torch, "uint32", None),
     "U64": getattr(torch, "uint64", None),

@@ -2,12 +2,12 @@
 
 Three forms, each of which `--ckpt_dir` takes:
 
-    mlx         the files, names and config.json of mlx-video; affine codes in 4 or 8 bits, or none
-    fp8, int8   the official files and names, the codes and scales of LightX2V, a scale for each row
+    mlx            the files, names and config.json of mlx-video; affine codes in 4 or 8 bits, or none
+    fp8, int8      the official files and names, the codes and scales of LightX2V, a scale for each row
+    nvfp4, mxfp8   the official files and names, the codes, scales and notes of ComfyUI
 
-Quantised are the matrices of attention and feed-forward networks; in fp8 and int8 the text encoder's as well. Other
-tensors get the type that was asked for, the VAE stays in fp32. The VAE of Wan2.2 keeps its official names in mlx, where
-mlx-video has others: that file is for Swan only.
+Quantised are the matrices of attention and feed-forward networks; but for mlx the text encoder's as well. Other
+tensors get the type that was asked for, the VAE stays in fp32.
 
 Format of the files: https://github.com/huggingface/safetensors
 """
@@ -30,8 +30,10 @@ from torch import Tensor
 
 from wan.errors import SwanError
 from wan.files import atomic_folder
-from wan.quant.rounding import quantize_affine, quantize_channels
+from wan.quant.rounding import quantize_affine, quantize_channels, quantize_mxfp8, quantize_nvfp4
 from wan.tasks import load_task, task_names
+from wan.weights.block_floats import tiled, tiled_shape
+from wan.weights.comfy_quant import LEAF, make_note
 from wan.weights.infer import infer_dit_config, our_names
 from wan.weights.locate import MLX_FILES
 from wan.weights.mlx import mlx_name, to_mlx
@@ -41,7 +43,7 @@ from wan.weights.write.export import component_of, plan_tensors
 from wan.weights.write.recipes import RECIPES
 from wan.weights.write.written import check_inputs, check_output, list_files, name_tensors
 
-FORMATS = ("mlx", "fp8", "int8")
+FORMATS = ("mlx", "fp8", "int8", "nvfp4", "mxfp8")
 PARTS = ("dit", "high", "low", "t5", "vae")
 _DIT_FILE = "diffusion_pytorch_model.safetensors"
 _OFFICIAL_FILES = {
@@ -61,6 +63,7 @@ _DTYPE_CODES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
+    torch.uint8: "U8",
     torch.uint32: "U32",
 }
 
@@ -112,6 +115,7 @@ def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
         if component_of(source) != component:
             raise SwanError(f"{source.describe()}: does not hold the {part}")
         plan_tensors(source, RECIPES["F32"])  # whole, and with no foreign tensors
+    kind = f"vae {vae_version(source)}" if component == "vae" else component
     planned = []
     for ours, stored in our_names(source, component).items():
         if isinstance(stored, Rows):
@@ -119,23 +123,24 @@ def plan_part(source: Source, part: str, form: Form) -> list[Planned]:
         official = official_t5_name(ours) if component == "t5" else ours
         shape = source.info(stored).shape
         try:
-            planned.append(_plan_tensor(stored, official, shape, component, form))
+            planned.append(_plan_tensor(stored, official, shape, kind, form))
         except ValueError as error:
             raise SwanError(f"{source.describe()}: {stored}: {error}") from None
     return planned
 
 
-def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], component: str, form: Form) -> Planned:
+def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], kind: str, form: Form) -> Planned:
+    """kind: "dit", "t5", "vae 2.1" or "vae 2.2"."""
     is_mlx = form.format == "mlx"
-    written = mlx_name(name, component) if is_mlx and component != "vae" else name
-    if len(shape) == 2 and _is_quantised(name, component, form):
-        plan = _plan_affine if is_mlx else _plan_channels
+    written = mlx_name(name, kind) if is_mlx else name
+    if len(shape) == 2 and _is_quantised(name, kind, form):
+        plan = {"mlx": _plan_affine, "nvfp4": _plan_nvfp4, "mxfp8": _plan_mxfp8}.get(form.format, _plan_channels)
         return plan(stored, written, (shape[0], shape[1]), form)
-    dtype = torch.float32 if component == "vae" else form.dtype
-    shape = to_mlx(torch.empty(shape, device="meta"), component, name).shape if is_mlx else shape
+    dtype = torch.float32 if kind.startswith("vae") else form.dtype
+    shape = to_mlx(torch.empty(shape, device="meta"), kind, name).shape if is_mlx else shape
 
     def make(tensor: Tensor) -> tuple[Tensor, ...]:
-        cast = (to_mlx(tensor, component, name) if is_mlx else tensor).to(dtype)
+        cast = (to_mlx(tensor, kind, name) if is_mlx else tensor).to(dtype)
         if not cast.isfinite().all():
             whose = "it holds values that are not finite"
             if tensor.float().isfinite().all():
@@ -159,11 +164,42 @@ def _plan_channels(stored: str, name: str, shape: tuple[int, int], form: Form) -
     return Planned(stored, pieces, lambda tensor: quantize_channels(tensor, form.format))
 
 
+def _plan_nvfp4(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
+    (rows, columns), path, note = shape, name.removesuffix(".weight"), make_note("nvfp4")
+    _check_groups(columns, 16)
+    pieces = (
+        Piece(name, torch.uint8, (rows, columns // 2)),
+        Piece(f"{name}_scale", torch.float8_e4m3fn, tiled_shape(rows, columns // 16)),
+        Piece(f"{name}_scale_2", torch.float32, ()),
+        Piece(f"{path}.{LEAF}", torch.uint8, tuple(note.shape)),
+    )
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        codes, scales, whole = quantize_nvfp4(tensor)
+        return codes[:, 0::2] << 4 | codes[:, 1::2], tiled(scales), whole, note
+
+    return Planned(stored, pieces, make)
+
+
+def _plan_mxfp8(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
+    (rows, columns), path, note = shape, name.removesuffix(".weight"), make_note("mxfp8")
+    _check_groups(columns, 32)
+    pieces = (
+        Piece(name, torch.float8_e4m3fn, shape),
+        Piece(f"{name}_scale", torch.uint8, tiled_shape(rows, columns // 32)),
+        Piece(f"{path}.{LEAF}", torch.uint8, tuple(note.shape)),
+    )
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        codes, scales = quantize_mxfp8(tensor)
+        return codes, tiled(scales), note
+
+    return Planned(stored, pieces, make)
+
+
 def _plan_affine(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
     rows, columns = shape
-    if columns % form.group:
-        sizes = "; take a smaller --group-size" if columns % 32 == 0 else ""
-        raise ValueError(f"rows of {columns} weights are no whole number of groups of {form.group}{sizes}")
+    _check_groups(columns, form.group, "; take a smaller --group-size" if columns % 32 == 0 else "")
     path = name.removesuffix(".weight")
     pieces = (
         Piece(name, torch.uint32, (rows, columns * form.bits // 32)),
@@ -171,6 +207,11 @@ def _plan_affine(stored: str, name: str, shape: tuple[int, int], form: Form) -> 
         Piece(f"{path}.biases", form.dtype, (rows, columns // form.group)),
     )
     return Planned(stored, pieces, lambda tensor: quantize_affine(tensor, form.bits, form.group, form.dtype))
+
+
+def _check_groups(columns: int, group: int, advice: str = "") -> None:
+    if columns % group:
+        raise ValueError(f"rows of {columns} weights are no whole number of groups of {group}{advice}")
 
 
 def file_name(part: str, form: Form, source: Source) -> str:
