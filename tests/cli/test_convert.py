@@ -50,12 +50,10 @@ def command(*args):
     return [sys.executable, "-m", "wan.convert", *map(str, args)], {**os.environ, "PYTHONPATH": str(REPO)}
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
     code += " from wan.convert import main; main(['--help'])"
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert time.perf_counter() - started < 1
     assert done.returncode == 0 and done.stderr.strip() == "False"
     for word in ("Q4_K_M", "IQ4_XS", "--component", "uniform"):
         assert word in done.stdout
