@@ -10,7 +10,8 @@ there the present one (`--resume_dit`). The LoRAs of i2v-tiny were trained with 
 vace-tiny (45 minutes on one busy core) was trained in three runs, each of which planned its rate for its own last step
 (`--vace_steps`, `--resume_vace`): to step 1,200 of 2,400 with a third of the batches, and four tenths of their prompts,
 for references; to 2,600 with those of today, both with `SHIFTS` 7, 7, 2 and no weights in the loss; to 3,800 as it is
-now. The log holds the first two. tae makes the TAE beside t2v-tiny's VAE, in 12 minutes of one core.
+now. The log holds the first two. tae makes the TAE beside t2v-tiny's VAE: some 20 minutes of one core, in two runs, of
+which the second was of the decoder alone (`--tae_steps 0`).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def main() -> int:
     parser.add_argument("--distill_steps", type=int, default=1300)
     parser.add_argument("--vace_steps", type=int, default=3800)
     parser.add_argument("--resume_vace", action="store_true", help="go on with the branch of an interrupted run")
-    parser.add_argument("--tae_steps", type=int, default=1500)
+    parser.add_argument("--tae_steps", type=int, default=1500, help="0: go on with the decoder of an earlier run")
+    parser.add_argument("--tae_decoder_steps", type=int, default=3000)
     args = parser.parse_args()
     if os.environ.get("WAN_INFERENCE_ONLY", "1") != "0":
         print("error: training needs WAN_INFERENCE_ONLY=0", file=sys.stderr)
@@ -86,7 +88,7 @@ def main() -> int:
     if "export_vace" in args.stages:
         export.export_vace(args.out, args.to_vace)
     if "tae" in args.stages:
-        train_tae.train(args.out, args.to, args.tae_steps)
+        train_tae.train(args.out, args.to, args.tae_steps, args.tae_decoder_steps)
     return 0
 
 

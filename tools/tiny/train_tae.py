@@ -11,12 +11,13 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.tiny.world import NUM_FRAMES, SIZES, Clip, combinations, held_out, render, sample
@@ -66,15 +67,17 @@ def clips_of(rng: random.Random, combos: list, count: int) -> list[Clip]:
     return [replace(one, stripes_from=rng.randrange(NUM_FRAMES)) if rng.random() < STRIPED else one for one in clips]
 
 
-def losses(tae: TAE, pair: Pair) -> tuple[Tensor, Tensor]:
-    """Of pixels and of latents."""
-    video, latent, noisy, target = pair
+def pixel_loss(tae: TAE, pair: Pair) -> Tensor:
+    _, _, noisy, target = pair
     state = State()
     error = tae.pixels(tae.decoder(tae.latents(noisy, state), state)) - target
-    state = State()
+    return error.abs().mean() + 2 * error.square().mean()
+
+
+def latent_loss(tae: TAE, pair: Pair) -> Tensor:
+    video, latent, _, _ = pair
     frames = torch.cat(list(tae.frames(video)), 1)
-    encoded = tae.encoder(frames, state).permute(0, 4, 1, 2, 3)
-    return error.abs().mean() + 2 * error.square().mean(), F.mse_loss(encoded, latent)
+    return F.mse_loss(tae.encoder(frames, State()).permute(0, 4, 1, 2, 3), latent)
 
 
 @torch.no_grad()
@@ -85,35 +88,43 @@ def score(tae: TAE, held: list[Pair]) -> dict[str, float]:
     return {"psnr_db": round(10 * math.log10(4 / error), 2), "latent_rms": round(math.sqrt(latent), 3)}
 
 
-def train(out: Path, checkpoint: Path, steps: int, seed: int = 0) -> None:
-    """Writes `checkpoint`/taew2_1.safetensors, in fp16 as the released ones are."""
+def train(out: Path, checkpoint: Path, steps: int, decoder_steps: int, seed: int = 0) -> None:
+    """Writes `checkpoint`/taew2_1.safetensors, in fp16 as the released ones are: so many steps of both halves, and then
+    of the decoder alone, in bf16. With `steps` 0 the decoder goes on from what is there."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng = random.Random(seed if steps else seed + 1)
     spec, tae = load_task("t2v-tiny"), build()
     vae = WanVAE(**spec.vae)
     vae.load_state_dict(torch.load(checkpoint / spec.files.vae, weights_only=True))
     vae.eval()
+    if not steps:
+        tae.load_state_dict(load_file(checkpoint / FILE))
     combos = [one for one in combinations() if one not in held_out()]
     start = time.time()
     data = [pair for size, count in CLIPS.items() for pair in pairs(vae, rng, clips_of(rng, combos, count), size)]
     held = pairs(vae, rng, clips_of(rng, sorted(held_out()), 4 * BATCH), SIZES[0])
-    log = (out / "train_tae.jsonl").open("w")
-    optimizer = torch.optim.AdamW(tae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
-    totals = [0.0, 0.0]
-    for step in range(steps):
-        rate = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
-        found = losses(tae, rng.choice(data))
-        sum(found).backward()
-        torch.nn.utils.clip_grad_norm_(tae.parameters(), 1.0)
-        optimizer.step()
-        totals = [total + loss.item() for total, loss in zip(totals, found)]
-        if step % 100 == 99 or step == steps - 1:
-            count = step % 100 + 1
-            row = {"step": step + 1, "pixels": round(totals[0] / count, 5), "latents": round(totals[1] / count, 5)}
-            totals = [0.0, 0.0]
-            row |= score(tae, held) | {"seconds": round(time.time() - start)}
-            print(json.dumps(row), file=log, flush=True)
-    weights = {name: weight.half().contiguous() for name, weight in tae.state_dict().items()}
-    save_file(weights, checkpoint / FILE, metadata={"format": "pt"})
+    log = (out / "train_tae.jsonl").open("w" if steps else "a")
+    both = {"pixels": pixel_loss, "latents": latent_loss}
+    for count, peak, losses in ((steps, 2e-3, both), (decoder_steps, 1e-3, {"pixels": pixel_loss})):
+        weights = [*tae.decoder.parameters(), *(tae.encoder.parameters() if "latents" in losses else ())]
+        optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=1e-4)
+        totals: Counter[str] = Counter()
+        for step in range(count):
+            rate = peak * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / count)))
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            pair = rng.choice(data)
+            with torch.autocast("cpu", torch.bfloat16, enabled=losses is not both):
+                found = {name: loss(tae, pair) for name, loss in losses.items()}
+            sum(found.values()).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            totals.update({name: loss.item() for name, loss in found.items()})
+            if step % 100 == 99 or step == count - 1:
+                row = {"step": step + 1} | {name: round(sum_ / (step % 100 + 1), 5) for name, sum_ in totals.items()}
+                print(
+                    json.dumps(row | score(tae, held) | {"seconds": round(time.time() - start)}), file=log, flush=True
+                )
+                totals.clear()
+    stored = {name: weight.half().contiguous() for name, weight in tae.state_dict().items()}
+    save_file(stored, checkpoint / FILE, metadata={"format": "pt"})
