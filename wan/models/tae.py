@@ -166,7 +166,7 @@ class TAE(VideoVAE):
         return z.to(self.dtype).permute(0, 2, 3, 4, 1)
 
     def sketch(self, z: Tensor) -> Tensor:
-        """`decode` of one frame for each latent frame, `[B, 3, T', sh, sw]`: a third of the work, for previews.
+        """`decode` of one frame for each latent frame, `[B, 3, T', sh, sw]`: two thirds of the work, for previews.
 
         Source: behaviour of TAEHV where its growth of frames is switched off."""
         mean, std = self._stats(z)
