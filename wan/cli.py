@@ -80,7 +80,8 @@ def _taken(one: Option) -> dict[str, Any]:
     """What argparse is told of a flag's value."""
     if one.kind == "flag":
         return {"action": "store_true", "default": None}
-    value = one.value or {"bool": "BOOL", "whole": "N", "number": "X", "name": "NAME", "file": "FILE"}[one.kind]
+    values = {"bool": "BOOL", "whole": "N", "number": "X", "numbers": "X,X,...", "name": "NAME", "file": "FILE"}
+    value = one.value or values[one.kind]
     if one.kind == "bool":
         return {"metavar": value, "type": _boolean}
     return {"metavar": value, "action": "append" if one.kind == "loras" else "store"}
