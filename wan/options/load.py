@@ -68,8 +68,8 @@ class LoadOptions:
                  they are used too), or auto: what fits, but for none
     may_offload: whether none, where it does not fit, gives way to what does: the default on several processes
     resident_blocks: how many blocks of the DiT stay on the device with block and phase; None: as many as fit
-    t5_offload, clip_offload, vae_offload: whether the text encoder, the image encoder, the VAE is released after use; None:
-                 as the other models are
+    t5_offload ... vae_offload: whether the text encoder, the image encoder, the VAE is released after use; None: as the
+                 other models are
     grid:        processes that share the work: cfg x ring x ulysses
     """
 

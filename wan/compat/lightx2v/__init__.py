@@ -2,8 +2,8 @@
 
     from wan.compat.lightx2v import LightX2VPipeline
 
-Names, defaults and meanings are those of LightX2V (github.com/ModelTC/LightX2V, August 2026). `keys` says of each of its
-keys what becomes of it here, `translate` does it, for the class as for `generate.py --config_json`. No torch, until
+Names, defaults and meanings are those of LightX2V (github.com/ModelTC/LightX2V, August 2026). `keys` says of each of
+its keys what becomes of it here, `translate` does it, for the class as for `generate.py --config_json`. No torch, until
 `create_generator`.
 """
 

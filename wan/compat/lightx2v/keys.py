@@ -1,8 +1,8 @@
 """Every key that a configuration of LightX2V can hold, and what becomes of it here. No torch.
 
-verdict: acts (why names the flags it sets), idle (it has no effect, and why: told, but for the values in `fine`, which ask
-for nothing), refused (but for those in `fine`), told (the model has it: told where that differs).
-Source: lightx2v/pipeline.py, utils/set_config.py, utils/input_info.py, the runners of Wan models and its 275 configurations.
+verdict: acts (why names the flags it sets), idle (it has no effect, and why: told, but for the values in `fine`, which
+ask for nothing), refused (but for those in `fine`), told (the model has it: told where that differs).
+Source: lightx2v/pipeline.py, utils/set_config.py, utils/input_info.py, the runners of Wan and its 275 configurations.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Key:
-    """kind: see `given.Given`. when: of one that acts, why it does nothing where nobody asks for it. spec: of one that is
-    told, where the task has it."""
+    """kind: see `given.Given`. when: of one that acts, why it does nothing where nobody asks for it. spec: of one that
+    is told, where the task has it."""
 
     kind: str
     verdict: str
@@ -83,9 +83,9 @@ KEYS: dict[str, Key] = {
     "clip_quantized": _acts("flag", "--clip, which must be quantised", "for a model without an image encoder"),
     "dit_quant_scheme": _acts("text", "what dit_quantized must be: the file tells how to read it", _QUANTISED),
     "t5_quant_scheme": _acts("text", "what t5_quantized must be", "without t5_quantized true"),
-    "clip_quant_scheme": _acts("text", "what clip_quantized must be", "without clip_quantized true, or an image encoder"),
+    "clip_quant_scheme": _acts("text", "what clip_quantized must be", "without clip_quantized true"),
     "lora_configs": _acts("list", "--lora, --lora_high and --lora_low"),
-    "lora_dynamic_apply": _idle("flag", "LoRAs can be switched either way, and quantised weights take them as they are used"),
+    "lora_dynamic_apply": _idle("flag", "LoRAs can be switched either way; quantised weights take them when used"),
     "transformer_model_name": _refused("text", "it chooses among the models of HunyuanVideo-1.5", ""),
     "sf_model_path": _refused("text", "it is of self-forcing models, which make frame after frame", ""),
     "need_scaled": _idle("flag", "the file of the tiny VAE tells"),
@@ -94,7 +94,7 @@ KEYS: dict[str, Key] = {
     "weight_auto_quant": _refused("flag", "weights are quantised beforehand, by python -m wan.convert"),
     # What is sampled
     "infer_steps": _acts("whole", "--sample_steps"),
-    "denoising_step_list": _acts("list", "--denoising_step_list and --sample_solver", "but for distilled model classes"),
+    "denoising_step_list": _acts("list", "--denoising_step_list and --sample_solver", "but for distilled models"),
     "sample_shift": _acts("number", "--sample_shift"),
     "sample_guide_scale": _acts("numbers", "--sample_guide_scale"),
     "enable_cfg": _acts("flag", "--sample_guide_scale"),
@@ -141,7 +141,7 @@ KEYS: dict[str, Key] = {
     "drop_first_motion": Key("flag", "refused", "clips always begin after the frames that they are given", (True,)),
     "save_result_path": _acts("text", "--save_file"),
     "return_result_tensor": _acts("flag", "a tensor is returned, and nothing is written"),
-    "video_path": _idle("picture", "it is of super-resolution, and of the sound of Animate's video, which is not taken", ""),
+    "video_path": _idle("picture", "it is of super-resolution, or its sound is for Animate, and not taken", ""),
     "sr_ratio": _idle("number", "it is of super-resolution", 2.0),
     "action_path": _idle("any", "it is of world models", ""),
     "image_strength": _idle("any", "it is of LTX-2"),
@@ -172,6 +172,7 @@ KEYS: dict[str, Key] = {
     "self_attn_1_type": _acts("text", "--attention"),
     "cross_attn_1_type": _acts("text", "--attention"),
     "cross_attn_2_type": _acts("text", "--attention"),
+    "adapter_attn_type": _acts("text", "--attention"),
     "clip_attn_type": _idle("text", "the image encoder has attention of its own", "torch_sdpa"),
     # Caches
     "feature_caching": _acts("text", "--teacache, --magcache, --fbcache or --easycache"),
@@ -204,7 +205,7 @@ KEYS: dict[str, Key] = {
     "num_channels_latents": _told("whole", "vae.z_dim"),
     "vae_stride": _told("list", "vae_stride"),
     "use_image_encoder": _told("flag", "files.clip"),
-    "use_31_block": Key("flag", "refused", "models were trained with the last layer of the image encoder but one", (True,)),
+    "use_31_block": Key("flag", "refused", "the last layer of the image encoder but one is what models know", (True,)),
     "window_size": _refused("list", "attention is to all tokens", [-1, -1]),
     "qk_norm": Key("flag", "refused", "all models have it", (True,)),
     "cross_attn_norm": Key("flag", "refused", "all models have it", (True,)),
@@ -222,7 +223,8 @@ KEYS: dict[str, Key] = {
         for name in (
             *("general_sparse_attn_setting", "dynamic_sparse_attn_setting", "draft_attn_sparsity_ratio"),
             *("nbhd_attn_setting", "rainfusion_attn_setting", "sol_attn_setting", "sparge_attn_setting"),
-            *("spas_flash_attn4_setting", "spas_sage_attn2_setting", "spas_sage_attn3_setting", "sparge", "sparge_ckpt"),
+            *("spas_flash_attn4_setting", "spas_sage_attn2_setting", "spas_sage_attn3_setting"),
+            *("sparge", "sparge_ckpt"),
         )
     },
     # Around the model
@@ -247,7 +249,7 @@ KEYS: dict[str, Key] = {
         "SekoTalk",
         *("adapter_quantized", "adapter_quant_scheme", "adapter_model_path", "audio_adapter_cpu_offload"),
         *("audio_encoder_cpu_offload", "audio_encoder_path", "audio_sr", "ref_state", "prev_frame_length"),
-        *("clip_configs", "default_input_info", "f2v_process", "audio_type", "adapter_attn_type"),
+        *("clip_configs", "default_input_info", "f2v_process", "audio_type"),
     ),
     **_of(
         "InfiniteTalk",

@@ -44,8 +44,8 @@ _HUNYUAN = "HunyuanVideo-1.5 is another family of models, and Swan runs Wan 2.1 
 _REFUSED = {
     "hunyuan_video_1.5": _HUNYUAN,
     "hunyuan_video_1.5_distill": _HUNYUAN,
-    "wan2.1_mean_flow_distill": "its network is told two times, where a step begins and where it ends, and has weights for"
-    " the second one (time_embedding_r), which no task has here",
+    "wan2.1_mean_flow_distill": "its network is told two times, where a step begins and where it ends, and has weights"
+    " for the second one (time_embedding_r), which no task has here",
 }
 
 
@@ -57,6 +57,14 @@ def model_class(name: str, where: str = "") -> ModelClass:
     return CLASSES[name]
 
 
+def our_kind(name: str, task: str | None, where: str = "") -> str:
+    """The kind of our tasks that a task of a class is. Raises UsageError for one that it does not have."""
+    kinds = model_class(name, where).kinds
+    if task not in kinds:
+        raise UsageError(f"{where}task {task!r} is none of model_cls {name}, which has: {', '.join(kinds)}")
+    return kinds[task]
+
+
 def task_of(name: str, task: str | None, files: Mapping[str, Any], where: str = "") -> EasyDict:
     """Our task for a class and its task, told from the checkpoint where there are several. files: by flags.
 
@@ -65,9 +73,11 @@ def task_of(name: str, task: str | None, files: Mapping[str, Any], where: str = 
     one = model_class(name, where)
     if task is None and len(one.kinds) == 1:
         task = next(iter(one.kinds))
-    if task not in one.kinds:
-        raise UsageError(f"{where}task {task!r} is none of model_cls {name}, which has: {', '.join(one.kinds)}")
+    our_kind(name, task, where)
     fits = one.fits(task)
     if len(fits) == 1:
         return load_task(fits[0])
-    return load_task(told_task(files, fits)[0])
+    told = told_task(files, fits)[0]
+    if told not in fits:  # it is the default
+        raise UsageError(f"{where}model_path is needed: it tells {' from '.join((', '.join(fits[:-1]), fits[-1]))}")
+    return load_task(told)
