@@ -28,8 +28,8 @@ class Given:
     """Called with a key it gives its value, or None; what nobody asks for is told in the end, by `unused`.
 
     config: as LightX2V has it; places: the file that it is from, or that of each key, for messages; defaults: keys that
-    nobody gave; ours: options of ours that go first; table: what keys may be, those of the value of `within`, where that
-    is one.
+    nobody gave; ours: options of ours that go first; table: what keys may be, those of the value of `within`, where
+    that is one.
     Raises UsageError for keys and values that the table does not let through, one line with the file and the key.
     """
 
@@ -81,7 +81,7 @@ class Given:
     def names(self) -> dict[str, str]:
         """Flag -> the keys that set it, for messages."""
         named: dict[str, list[str]] = {}
-        for name in self._values.keys() & self._asked:
+        for name in [one for one in self._values if one in self._asked and not is_nothing(self._values[one])]:
             for flag in self.table[name].flags:
                 named.setdefault(flag, []).append(name)
         return {flag: " and ".join(sorted(keys)) for flag, keys in named.items()}

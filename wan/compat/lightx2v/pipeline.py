@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wan.compat.lightx2v.config import read_config
 from wan.compat.lightx2v.given import Given, is_nothing
 from wan.compat.lightx2v.models import model_class, our_kind
-from wan.compat.lightx2v.translate import Translated, translate
+from wan.compat.lightx2v.translate import Translated, renamed, translate
 from wan.distributed.launch import World
 from wan.errors import SwanError, UsageError, printable
 from wan.options import Output, Request, build_load, build_sample, check_device, check_written
@@ -402,7 +402,7 @@ class LightX2VPipeline:
             request = replace(request, output=Output(_checked(path, request, spec), None, 1))
             check_written(request)
         except SwanError as error:
-            raise theirs.renamed(error) from None
+            raise renamed(error, {**theirs.names, "save_file": "save_result_path"}, theirs.places) from None
         return request
 
     def _run(self, request: Request, on_event: Callable[[Event], object] | None) -> Video:
@@ -418,7 +418,8 @@ class LightX2VPipeline:
                 self._tell([event.text])
             elif event.kind == "note":
                 log.info(event.text)
-            else:
+            elif event.stage:
+                world.stage = event.stage
                 log.info("%s: %d of %d", event.stage, event.done, event.total)
             if on_event is not None:
                 on_event(event)

@@ -54,8 +54,11 @@ def renamed(error: SwanError, names: Mapping[str, str], places: str | Mapping[st
     named = [names[flag] for flag in re.findall(r"--(\w+)", message) if flag in names]
     if not named:
         return error
+    place = place_of(named[0].split()[0], places)
+    if named[0] == "parallel":  # several flags, which the message is about together
+        return type(error)(f"{place}parallel: {message}")
     text = re.sub(r"--(\w+)", lambda flag: names.get(flag[1], flag[0]), message)
-    return type(error)(f"{place_of(named[0].split()[0], places)}{text}")
+    return type(error)(f"{place}{text}")
 
 
 def translate(
