@@ -69,7 +69,7 @@ def check_options(given: Mapping[str, Any], steps: int) -> tuple[dict[str, Any],
         warnings.append(f"unknown --teacache_policy {rescale!r}; linear is used (known: {', '.join(RESCALES)})")
         options["teacache_policy"] = "linear"
     if options.get("teacache_polynomial") and options["teacache_policy"] == "linear":
-        raise ValueError("--teacache_polynomial has no effect with --teacache_policy linear; give one of the polynomials")
+        raise ValueError("--teacache_polynomial has no effect with --teacache_policy linear; name a polynomial")
     if options["cache_coefficients"] and not policy_of(options).needs(options):
         raise ValueError(f"--cache_coefficients has no effect: {policy_of(options).name}, as it is set, needs none")
     return options, warnings

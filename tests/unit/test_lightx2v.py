@@ -15,9 +15,9 @@ from wan.engine import Engine as EngineClass
 from wan.errors import SwanError, UsageError
 from wan.media import read_settings
 from wan.tasks import load_task
-from wan.weights.folder import Form, export_folder
 from wan.weights.locate import locate
 from wan.weights.source import open_source
+from wan.weights.write.folder import Form, export_folder
 
 ASSETS = Path(__file__).parents[2] / "wan/assets"
 TINY, TINY_I2V, TINY_VACE = ASSETS / "tiny", ASSETS / "tiny_i2v", ASSETS / "tiny_vace"
@@ -172,7 +172,7 @@ def test_the_generator_from_json(asked, tmp_path):
             2,
             "target_height and target_width 64*65: t2v-tiny needs multiples",
         ),
-        ('{"parallel": {"seq_p_size": 2}}', 2, "parallel: --ring_size 1 --ulysses_size 2 needs 2 processes, there is 1"),
+        ('{"parallel": {"seq_p_size": 2}}', 2, "parallel: --ring_size 1 --ulysses_size 2 needs 2 processes"),
         ('{"dit_original_ckpt": "gone"}', 2, "dit_original_ckpt: no file gone"),
         ("{", 1, "neither JSON nor YAML"),
         ("[]", 2, "must hold keys of LightX2V"),

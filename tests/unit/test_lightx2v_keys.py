@@ -153,6 +153,12 @@ def test_flags_that_the_table_names_exist():
     assert named <= FLAGS.keys()
 
 
+def test_the_page_names_every_key_that_acts():
+    page = (Path(__file__).parents[2] / "docs/lightx2v.md").read_text()
+    assert [key for key, one in KEYS.items() if one.verdict == "acts" and f"`{key}`" not in page] == []
+    assert [name for name in CLASSES if f"`{name}`" not in page] == []
+
+
 WRONG = [
     ({"infer_stepz": 4}, "unknown key 'infer_stepz'; is it infer_steps?"),
     ({"": 4}, "unknown key ''"),
