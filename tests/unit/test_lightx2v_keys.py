@@ -125,9 +125,7 @@ def test_every_key_that_acts_acts():
         "max_area": 720896,
         "use_lightvae": None,  # needs a file that is there
         "self_attn_1_type": "sage_attn2",
-        "cross_attn_1_type": None,  # what they say must be what the first one says
-        "cross_attn_2_type": None,
-        "adapter_attn_type": None,
+        **dict.fromkeys(("cross_attn_1_type", "cross_attn_2_type", "adapter_attn_type"), "flash_attn3"),
         "support_tasks": None,  # of the pipeline
         "return_result_tensor": None,
         "model_cls": None,  # see below
@@ -205,6 +203,7 @@ WRONG = [
     ({"magcache_calibration": True}, "magcache_calibration True: ratios are measured by python -m wan.calibrate"),
     ({"num_train_timesteps": 500}, "num_train_timesteps 500: all models here were trained with 1000"),
     ({"use_31_block": False}, "use_31_block False: "),
+    ({"self_attn_1_type": "coffee"}, "self_attn_1_type 'coffee': there is no such attention"),
     ({"task": "t2v"}, "task 't2v': it is told by model_cls, which is not given"),
     ({"model_cls": "wan2.1", "task": "vace"}, "task 'vace' is none of model_cls wan2.1, which has: t2v, i2v, flf2v"),
     ({"model_cls": "hunyuan_video_1.5"}, "HunyuanVideo-1.5 is another family of models"),
@@ -256,6 +255,8 @@ MEANS = [
         {"offload": "model", "t5_offload": True},
     ),
     ({"lazy_load": True}, {"residency": "stage"}),
+    ({"self_attn_1_type": "sage_attn3", "cross_attn_1_type": "flash_attn3"}, {"attention": "sage_attn3,auto"}),
+    ({"cross_attn_1_type": "torch_sdpa"}, {"attention": "sdpa"}),
     ({"unload_modules": False}, {"residency": "keep"}),
     (
         {**TEA, "coefficients": [[1.0, 2.0], [3.0]], "use_ret_steps": True, "teacache_thresh": 0.2},

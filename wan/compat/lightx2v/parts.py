@@ -13,6 +13,7 @@ from wan.cache.options import MIN_STEPS
 from wan.compat.lightx2v.given import Given
 from wan.compat.lightx2v.keys import LORA, PARALLEL
 from wan.compat.lightx2v.models import CLASSES
+from wan.models.attention_names import lightx2v_attention
 from wan.tasks import grid_px
 
 Options = dict[str, Any]  # by flags; None: not set
@@ -320,11 +321,20 @@ def _parallel(at: Given, spec: EasyDict) -> Options:
 
 
 def _attention(at: Given, spec: EasyDict) -> Options:
-    said = at("self_attn_1_type")
-    for name in ("cross_attn_1_type", "cross_attn_2_type", "adapter_attn_type"):
-        if (other := at(name)) is not None and said is not None and other != said and name != "cross_attn_2_type":
-            at.note(name, f"has no effect: one back end computes all attention, that of self_attn_1_type, {said}")
-    return {}
+    """One back end computes all attention here; LightX2V's default, which nobody gave, is left to us."""
+    names = {name: at(name) for name in ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type")}
+    names["adapter_attn_type"] = at("adapter_attn_type")
+    said = [(name, value) for name, value in names.items() if value is not None and not at.is_default(name)]
+    if not said:
+        return {}
+    (first, value), told = said[0], {said[0][1]}
+    if (ours := lightx2v_attention(value)) is None:
+        at.refuse(first, "there is no such attention")
+    for name, other in said[1:]:
+        if other not in told:
+            at.note(name, f"has no effect: one back end computes all attention, that of {first}, {value}")
+        told.add(other)
+    return {"attention": ours}
 
 
 PARTS: tuple[Callable[[Given, EasyDict], Options], ...] = (
