@@ -310,6 +310,21 @@ def test_files_of_the_folder(tmp_path):
     (tmp_path / "int8").mkdir()
     for name in ("models_t5_umt5-xxl-enc-fp8.pth", "int8/models_t5_umt5-xxl-enc-int8.pth", "lighttaew2_1.safetensors"):
         (tmp_path / name).touch()
+    for name in ("distill_fp8", "distill_int8", "fp8", "experts/int8/high_noise_model", "experts/int8/low_noise_model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "gguf").mkdir()
+    for name in ("a-Q4_K_S.gguf", "a-Q8_0.gguf"):
+        (tmp_path / "gguf" / name).touch()
+    for folder, scheme, files in (
+        ("", "fp8-sgl", {"dit": "distill_fp8"}),
+        ("", "nvfp4", {}),
+        ("gguf", "gguf-Q8_0", {"dit": "gguf/a-Q8_0.gguf"}),
+        ("experts", "int8-vllm", {one: f"experts/int8/{one}_noise_model" for one in ("high", "low")}),
+    ):
+        config = {"model_path": str(tmp_path / folder), "dit_quantized": True, "dit_quant_scheme": scheme}
+        made = translate(config, FILE, spec=load_task("t2v-14B")).options
+        paths = {flag: str(tmp_path / name) for flag, name in files.items()}
+        assert {flag: made[flag] for flag in ("dit", "high", "low") if flag in made} == paths
     config = {"model_path": str(tmp_path), "t5_quantized": True, "use_tae": True}
     for scheme, name in {
         "int8-vllm": "int8/models_t5_umt5-xxl-enc-int8.pth",

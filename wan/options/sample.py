@@ -336,7 +336,7 @@ class Sample:
         _SAMPLING,
         "X",
         "noise level, 0 to 1, below which the low-noise expert works; default: the task's",
-        lambda at, given: check_boundary(at.spec, given, at.get["boundary_step_index"]),
+        lambda at, given: check_boundary(at.spec, given, at.get["boundary_step_index"], at.done["phases"]),
     )
     boundary_step_index: int | None = option(
         "number",

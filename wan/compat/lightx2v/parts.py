@@ -32,11 +32,36 @@ _TINY = {"2.1": ("lighttaew2_1", "taew2_1"), "2.2": ("lighttaew2_2", "taew2_2")}
 
 def files(at: Given) -> Options:
     """Where the transformer lies. A quantised file goes before the original one."""
-    is_packed, found = bool(at("dit_quantized")), {"ckpt_dir": at("model_path")}
+    is_packed, folder = bool(at("dit_quantized")), at("model_path")
+    scheme, found = at("dit_quant_scheme") if is_packed else None, {"ckpt_dir": folder}
     for flag, name in (("dit", "dit"), ("high", "high_noise"), ("low", "low_noise")):
-        packed = at(f"{name}_quantized_ckpt") if is_packed else None
+        packed = _in_folder(at(f"{name}_quantized_ckpt"), scheme) if is_packed else None
         found[flag] = packed or (at(f"{name}_original_ckpt") or None)
+    if not any(found[flag] for flag in ("dit", "high", "low")):
+        found |= _of_scheme(folder, scheme)
     return found
+
+
+def _of_scheme(folder: str | None, scheme: str | None) -> Options:
+    """What a folder without a path of its own holds in a scheme, where it holds several."""
+    inner = _in_folder(folder, scheme)
+    if inner == folder:
+        return {}
+    experts = {name: os.path.join(inner, f"{name}_noise_model") for name in ("high", "low")}
+    return experts if all(map(os.path.isdir, experts.values())) else {"dit": inner}
+
+
+def _in_folder(path: str | None, scheme: str | None) -> str | None:
+    """Of a folder with a model in several precisions what the scheme names: LightX2V's folder, or a GGUF file."""
+    if path is None or scheme is None or not os.path.isdir(path):
+        return path
+    family, _, kind = scheme.partition("-")
+    names = sorted(os.listdir(path))
+    if family == "gguf":
+        found = [name for name in names if name.endswith(".gguf") and kind in name]
+    else:
+        found = [name for name in (f"distill_{family}", family) if name in names]
+    return os.path.join(path, found[0]) if found else path
 
 
 def _encoders(at: Given, spec: EasyDict) -> Options:

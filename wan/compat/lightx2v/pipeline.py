@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wan.compat.lightx2v.config import read_config
 from wan.compat.lightx2v.given import Given, is_nothing
 from wan.compat.lightx2v.models import model_class, our_kind
-from wan.compat.lightx2v.translate import Translated, renamed, translate
+from wan.compat.lightx2v.translate import Translated, renamed, retold, translate
 from wan.distributed.launch import World
 from wan.errors import SwanError, UsageError, printable
 from wan.options import Output, Request, build_load, build_sample, check_device, check_written
@@ -415,7 +415,7 @@ class LightX2VPipeline:
 
         def tell(event: Event) -> None:
             if event.kind == "warning":
-                self._tell([event.text])
+                self._tell([retold(event.text, self._theirs.names, self._places)])
             elif event.kind == "note":
                 log.info(event.text)
             elif event.stage:

@@ -16,6 +16,7 @@ from wan.compat.lightx2v.models import model_class, task_of
 from wan.errors import SwanError, UsageError
 from wan.options import FLAGS, PART_OF
 from wan.options.files import told_task
+from wan.options.replay import beside
 from wan.options.schema import of_kinds
 from wan.tasks import load_task
 
@@ -50,15 +51,18 @@ class Translated:
 
 def renamed(error: SwanError, names: Mapping[str, str], places: str | Mapping[str, str]) -> SwanError:
     """The error, with flags called by the `names` of their keys, and the file of the first of these."""
-    message = str(error)
-    named = [names[flag] for flag in re.findall(r"--(\w+)", message) if flag in names]
+    return type(error)(retold(str(error), names, places))
+
+
+def retold(line: str, names: Mapping[str, str], places: str | Mapping[str, str]) -> str:
+    """A line about options; as `renamed`."""
+    named = [names[flag] for flag in re.findall(r"--(\w+)", line) if flag in names]
     if not named:
-        return error
+        return line
     place = place_of(named[0].split()[0], places)
-    if named[0] == "parallel":  # several flags, which the message is about together
-        return type(error)(f"{place}parallel: {message}")
-    text = re.sub(r"--(\w+)", lambda flag: names.get(flag[1], flag[0]), message)
-    return type(error)(f"{place}{text}")
+    if named[0] == "parallel":  # several flags, which the line is about together
+        return f"{place}parallel: {line}"
+    return place + re.sub(r"--(\w+)", lambda flag: names.get(flag[1], flag[0]), line)
 
 
 def translate(
@@ -80,19 +84,16 @@ def translate(
     try:
         spec = spec or _task(at, options | given)
     except SwanError as error:
-        raise renamed(error, _names(at, given), places) from None
+        raise renamed(error, {flag: keys for flag, keys in at.names().items() if flag not in given}, places) from None
     for part in parts.PARTS:
         options |= part(at, spec)
-    options = {flag: value for flag, value in options.items() if value is not None}
+    options, given = beside({flag: value for flag, value in options.items() if value is not None}, given, spec)
     at("support_tasks"), at("return_result_tensor")  # which are of the pipeline alone
     said = parts.schemes(at, spec)
     _tell_model(at, spec)
     notes = tuple(at.unused())
-    return Translated({**options, **given, "task": spec.name}, spec, notes, _names(at, given), said, places)
-
-
-def _names(at: Given, given: Mapping[str, Any]) -> dict[str, str]:
-    return {flag: keys for flag, keys in at.names().items() if flag not in given}
+    names = {flag: keys for flag, keys in at.names().items() if flag in options and flag not in given}
+    return Translated({**options, **given, "task": spec.name}, spec, notes, names, said, places)
 
 
 def _task(at: Given, options: Mapping[str, Any]) -> EasyDict:
