@@ -17,6 +17,7 @@ from wan.media import read_settings
 from wan.tasks import load_task
 from wan.weights.locate import locate
 from wan.weights.source import open_source
+from wan.weights.write.export import export_gguf
 from wan.weights.write.folder import Form, export_folder
 
 ASSETS = Path(__file__).parents[2] / "wan/assets"
@@ -246,6 +247,13 @@ def test_quantised(asked, packed):
         }
         frames = engine.generate(prompt=PROMPT, seed=3, **options).frames
     assert torch.equal(tensor(pipe), torch.from_numpy(frames).float() / 255)
+    gguf = packed.parent / "a-Q8_0.gguf"
+    export_gguf(open_source(TINY / "diffusion_pytorch_model.safetensors"), gguf, "Q8_0")
+    pipe = pipeline()
+    pipe.enable_offload(cpu_offload=True, offload_granularity="block")  # which LightX2V does not do
+    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=str(packed.parent), quant_scheme="gguf-Q8_0")
+    pipe.create_generator(**FEW)
+    assert pipe.engine.load.dit == str(gguf) and tensor(pipe).shape == (5, 64, 64, 3)
     for file, scheme, line in (
         (dit, "int8-vllm", "holds fp8 weights"),
         (dit, "gguf-Q8_0", "holds fp8 weights"),
@@ -294,6 +302,19 @@ def test_cache(asked):
     pipe.enable_cache("Tea", use_ret_steps=True, magcache_K=2)
     with pytest.warns(UserWarning, match="^magcache_K 2: has no effect without feature_caching Mag$"):
         pipe.create_generator(**FEW | {"infer_steps": 20})
+
+
+@pytest.mark.parametrize("method", ["Custom", "FirstBlock", "DualBlock", "DynamicBlock", "TaylorSeer", "Ada"])
+@QUIET
+def test_caches_that_fail_there(asked, method):
+    """Two experts, and each skips something."""
+    pipe, constant = pipeline(TINY_I2V, "wan2.2_moe", "i2v"), {"Custom": {"coefficients": [0.0, 0.05]}}
+    blocks = {"residual_diff_threshold": 0.5, "downsample_factor": 2} if "Block" in method else {}
+    pipe.enable_cache(method, **constant.get(method, {}), **blocks)
+    pipe.create_generator(**FEW | {"infer_steps": 20})
+    pipe.generate(prompt=PROMPT, image_path=str(TINY_I2V / "first_frame.png"), return_result_tensor=True)
+    decisions = asked[1].cache.decisions
+    assert {one.expert for one in decisions} == {"high", "low"} and any(one.skipped for one in decisions)
 
 
 def test_lora(asked):

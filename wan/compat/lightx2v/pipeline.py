@@ -382,6 +382,7 @@ class LightX2VPipeline:
         task = config.get("task")
         if task and self._kind(task) != spec.kind:
             raise UsageError(f"task {task!r} needs another checkpoint: this one is of {spec.name}")
+        self._keys["task"] = task  # of the videos that follow
         for needed in {"i2v": ["image_path"], "flf2v": ["image_path", "last_frame_path"]}.get(task, ()):
             if is_nothing(config.get(needed)):
                 raise UsageError(f"task {task!r} needs {needed}")
