@@ -31,5 +31,5 @@ def file_request(path: str, given: Mapping[str, Any], world_size: int = 1) -> tu
         from wan.weights.checkpoint import Checkpoint
 
         load = request.load
-        theirs.check_schemes(Checkpoint(load.ckpt_dir, theirs.spec, load.files))
+        theirs.check_schemes(Checkpoint(load.ckpt_dir, theirs.spec, load.files, partial=True))  # nothing is downloaded
     return request, theirs.notes

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import inspect
 import logging
 import os
 import sys
@@ -14,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from wan.compat.lightx2v.arguments import arguments, as_keys, defaults_of, differ
 from wan.compat.lightx2v.config import read_config
 from wan.compat.lightx2v.given import Given, is_nothing
 from wan.compat.lightx2v.models import model_class, our_kind
+from wan.compat.lightx2v.ranks import agree, join, start
 from wan.compat.lightx2v.translate import Translated, renamed, retold, translate
 from wan.distributed.launch import World
 from wan.errors import SwanError, UsageError, printable
 from wan.options import Output, Request, build_load, build_sample, check_device, check_written
-from wan.options.alike import request_facts
 from wan.options.files import check_save_file
 from wan.options.names import LORA_FLAGS
 from wan.options.values import shown
@@ -32,22 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RESULT = "lightx2v_gen_result.png"  # its default; of a video the ending is .mp4 here
-# Argument -> the keys that it sets, where that is not the key of its name.
-_ARGUMENTS = {
-    "text_encoder_offload": ("t5_cpu_offload",),
-    "image_encoder_offload": ("clip_cpu_offload",),
-    "vae_offload": ("vae_cpu_offload",),
-    "text_encoder_quantized": ("t5_quantized",),
-    "image_encoder_quantized": ("clip_quantized",),
-    "text_encoder_quantized_ckpt": ("t5_quantized_ckpt",),
-    "image_encoder_quantized_ckpt": ("clip_quantized_ckpt",),
-    "cache_method": ("feature_caching",),
-    "attn_mode": ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type"),
-    "num_frames": ("target_video_length",),
-    "height": ("target_height",),
-    "width": ("target_width",),
-    "guidance_scale": ("sample_guide_scale",),
-}
 
 
 class LightX2VPipeline:
@@ -86,7 +68,7 @@ class LightX2VPipeline:
         model_class(model_cls)
         if not model_path:
             raise UsageError("model_path is needed: the folder of a checkpoint, or a hub id")
-        self._set(_arguments(locals()), LightX2VPipeline.__init__)
+        self._set(arguments(locals()), LightX2VPipeline.__init__)
         self._set(inputs)
         for one in filter(None, (task, *support_tasks)):
             self._kind(one)
@@ -192,14 +174,14 @@ class LightX2VPipeline:
         distilled model classes; boundary: of the others with two experts. An attention that cannot run here is
         replaced, which a warning says. Called again, it makes another engine.
         """
-        method, said = LightX2VPipeline.create_generator, _arguments(locals())
+        method, said = LightX2VPipeline.create_generator, arguments(locals())
         path = said.pop("config_json")
         if path is None:
             self._set({**said, "enable_cfg": guidance_scale != 1}, method)
         else:
             self._read(os.fspath(path), said, method)
         self.close()
-        self._world = _join()
+        self._world = join()
         theirs = translate(self._keys, self._places, defaults=self._defaults)
         self._tell(theirs.notes)
         for one in self.get("support_tasks"):
@@ -266,13 +248,13 @@ class LightX2VPipeline:
         """
         if self._engine is None:
             raise UsageError("generate comes after create_generator")
-        said = _arguments(locals())
+        said = arguments(locals())
         del said["keys"], said["on_event"]
-        defaults = _defaults_of(LightX2VPipeline.generate)
-        asked = {name: value for name, value in said.items() if _differ(value, defaults[name])}
+        defaults = defaults_of(LightX2VPipeline.generate)
+        asked = {name: value for name, value in said.items() if differ(value, defaults[name])}
         asked |= {"seed": -1} if seed is None else {}
-        call = _as_keys(asked) | keys
-        left = {name: value for name, value in _as_keys(said).items() if name not in call and name not in self._keys}
+        call = as_keys(asked) | keys
+        left = {name: value for name, value in as_keys(said).items() if name not in call and name not in self._keys}
         config = self._keys | left | call
         Given(config, self._places)  # refuses what is unknown
         path, returned = config.pop("save_result_path"), config.pop("return_result_tensor")
@@ -331,29 +313,29 @@ class LightX2VPipeline:
 
     def _set(self, values: Mapping[str, Any], method: Callable[..., Any] | None = None, place: str = "") -> None:
         """Take keys, or arguments of a method, whose defaults nobody gave. place: the file that they are from."""
-        defaults = _defaults_of(method) if method else {}
+        defaults = defaults_of(method) if method else {}
         for argument, value in values.items():
-            for name, one in _as_keys({argument: value}).items():
+            for name, one in as_keys({argument: value}).items():
                 Given({name: one}, place)
                 self._keys[name] = one
-                is_default = argument in defaults and not _differ(value, defaults[argument])
+                is_default = argument in defaults and not differ(value, defaults[argument])
                 self._defaults = self._defaults | {name} if is_default else self._defaults - {name}
                 self._places = {**self._places, name: place}
 
     def _enable(self, method: Callable[..., Any], values: Mapping[str, Any]) -> None:
         if self._engine is not None:
             raise UsageError(f"{method.__name__} after create_generator would have no effect: call it before")
-        self._set(_arguments(values), method)
+        self._set(arguments(values), method)
 
     def _read(self, path: str, arguments: Mapping[str, Any], method: Callable[..., Any]) -> None:
         """Take the keys of a file, which go before those that were set, and before arguments beside it."""
-        keys, defaults = read_config(path), _defaults_of(method)
+        keys, defaults = read_config(path), defaults_of(method)
         place = printable(path)
         for name, value in keys.items():
-            if name in self._keys and name not in self._defaults and _differ(value, self._keys[name]):
+            if name in self._keys and name not in self._defaults and differ(value, self._keys[name]):
                 self._tell([f"{place}: {name} {shown(value)} takes the place of {shown(self._keys[name])}"])
         for name, value in arguments.items():
-            if name != "resize_mode" and _differ(value, defaults[name]):
+            if name != "resize_mode" and differ(value, defaults[name]):
                 self._tell([f"{name} {shown(value)}: has no effect beside config_json, {place}"])
         self._set({"resize_mode": arguments["resize_mode"]}, method)
         self._set(keys, place=place)
@@ -372,7 +354,7 @@ class LightX2VPipeline:
 
         device_type = "cuda" if device.startswith("cuda") else "cpu"
         if world.size > 1:
-            _start(world, device_type, load.dist_timeout)
+            start(world, device_type, load.dist_timeout)
             device = f"cuda:{world.local_rank}" if device == "cuda" else device
         parallel = Parallel(*load.grid, device_type=device_type, local_size=world.local_size)
         return Engine.of(replace(load, device=device), theirs.spec, parallel)
@@ -411,7 +393,7 @@ class LightX2VPipeline:
         if world.size > 1:
             from wan.cli import compare_files
 
-            _agree(world, request, self._theirs.spec, engine.device.type)
+            agree(world, request, self._theirs.spec, engine.device.type)
             compare_files(world, engine.checkpoint, request)
 
         def tell(event: Event) -> None:
@@ -458,34 +440,6 @@ def _caller() -> int:
     return level + 1
 
 
-@functools.cache
-def _join() -> World:
-    """This process among those that torchrun started, for all pipelines of it."""
-    try:
-        world = World.from_environment()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    atexit.register(world.close)
-    return world
-
-
-@functools.cache
-def _start(world: World, device_type: str, timeout_s: float) -> None:
-    try:
-        world.start(device_type, timeout_s)
-    except RuntimeError as error:
-        raise SwanError(str(error)) from error
-
-
-def _agree(world: World, request: Request, spec: Any, device_type: str) -> None:
-    from wan.distributed.launch import Disagreement
-
-    try:
-        world.agree(request_facts(request, spec, device_type, seeded=True))
-    except Disagreement as error:
-        raise UsageError(f"{error}; give all processes the same") from error
-
-
 def _checked(path: Any, request: Request, spec: Any) -> str:
     frames = kind_of(spec).frames(request.sample) - request.sample.trim_first_frames
     path = os.fspath(path)
@@ -496,28 +450,3 @@ def _tensor(video: Video) -> Any:
     import torch
 
     return torch.from_numpy(video.frames).float().div_(255)
-
-
-def _arguments(names: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a method's `locals()`."""
-    return {name: value for name, value in names.items() if name not in ("self", "inputs", "__class__")}
-
-
-@functools.cache
-def _defaults_of(method: Callable[..., Any]) -> dict[str, Any]:
-    return {name: one.default for name, one in inspect.signature(method).parameters.items()}
-
-
-def _as_keys(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for name, value in arguments.items() for key in _ARGUMENTS.get(name, (name,))}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two values of an argument do; a list is as a tuple."""
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) != len(other) or any(map(_differ, one, other))
-    return type(one) is not type(other) and not _are_numbers(one, other) or bool(one != other)
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)

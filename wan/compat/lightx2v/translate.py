@@ -45,7 +45,7 @@ class Translated:
     def check_schemes(self, checkpoint: Any) -> None:
         """Raises UsageError where a component of a `wan.weights.checkpoint.Checkpoint` is not quantised as keys say."""
         for part, (key, scheme) in self.schemes.items():
-            for name in checkpoint.files.dit if part == "dit" else [part]:
+            for name in filter(checkpoint.paths, checkpoint.files.dit if part == "dit" else [part]):
                 _check_scheme(checkpoint.source(name), f"{place_of(key, self.places)}{key}", scheme)
 
 
