@@ -304,6 +304,33 @@ def test_cache(asked):
         pipe.create_generator(**FEW | {"infer_steps": 20})
 
 
+def test_light_vae(asked, tmp_path):
+    """A tiny VAE decodes, from its own path or the folder's; another VAE takes the place of the folder's."""
+    tae = TINY / "taew2_1.safetensors"
+    with Engine(task="t2v-tiny", tae=tae) as engine:
+        options = {"sample_steps": 2, "sample_guide_scale": 1, "sample_shift": 5.0, "negative_prompt": ""}
+        frames = engine.generate(prompt=PROMPT, seed=3, **options).frames
+    for path in (str(tae), None):
+        pipe = pipeline()
+        pipe.enable_lightvae(use_lightvae=False, use_tae=True, vae_path=None, tae_path=path)
+        pipe.create_generator(**FEW)
+        assert pipe.engine.load.tae == str(tae) and pipe.engine.load.vae is None
+        assert torch.equal(tensor(pipe), torch.from_numpy(frames).float() / 255)
+    light = tmp_path / "lightvaew2_1.pth"
+    shutil.copy(TINY / "Wan2.1_VAE.pth", light)
+    pipe = pipeline()
+    pipe.enable_lightvae(use_lightvae=True, vae_path=str(light), tae_path=str(tae))
+    with pytest.warns(UserWarning, match="^tae_path .* has no effect without use_tae true"):
+        pipe.create_generator(**FEW)
+    assert (pipe.engine.load.vae, pipe.engine.load.tae) == (str(light), None)
+    pipe = pipeline()
+    pipe.enable_lightvae(use_lightvae=True)
+    with pytest.raises(
+        UsageError, match="^use_lightvae True: .* holds no lightvaew2_1.safetensors or lightvaew2_1.pth"
+    ):
+        pipe.create_generator(**FEW)
+
+
 @pytest.mark.parametrize("method", ["Custom", "FirstBlock", "DualBlock", "DynamicBlock", "TaylorSeer", "Ada"])
 @QUIET
 def test_caches_that_fail_there(asked, method):

@@ -88,7 +88,7 @@ KEYS: dict[str, Key] = {
     "lora_dynamic_apply": _idle("flag", "LoRAs can be switched either way; quantised weights take them when used"),
     "transformer_model_name": _refused("text", "it chooses among the models of HunyuanVideo-1.5", ""),
     "sf_model_path": _refused("text", "it is of self-forcing models, which make frame after frame", ""),
-    "need_scaled": _idle("flag", "the file of the tiny VAE tells"),
+    "need_scaled": _idle("flag", "the name of the tiny VAE's file tells"),
     "vae_type": _idle("text", "the file of the VAE tells", "wan"),
     "vae_name": _idle("text", "the file of the VAE is found, or named by vae_path"),
     "weight_auto_quant": _refused("flag", "weights are quantised beforehand, by python -m wan.convert"),
