@@ -15,6 +15,7 @@ from wan.compat.lightx2v.keys import LORA, PARALLEL
 from wan.compat.lightx2v.models import CLASSES
 from wan.models.attention_names import lightx2v_attention
 from wan.tasks import grid_px
+from wan.weights.locate import LIGHTX2V_FOLDERS
 
 Options = dict[str, Any]  # by flags; None: not set
 
@@ -22,7 +23,6 @@ _STEP_LIST = [1000, 750, 500, 250]  # of LightX2V's step-distilled models
 _BOUNDARY_STEP = 2
 _DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
 _TILE_PX = 256
-_FOLDERS = ("distill_int8", "distill_fp8", "distill_models", "int8", "fp8", "original", ".")  # in the order of search
 _T5 = "models_t5_umt5-xxl-enc"
 _CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 _SUFFIXES = (".safetensors", ".pth")
@@ -109,7 +109,7 @@ def _find(at: Given, key: str, stems: Sequence[str]) -> str:
     """A file of the model's folder by its name, where LightX2V looks for it."""
     folder = at.ours.get("ckpt_dir") or at("model_path") or "."
     names = [stem + suffix for stem in stems for suffix in _SUFFIXES]
-    for inner in _FOLDERS:
+    for inner in (*LIGHTX2V_FOLDERS, "."):
         for name in names:
             if os.path.isfile(path := os.path.normpath(os.path.join(folder, inner, name))):
                 return path
