@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wan.cache.manager import CacheManager, Ranks
 
 MIN_STEPS = 10
+MOST_NUMBERS = 1000  # of one option
 PREDICTORS = ("zero", "first")
 
 COMMON = {
@@ -67,6 +68,8 @@ def check_options(given: Mapping[str, Any], steps: int) -> tuple[dict[str, Any],
     if rescale not in RESCALES:
         warnings.append(f"unknown --teacache_policy {rescale!r}; linear is used (known: {', '.join(RESCALES)})")
         options["teacache_policy"] = "linear"
+    if options.get("teacache_polynomial") and options["teacache_policy"] == "linear":
+        raise ValueError("--teacache_polynomial has no effect with --teacache_policy linear; name a polynomial")
     if options["cache_coefficients"] and not policy_of(options).needs(options):
         raise ValueError(f"--cache_coefficients has no effect: {policy_of(options).name}, as it is set, needs none")
     return options, warnings
@@ -87,6 +90,14 @@ def _value(name: str, given: Any) -> Any:
         if not option.fits(value):
             raise ValueError(f"--{name} must be {option.allowed}, not {given}")
         return value
+    if option.kind == "numbers":
+        try:
+            values = [float(part) for part in (given.replace(",", " ").split() if isinstance(given, str) else given)]
+        except (TypeError, ValueError, OverflowError):
+            values = []
+        if not 1 <= len(values) <= MOST_NUMBERS or not all(map(option.fits, values)):
+            raise ValueError(f"--{name} must be {option.allowed}, at most {MOST_NUMBERS}, not {given!r:.100}")
+        return values
     if option.kind in ("flag", "bool"):
         if not isinstance(given, bool):
             raise ValueError(f"--{name} must be true or false, not {given!r}")

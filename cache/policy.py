@@ -26,8 +26,8 @@ Sums = tuple[float, float]  # numerator and denominator; summed over ranks, then
 
 @dataclass(frozen=True)
 class Option:
-    """A flag. kind: "flag", "bool", "number", "whole", "name" or "file"; allowed: in words, of a name the choices;
-    fits: of a number."""
+    """A flag. kind: "flag", "bool", "number", "numbers", "whole", "name" or "file"; allowed: in words, of a name the
+    choices; fits: of a number, of each of several."""
 
     kind: str
     default: Any
@@ -46,6 +46,10 @@ def threshold(default: float) -> Option:
     return Option(
         "number", default, f"how much change is let pass; 0: none; default {default}", "a number", math.isfinite
     )
+
+
+def numbers(help: str, fits: Callable[[Any], bool] = math.isfinite) -> Option:
+    return Option("numbers", None, help, "numbers with commas between them", fits)
 
 
 @dataclass(frozen=True)

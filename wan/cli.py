@@ -51,6 +51,12 @@ COMMANDS = {
     "config": Option(
         "path", "options from this JSON or YAML file; flags given beside it override them", "what to make", "FILE"
     ),
+    "config_json": Option(
+        "path",
+        "settings from a configuration of LightX2V; flags given beside it override them",
+        "what to make",
+        "FILE",
+    ),
     "replay": Option(
         "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"
     ),
@@ -80,7 +86,8 @@ def _taken(one: Option) -> dict[str, Any]:
     """What argparse is told of a flag's value."""
     if one.kind == "flag":
         return {"action": "store_true", "default": None}
-    value = one.value or {"bool": "BOOL", "whole": "N", "number": "X", "name": "NAME", "file": "FILE"}[one.kind]
+    values = {"bool": "BOOL", "whole": "N", "number": "X", "numbers": "X,X,...", "name": "NAME", "file": "FILE"}
+    value = one.value or values[one.kind]
     if one.kind == "bool":
         return {"metavar": value, "type": _boolean}
     return {"metavar": value, "action": "append" if one.kind == "loras" else "store"}
@@ -126,6 +133,8 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     notes: list[str] = []
     if args.resume and args.replay:
         raise UsageError("--resume and --replay contradict each other: give one")
+    if args.config_json and (other := next((one for one in ("config", "replay", "resume") if getattr(args, one)), "")):
+        raise UsageError(f"--config_json and --{other} contradict each other: give one")
     if args.config:
         options = config_options(args.config, options)
     if args.replay:
@@ -138,7 +147,13 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     if args.resume:
         settings, made = read_unfinished(args.resume)
         options = _resumed(args.resume, settings, options, notes)
-    request = build_request(options, world.size, args.replay)
+    if args.config_json:
+        from wan.compat.lightx2v.config import file_request
+
+        request, found = file_request(args.config_json, options, world.size)
+        notes += found
+    else:
+        request = build_request(options, world.size, args.replay)
     spec = load_task(request.load.task)
     quiet = args.quiet or world.rank > 0
     if not quiet:
@@ -223,7 +238,7 @@ def run(
             return None if engine.latents is None else _keep_latents(engine.latents, output.save_file)
 
         if world.size > 1:
-            _compare_files(world, engine.checkpoint, request)
+            compare_files(world, engine.checkpoint, request)
         if world.rank == 0:
             world.at_failure = kept
         try:
@@ -268,7 +283,7 @@ def _start(world: World, device_type: str, request: Request, spec: EasyDict, see
         raise SwanError(one_line(error)) from error
 
 
-def _compare_files(world: World, checkpoint: Checkpoint, request: Request) -> None:
+def compare_files(world: World, checkpoint: Checkpoint, request: Request) -> None:
     """That all processes have the same checkpoint and LoRAs, before any of it is loaded."""
     called = {"t5": "the text encoder", "clip": "the image encoder", "wav2vec": "the audio encoder"}
     called |= {"vae": "the VAE", "tae": "the TAE"}

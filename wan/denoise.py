@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -104,6 +105,11 @@ def expert_at(timestep: float, boundary: float | None) -> str:
     if boundary is None:
         return "model"
     return "high" if timestep >= boundary * NUM_TRAIN_TIMESTEPS else "low"
+
+
+def boundary_of(spec: Any, sample: Any) -> float | None:
+    """The noise level, 0..1, from which on the high-noise expert of a task works; None for one expert."""
+    return spec.get("boundary") if sample.boundary is None else sample.boundary
 
 
 def experts_of(

@@ -26,7 +26,7 @@ from wan.cache.telemetry import merged
 from wan.conditioning.condition import Condition
 from wan.conditioning.film import Film, Made
 from wan.conditioning.sizes import latent_shape
-from wan.denoise import OnStep, denoise, experts_of
+from wan.denoise import OnStep, boundary_of, denoise, experts_of
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 from wan.errors import UsageError
@@ -389,7 +389,7 @@ class WanPipeline:
             self.check()
             return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
-        timesteps, boundary = solver.timesteps.tolist(), self.spec.get("boundary")
+        timesteps, boundary = solver.timesteps.tolist(), boundary_of(self.spec, request.sample)
         experts = experts_of(timesteps, boundary, request.sample.boundary_step_index, solver.first)
         following, phases = set(experts), request.sample.phase_of_step
         for step, name in reversed(list(enumerate(experts, solver.first))):
@@ -410,7 +410,7 @@ class WanPipeline:
                     solver,
                     start,
                     guide_scale=lambda step: phases[step].guide_scale,
-                    boundary=self.spec.get("boundary"),
+                    boundary=boundary,
                     boundary_step_index=request.sample.boundary_step_index,
                     condition=condition,
                     cache=self.cache,

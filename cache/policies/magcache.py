@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wan.cache.context import StepContext
-from wan.cache.policy import Embed, Lifecycle, Option, PlannedPolicy, below, count, register, threshold
+from wan.cache.policy import Embed, Lifecycle, Option, PlannedPolicy, below, count, numbers, register, threshold
 
 
 @register
 class MagCache(PlannedPolicy):
-    """ratios: gamma by expert, of the steps of the calibration; other step counts take the nearest.
+    """ratios: gamma by expert, of the steps of the calibration; other step counts take the nearest. Under "run": of the
+    steps of the whole run, whichever expert makes them.
 
     retention: the first fraction of an expert's steps, which is computed. The lifecycle's max_skips is K.
     """
@@ -32,6 +33,9 @@ class MagCache(PlannedPolicy):
             "from 0 to 1",
             lambda n: 0 <= n <= 1,
         ),
+        "mag_ratios": numbers(
+            "take these ratios, one for each step of the run, in place of the measured ones", lambda n: 0 <= n < 1e6
+        ),
     }
 
     def __init__(
@@ -43,11 +47,12 @@ class MagCache(PlannedPolicy):
     @classmethod
     def make(cls, options: Mapping[str, Any], coefficients: Mapping[str, Any]) -> MagCache:
         life = Lifecycle(warmup=1, last_steps=0, max_skips=options["mag_K"])
-        return cls(options["mag_thresh"], life, coefficients["ratios"], options["mag_retention"])
+        ratios = {"run": options["mag_ratios"]} if options["mag_ratios"] else coefficients["ratios"]
+        return cls(options["mag_thresh"], life, ratios, options["mag_retention"])
 
     @classmethod
     def needs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("magcache", "ratios")
+        return () if options["mag_ratios"] else ("magcache", "ratios")
 
     def life(self, count: int) -> Lifecycle:
         warmup = max(self.lifecycle.warmup, int(count * self.retention))
@@ -57,7 +62,7 @@ class MagCache(PlannedPolicy):
         life, count = self.life(len(steps)), len(steps)
         self.metrics, self.plan = [], []
         gamma, error, in_a_row = 1.0, 0.0, 0
-        for index, ratio in enumerate(nearest(self.ratios[steps[0].expert], count)):
+        for index, ratio in enumerate(self._ratios(steps)):
             if life.phase(index, count) != "warm-up":
                 gamma *= ratio
                 error += abs(1 - gamma)
@@ -66,6 +71,12 @@ class MagCache(PlannedPolicy):
             skip = is_main and below(error, self.threshold) and in_a_row < life.max_skips
             self.plan.append(skip)
             gamma, error, in_a_row = (gamma, error, in_a_row + 1) if skip else (1.0, 0.0, 0)
+
+    def _ratios(self, steps: Sequence[StepContext]) -> list[float]:
+        if "run" in self.ratios:
+            of_run = nearest(self.ratios["run"], steps[0].steps)
+            return [of_run[one.step] for one in steps]
+        return nearest(self.ratios[steps[0].expert], len(steps))
 
 
 def nearest(values: Sequence[float], count: int) -> list[float]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wan.cache.context import StepContext
-from wan.cache.policy import Embed, Lifecycle, Option, PlannedPolicy, count, register, threshold
+from wan.cache.policy import Embed, Lifecycle, Option, PlannedPolicy, count, numbers, register, threshold
 
 RESCALES = ("linear", "polynomial", "polynomial_projection")
 
@@ -28,6 +28,7 @@ class TeaCache(PlannedPolicy):
     flags = {
         "teacache_thresh": threshold(0.08),
         "teacache_policy": Option("name", "linear", f"rescaling: {', '.join(RESCALES)}; default linear"),
+        "teacache_polynomial": numbers("take this polynomial, highest power first, in place of the measured one"),
         "teacache_warmup": count(1, "compute the first N steps of each expert"),
         "teacache_last_steps": count(1, "compute the last N steps of each expert"),
         "teacache_alternating": Option("flag", False, "never skip twice in a row"),
@@ -47,13 +48,16 @@ class TeaCache(PlannedPolicy):
     @classmethod
     def make(cls, options: Mapping[str, Any], coefficients: Mapping[str, Any]) -> TeaCache:
         projection = options["teacache_policy"] == "polynomial_projection"
+        given, polynomial = options["teacache_polynomial"], coefficients.get("polynomial")
+        if given:
+            polynomial = dict.fromkeys(("model", "high", "low"), given)
         # The methods of the polynomials compute the first step, and the first five.
-        least = 5 if projection else 1 if coefficients else 0
+        least = 5 if projection else 1 if polynomial else 0
         cap = 1 if options["teacache_alternating"] else options["cache_max_skips"]
         return cls(
             options["teacache_thresh"],
             Lifecycle(max(options["teacache_warmup"], least), options["teacache_last_steps"], cap),
-            coefficients.get("polynomial"),
+            polynomial,
             coefficients.get("range"),
             "projection" if projection else "embedding",
         )
@@ -61,7 +65,7 @@ class TeaCache(PlannedPolicy):
     @classmethod
     def needs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         signal = {"polynomial": "embedding", "polynomial_projection": "projection"}.get(options["teacache_policy"])
-        return ("teacache", signal, "polynomial") if signal else ()
+        return ("teacache", signal, "polynomial") if signal and not options["teacache_polynomial"] else ()
 
     def distances(self, steps: Sequence[StepContext], embed: Embed | None) -> list[float]:
         import torch

@@ -76,6 +76,12 @@ WRONG = [
     ({"magcache": True, "mag_retention": 1.1}, "--mag_retention must be from 0 to 1, not 1.1"),
     ({"magcache": True, "mag_K": 0}, "--mag_K must be a whole number of at least 1, not 0"),
     ({"magcache": True, "cache_predictor": "second"}, "unknown --cache_predictor 'second'; choose one of: zero, first"),
+    ({"magcache": True, "mag_ratios": "1,x"}, "--mag_ratios must be numbers with commas between them, at most 1000"),
+    ({"magcache": True, "mag_ratios": [-1.0]}, "--mag_ratios must be numbers"),
+    ({"magcache": True, "mag_ratios": []}, "--mag_ratios must be numbers"),
+    ({"magcache": True, "mag_ratios": [1] * 1001}, "--mag_ratios must be numbers"),
+    ({"magcache": True, "mag_ratios": "1", "cache_coefficients": "a"}, "--cache_coefficients has no effect: magcache"),
+    ({"teacache": True, "teacache_polynomial": "1"}, "--teacache_polynomial has no effect with --teacache"),
     ({"fbcache": True, "cache_max_skips": 10**400}, None),
 ]
 

@@ -227,6 +227,29 @@ def test_magcache_has_a_table_for_each_expert():
         assert [one.metric for one in ours[: int(count * 0.2)]] == [0] * int(count * 0.2)
 
 
+def test_magcache_ratios_that_are_given_are_those_of_the_run():
+    """One for each step, whichever expert makes it; of another number of steps, the nearest."""
+    given = [1.0, *(0.99 - 0.002 * index for index in range(39))]
+    for values, of_run in ((given, given), (given[::2], nearest(given[::2], 40))):
+        ratios = ",".join(map(str, values))
+        options, _ = check_options({"magcache": True, "mag_thresh": 0.12, "mag_K": 3, "mag_ratios": ratios}, 40)
+        manager = make_manager(options, check_coefficients(options, None, ("high", "low")))
+        steps = contexts(26, "high", of=40) + contexts(14, "low", first=26, of=40)
+        run_stack(manager, Stack(), steps=steps, branches=["cond"])
+        for expert, part in (("high", slice(26)), ("low", slice(26, 40))):
+            mask = official_mask(of_run[part], 0.12, 3, 0.2)
+            assert decisions(manager, expert=expert) == "".join("cS"[skip] for skip in mask) and True in mask
+
+
+def test_teacache_polynomial_that_is_given():
+    """It needs no measured one, holds for each expert, and is used outside of the range of any fit."""
+    flags = {"teacache": True, "teacache_policy": "polynomial", "teacache_thresh": 1.0, "teacache_last_steps": 0}
+    options, _ = check_options(flags | {"teacache_polynomial": [0.0, 0.3], "cache_max_skips": 9}, 40)
+    policy = make_manager(options, check_coefficients(options, "wan2.2-t2v-A14B", ("high", "low"))).policy
+    assert [policy.rescale(change, name) for change in (0.0, 5.0) for name in ("high", "low", "model")] == [0.3] * 6
+    assert policy.lifecycle.warmup == 1 and not policy.needs(options)
+
+
 def test_easycache_is_the_official_rule(models):
     """Against its formula in numpy, on a way of latents that is given."""
     steps, threshold = 30, 0.5

@@ -92,6 +92,9 @@ def test_what_is_released(tmp_path):
     assert kept(offload="none") == kept(offload_model=False) == {"t5", "model", "vae"}
     assert kept(offload="none", vae_offload=True) == {"t5", "model"}
     assert kept(offload="model", vae_offload=False) == {"vae"}
+    assert kept(offload="model", t5_offload=False) == {"t5"}
+    with pytest.raises(UsageError, match="--clip_offload has no meaning for t2v-tiny, which has no image encoder"):
+        build_request({"clip_offload": True})
 
 
 def test_the_start_says_what_lies_where(generate):

@@ -70,12 +70,18 @@ def test_only_what_comes_later_and_fits(monkeypatch, tmp_path, free_bytes, ahead
     assert [path.parent.name for _, [path] in asked] == ahead and all(done == 1 for done, _ in asked)
 
 
-@pytest.mark.parametrize("boundary_step, place", [(0, "ram"), (0, "disk"), (1, "ram")])
-def test_an_expert_without_a_step_is_not_read(monkeypatch, tmp_path, boundary_step, place):
+STEP, LEVEL = "boundary_step_index", "boundary"
+
+
+@pytest.mark.parametrize(
+    "where, place, runs",
+    [({STEP: 0}, "ram", "low"), ({STEP: 0}, "disk", "low"), ({STEP: 1}, "ram", "high"), ({LEVEL: 0}, "ram", "high")],
+)
+def test_an_expert_without_a_step_is_not_read(monkeypatch, tmp_path, where, place, runs):
     asked = []
     monkeypatch.setattr(pipeline, "read_ahead", asked.append)
     options = {"task": "i2v-tiny", "sample_steps": 1, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
-    request = build_request(options | {"boundary_step_index": boundary_step})
+    request = build_request(options | where)
     pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
     pipe.placement, real = replace(pipe.placement, next_expert=place), pipe.experts._load
 
@@ -85,7 +91,20 @@ def test_an_expert_without_a_step_is_not_read(monkeypatch, tmp_path, boundary_st
 
     pipe.experts._load = load
     pipe(request)
-    assert asked == ["high" if boundary_step else "low"]
+    assert asked == [runs]
+
+
+def test_the_noise_level_decides_which_expert_runs():
+    """As the plan counts their steps: all that are at or above it are of the first one."""
+    from wan.plan import look, make_plan
+    from wan.solvers import solver_of
+
+    for boundary in (None, 0.0, 0.5, 0.9, 0.99, 1.0):
+        request = build_request({"task": "i2v-tiny", "sample_steps": 20, "boundary": boundary})
+        level = load_task("i2v-tiny").boundary if boundary is None else boundary
+        high = sum(timestep >= 1000 * level for timestep in solver_of(request.sample).timesteps.tolist())
+        told = make_plan(request, load_task("i2v-tiny"), look(request))["steps_by_expert"]
+        assert told == {"high": high, "low": 20 - high}
 
 
 class Streams:

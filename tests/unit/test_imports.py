@@ -136,6 +136,7 @@ def imported_roots(nodes):
         "wan.convert",
         "wan.prepare",
         "wan.compat",
+        "wan.compat.lightx2v",
         "wan.compat.run_gguf_t2v",
         "wan.options",
         "wan.tasks",

@@ -346,6 +346,7 @@ def test_what_lies_where(tmp_path, monkeypatch):
     none = choose(request.changed(offload="none"), spec, gpu(200))
     assert (none.next_expert, none.released, none.resident_blocks) == ("device", (), 40)
     assert choose(request.changed(offload="none", vae_offload=True), spec, gpu(200)).released == ("vae",)
+    assert choose(request.changed(offload="none", t5_offload=True), spec, gpu(200)).released == ("t5",)
     assert "vae" not in choose(request.changed(vae_offload=False), spec, gpu(80)).released
     on_cpu = choose(request.changed(offload="phase"), spec, CPU)
     assert (on_cpu.offload, on_cpu.blocks_from, on_cpu.resident_blocks) == ("phase", "disk", 39)

@@ -46,6 +46,9 @@ def test_a_preset_counts_for_more_than_a_stored_run():
     "options, message",
     [
         ({"preset": "fast"}, "unknown --preset 'fast'; choose one of: distill-2step, distill-4step"),
+        ({"boundary": 0.5}, "--boundary is for tasks with two experts; t2v-tiny has one"),
+        ({"task": "i2v-tiny", "boundary": 1.1}, "--boundary must be a noise level from 0 to 1, not 1.1"),
+        ({"task": "i2v-tiny", "boundary": 1, "boundary_step_index": 2}, "--boundary and --boundary_step_index both"),
         ({"boundary_step_index": 1}, "--boundary_step_index is for tasks with two experts; t2v-tiny has one"),
         ({"task": "i2v-tiny", "boundary_step_index": 21}, "--boundary_step_index must be a whole number from 0 to 20"),
         ({"trim_first_frames": 17}, "--trim_first_frames must be a whole number from 0 to 16, not 17"),

@@ -21,19 +21,25 @@ def config_options(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UsageError where there is no such file or it holds another thing than options, SwanError if it is damaged.
     """
+    told = read_table(path, "config", "options by their names, as {task: t2v-14B, sample_steps: 30}")
+    if unknown := [one for one in told if one not in FLAGS]:
+        raise UsageError(f"--config: {printable(path)}: unknown option {printable(str(unknown[0]))}; see --help")
+    return told | {one: value for one, value in given.items() if value is not None}
+
+
+def read_table(path: str, flag: str, what: str) -> dict[Any, Any]:
+    """A JSON or YAML file that must hold `what`, a table; flag: of whoever asks, for messages. Raises as above."""
     name = printable(path)
     if not os.path.isfile(path):
-        raise UsageError(f"--config: no file {name}")
+        raise UsageError(f"--{flag}: no file {name}")
     with open_plain(path) as file:
         text = file.read(_MOST_BYTES + 1)
     if len(text) > _MOST_BYTES:
-        raise UsageError(f"--config: {name} is larger than {_MOST_BYTES:,} bytes: it is no file of options")
+        raise UsageError(f"--{flag}: {name} is larger than {_MOST_BYTES:,} bytes: it is no file of options")
     try:
-        told = parse_json(text) if path.lower().endswith(".json") else yaml.safe_load(text)
+        told = parse_json(text, unique=True) if path.lower().endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise SwanError(f"--config: {name} is neither JSON nor YAML: {one_line(error)}") from error
+        raise SwanError(f"--{flag}: {name} is neither JSON nor YAML: {one_line(error)}") from error
     if not isinstance(told, dict) or not told:
-        raise UsageError(f"--config: {name} must hold options by their names, as {{task: t2v-14B, sample_steps: 30}}")
-    if unknown := [one for one in told if one not in FLAGS]:
-        raise UsageError(f"--config: {name}: unknown option {printable(str(unknown[0]))}; see --help")
-    return told | {one: value for one, value in given.items() if value is not None}
+        raise UsageError(f"--{flag}: {name} must hold {what}")
+    return told

@@ -8,7 +8,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from wan.weights.infer_task import infer_task
 _OF_CHECKPOINTS = re.compile(r".*\.(safetensors|gguf|pth|pt|bin|ckpt|model)|(.*config|.*index|.*_map|tokenizer)\.json")
 
 
-def told_task(get: Mapping[str, Any]) -> tuple[str, str]:
-    """The task of the transformer that is given, by flags, and how it was told; else the default."""
+def told_task(get: Mapping[str, Any], among: Sequence[str] = ()) -> tuple[str, str]:
+    """The task of the transformer that is given, by flags, and how it was told; else the default. among: see
+    `infer_task`."""
     files = {part: path for part in ("dit", "high", "low") if (path := _file(get, part))}
     folder = get["ckpt_dir"] or ""
     if files or os.path.isdir(folder) or _is_hub_id(folder):
-        return infer_task(folder, files)
+        return infer_task(folder, files, among)
     return DEFAULT_TASK, ""
 
 

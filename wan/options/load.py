@@ -44,6 +44,16 @@ def _flag(help: str, group: str) -> Any:
     return option("flag", group, "", help, lambda at, given: bool(given), stored=group == _MACHINE)
 
 
+def _released(what: str, check: Any = lambda at, given: given) -> Any:
+    return option("bool", _MACHINE, "", f"release {what} after use; default: as the other models", check, stored=False)
+
+
+def _clip_offload(at: Any, given: bool | None) -> bool | None:
+    if given is not None and "clip" not in at.spec.files:
+        raise UsageError(f"--clip_offload has no meaning for {at.spec.name}, which has no image encoder")
+    return given
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """The models of an engine, with every default filled in and everything checked.
@@ -58,7 +68,8 @@ class LoadOptions:
                  they are used too), or auto: what fits, but for none
     may_offload: whether none, where it does not fit, gives way to what does: the default on several processes
     resident_blocks: how many blocks of the DiT stay on the device with block and phase; None: as many as fit
-    vae_offload: whether the VAE is released after use; None: as the other models are
+    t5_offload ... vae_offload: whether the text encoder, the image encoder, the VAE is released after use; None: as the
+                 other models are
     grid:        processes that share the work: cfg x ring x ulysses
     """
 
@@ -166,9 +177,9 @@ class LoadOptions:
         lambda at, given: check_resident_blocks(at.spec, at.get),
         stored=False,
     )
-    vae_offload: bool | None = option(
-        "bool", _MACHINE, "", "release the VAE after use; default: as the other models", stored=False
-    )
+    t5_offload: bool | None = _released("the text encoder")
+    clip_offload: bool | None = _released("the image encoder", _clip_offload)
+    vae_offload: bool | None = _released("the VAE")
     t5_cpu: bool = _flag("run the text encoder on the CPU", _MACHINE)
     vram_bytes: int | None = option(
         "number",

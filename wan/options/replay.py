@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from easydict import EasyDict
+
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.cache.options import POLICIES as CACHES
 from wan.errors import SwanError, UsageError, printable
@@ -24,7 +26,9 @@ _REPLACED = {
     "sample_steps": ("denoising_step_list", "sigmas", "phases"),
     "denoising_step_list": ("sample_steps", "sigmas", "phases", "sigma_max"),
     "sigmas": ("sample_steps", "denoising_step_list", "phases", "sigma_max", "sample_shift"),
-    "phases": ("sample_steps", "boundary_step_index"),
+    "phases": ("sample_steps", "boundary_step_index", "boundary"),
+    "boundary": ("boundary_step_index",),
+    "boundary_step_index": ("boundary",),
 }
 _NETWORK = ("//", "\\\\")  # where Windows asks another machine
 
@@ -52,6 +56,23 @@ def replay_options(
     if "first_frame" in given:
         given.setdefault("image", given.pop("first_frame"))
     spec = load_task(given.get("task", options.get("task", DEFAULT_TASK)))
+    options, given = beside(options, given, spec)
+    if lost := [name for name in settings.get("in_memory", []) if name not in given]:
+        raise UsageError(f"the video was made from a picture in memory, which is in no file: give it with --{lost[0]}")
+    named = {name: value for name, value in options.items() if name not in given}
+    home = embedded_checkpoint(spec)
+    _check_files(named, hashes, str(home) if home else None, files)
+    for flag in STORED_PICTURES:
+        if flag in named and flag in hashes:
+            _check_picture(flag, named[flag], hashes[flag])
+    return {**options, **given}
+
+
+def beside(
+    options: Mapping[str, Any], given: Mapping[str, Any], spec: EasyDict
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is left of earlier options beside those `given` (none of them None), and these with their preset's."""
+    options, given = dict(options), dict(given)
     if "preset" in given:
         given = load_preset(given["preset"], spec) | given
     for one, replaced in _REPLACED.items():
@@ -63,15 +84,7 @@ def replay_options(
         options.pop(GGUF_FLAGS[flag], None)
     if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings
         options = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
-    if lost := [name for name in settings.get("in_memory", []) if name not in given]:
-        raise UsageError(f"the video was made from a picture in memory, which is in no file: give it with --{lost[0]}")
-    named = {name: value for name, value in options.items() if name not in given}
-    home = embedded_checkpoint(spec)
-    _check_files(named, hashes, str(home) if home else None, files)
-    for flag in STORED_PICTURES:
-        if flag in named and flag in hashes:
-            _check_picture(flag, named[flag], hashes[flag])
-    return {**options, **given}
+    return options, given
 
 
 def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:

@@ -14,6 +14,7 @@ from wan.options.machine import check_cache, check_tile
 from wan.options.names import AUDIO_SYNCS, LORA_FLAGS, SOLVER_NAMES, LoraChoice
 from wan.options.phases import Phase, check_phases, make_phases
 from wan.options.sampling import (
+    check_boundary,
     check_boundary_step,
     check_guide_scale,
     check_prompt,
@@ -132,6 +133,7 @@ class Sample:
     guide_scale:    (low-noise, high-noise); twice the same number for a task with one expert
     shift:          None where nothing is shifted; sigma_max: of rCM's own steps, None: its default
     phases:         as the user wrote them, see `by_phase`; None: one
+    boundary:       the noise level of the low-noise expert's first step; None: the task's
     boundary_step_index: the first step of the low-noise expert; None: by the noise level
     first_step:     the first of the steps that is made
     vae_tile_px:    side of the VAE's tiles, px; 0: whole frames; None: whole frames where these fit, else tiles
@@ -328,6 +330,13 @@ class Sample:
         "guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off",
         lambda at, given: check_guide_scale(at.spec, given),
         flag="sample_guide_scale",
+    )
+    boundary: float | None = option(
+        "number",
+        _SAMPLING,
+        "X",
+        "noise level, 0 to 1, below which the low-noise expert works; default: the task's",
+        lambda at, given: check_boundary(at.spec, given, at.get["boundary_step_index"], at.done["phases"]),
     )
     boundary_step_index: int | None = option(
         "number",

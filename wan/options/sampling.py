@@ -124,6 +124,19 @@ def check_step_list(value: Any, sigmas: Any) -> tuple[float, ...] | None:
     return tuple(timesteps)
 
 
+def check_boundary(spec: EasyDict, value: Any, step: Any, phases: str | None) -> float | None:
+    """step: --boundary_step_index, which says the same in another way, as --phases may."""
+    if value is None:
+        return None
+    if "experts" not in spec:
+        raise UsageError(f"--boundary is for tasks with two experts; {spec.name} has one")
+    if step is not None:
+        raise UsageError("--boundary and --boundary_step_index both say where the low-noise expert begins: give one")
+    if phases and first_low_step(phases) is not None:
+        raise UsageError("--boundary and --phases both say where the low-noise expert begins: give one")
+    return number(value, "boundary", float, "a noise level from 0 to 1", lambda n: 0 <= n <= 1)
+
+
 def check_boundary_step(spec: EasyDict, value: Any, steps: int, phases: str | None) -> int | None:
     told = first_low_step(phases) if phases else None
     if value is None:

@@ -190,8 +190,9 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
         allowed = ways if machine.device != "mps" and not request.load.dit_fsdp else ways[:2]
         for name in allowed[ways.index(request.load.offload) + 1 :]:
             yield change(f"--offload {name}", "offload", offload=name, resident_blocks=None)
-    if request.load.vae_offload is False:
-        yield change("--vae_offload true", "vae_offload", vae_offload=True)
+    for name in ("t5_offload", "clip_offload", "vae_offload"):
+        if getattr(request.load, name) is False:
+            yield change(f"--{name} true", name, **{name: True})
     if request.load.gguf_mode == "resident" and any(one.packed for one in load.components.values()):
         yield change("--gguf_mode stream", "gguf_mode", gguf_mode="stream")
     if machine.device != "cpu" and not request.load.t5_cpu:

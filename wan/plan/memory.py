@@ -18,7 +18,7 @@ from easydict import EasyDict
 from wan.audio import steps_of
 from wan.cache.options import policy_of
 from wan.conditioning.sizes import latent_shape
-from wan.denoise import experts_of, scale_of
+from wan.denoise import boundary_of, experts_of, scale_of
 from wan.distributed.grid import split
 from wan.options import Request
 from wan.plan import runs
@@ -118,7 +118,8 @@ class Workload:
     def expert_of_step(self) -> list[str]:
         sample = self.request.sample
         timesteps = solver_of(sample).timesteps.tolist()
-        return experts_of(timesteps, self.spec.get("boundary"), sample.boundary_step_index, sample.first_step)
+        boundary = boundary_of(self.spec, sample)
+        return experts_of(timesteps, boundary, sample.boundary_step_index, sample.first_step)
 
     @property
     def forwards(self) -> int:

@@ -165,10 +165,10 @@ def _base(load: Workload, machine: Machine, name: str, all_packed: bool) -> tupl
 
 
 def _released(load: Workload, name: str) -> tuple[str, ...]:
-    request, kept = load.request, name == "none"
-    keeps_vae = kept if request.load.vae_offload is None else not request.load.vae_offload
-    models = () if kept else ("t5", "wav2vec", "clip", *expert_names(load.spec))
-    return (*models, *(() if keeps_vae else load.vae_configs))
+    asked, others = load.request.load, name != "none"
+    models = ("t5", "wav2vec", "clip", *expert_names(load.spec), *load.vae_configs)
+    flags = {"t5": asked.t5_offload, "clip": asked.clip_offload} | dict.fromkeys(load.vae_configs, asked.vae_offload)
+    return tuple(one for one in models if (others if flags.get(one) is None else flags[one]))
 
 
 def _most_resident(load: Workload, machine: Machine, base: Placement) -> int:

@@ -21,32 +21,31 @@ _VERSION = re.compile(r"wan[-_. ]?2[-_. ]?([12])(?!\d)", re.IGNORECASE)  # in na
 _BOTH = "give both with --high and --low"
 
 
-def infer_task(ckpt_dir: str, files: Mapping[str, str]) -> tuple[str, str]:
+def infer_task(ckpt_dir: str, files: Mapping[str, str], among: Sequence[str] = ()) -> tuple[str, str]:
     """(name of the task, how it was told). ckpt_dir: a folder or hub id; files: single files in place of the folder's,
-    by "dit", or "high" and "low"; one of all these is there.
+    by "dit", or "high" and "low"; one of all these is there. among: the tasks that it may be, all where there are none.
 
     The task is one whose YAML has these shapes. Raises UsageError where it cannot be told, SwanError for files that are
     no transformer, or that of no task.
     """
+    specs = [load_task(name) for name in among or task_names()]
     for part in ("dit", "high", "low"):
         if part in files:
-            return _of_file(Path(files[part]), has_two=part != "dit"), f"told from {files[part]}"
-    specs = [load_task(name) for name in task_names()]
+            return _of_file(Path(files[part]), specs, has_two=part != "dit"), f"told from {files[part]}"
     by_name = [spec.name for spec in specs if ckpt_dir.partition("@")[0] in spec.get("hub", ())]
     if len(by_name) == 1 and not os.path.isdir(ckpt_dir):
         return by_name[0], "told from the hub id"
     return _of_folder(ckpt_dir, specs), "told from the checkpoint"
 
 
-def fitting_tasks(config: Mapping[str, Any], has_two: bool) -> list[Any]:
-    """Tasks of transformers with this configuration, see `infer_dit_config`; those of two experts, or the others."""
-    specs = map(load_task, task_names())
+def _fitting(config: Mapping[str, Any], has_two: bool, specs: Sequence[Any]) -> list[Any]:
+    """Those of transformers with this configuration, see `infer_dit_config`, and with two experts, or one."""
     return [spec for spec in specs if ("experts" in spec) == has_two and not misfits(config, spec)]
 
 
-def _of_file(path: Path, has_two: bool) -> str:
+def _of_file(path: Path, specs: Sequence[Any], has_two: bool) -> str:
     source, config = _look(files_at(path))
-    alone, pairs = ([spec.name for spec in fitting_tasks(config, two)] for two in (False, True))
+    alone, pairs = ([spec.name for spec in _fitting(config, two, specs)] for two in (False, True))
     if not has_two and pairs:
         name, experts = f"{path.parent.name}/{path.name}", " or ".join(pairs)
         version = _VERSION.search(path.name) or _VERSION.search(path.parent.name)
@@ -55,7 +54,7 @@ def _of_file(path: Path, has_two: bool) -> str:
         if not version:
             told = f"{', '.join(alone)}, or one of the two experts of {experts}"
             raise UsageError(f"{path}: may be {told}; say which with --task, or {_BOTH}")
-    return _one(source, pairs if has_two else alone, "of two experts " if has_two else "")
+    return _one(source, pairs if has_two else alone, specs, "of two experts " if has_two else "")
 
 
 def _of_folder(ckpt_dir: str, specs: Sequence[Any]) -> str:
@@ -76,7 +75,7 @@ def _of_folder(ckpt_dir: str, specs: Sequence[Any]) -> str:
             raise UsageError(
                 f"{ckpt_dir}: not here to be looked into: say with --task what it is: {', '.join(task_names())}"
             )
-        locate(ckpt_dir, next(spec for spec in specs if "experts" not in spec))  # says what is missing
+        locate(ckpt_dir, next((spec for spec in specs if "experts" not in spec), specs[0]))  # says what is missing
     looks, faults = {}, []
     for *_, files in found:
         try:
@@ -91,14 +90,14 @@ def _of_folder(ckpt_dir: str, specs: Sequence[Any]) -> str:
         some = {spec.name: files for whole, spec, files in fits if (whole, "experts" in spec) == (is_whole, has_two)}
         for files in some.values():
             if not has_two and len(files) == 1 and EXPERT.search(files[0].name):
-                return _of_file(files[0], has_two=False)
-            return _one(looks[files][0], list(some))
-    return _one(looks[found[0][2]][0], [])
+                return _of_file(files[0], specs, has_two=False)
+            return _one(looks[files][0], list(some), specs)
+    return _one(looks[found[0][2]][0], [], specs)
 
 
-def _one(source: Source, fits: Sequence[str], which: str = "") -> str:
+def _one(source: Source, fits: Sequence[str], specs: Sequence[Any], which: str = "") -> str:
     if not fits:
-        tasks = f"no task {which}has such a transformer ({', '.join(task_names())})"
+        tasks = f"no task {which}has such a transformer ({', '.join(spec.name for spec in specs)})"
         raise SwanError(f"{source.describe()}: holds {describe_dit(source)}; {tasks}")
     if len(fits) > 1:
         raise UsageError(f"{source.describe()}: may be {' or '.join(fits)}; say which with --task")
