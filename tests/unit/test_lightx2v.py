@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from wan import Engine
+from tests.unit.animate_helpers import narrow, small_spec, write_inputs
+from tests.unit.tiny_checkpoint import write_checkpoint
+from wan import Engine, tasks
 from wan.compat.lightx2v import LightX2VPipeline
 from wan.engine import Engine as EngineClass
 from wan.errors import SwanError, UsageError
@@ -389,6 +392,46 @@ def test_vace_with_references_at_construction(asked, tmp_path):
     tensor(pipe, src_ref_images=paths[1])  # of this call
     tensor(pipe)
     assert [len(one.sample.src_ref_images) for one in asked[::2]] == [2, 1, 2]
+
+
+def test_animate_by_arguments_that_its_class_refuses(tmp_path, monkeypatch):
+    """Its example: replace_flag as an attribute, paths in generate; background and mask lie beside the pose video."""
+    spec, tasks_of = small_spec(), tmp_path / "tasks"
+    with narrow():
+        write_checkpoint(tmp_path / "model", spec)
+    inputs = write_inputs(tmp_path / "inputs")
+    tasks_of.mkdir()
+    (tasks_of / "animate-14B.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(spec))))
+    real = tasks.config_dir
+    monkeypatch.setattr(tasks, "config_dir", lambda kind: tasks_of if kind == "tasks" else real(kind))
+    made, make = [], EngineClass.make
+    monkeypatch.setattr(EngineClass, "make", lambda self, one, **how: made.append(one) or make(self, one, **how))
+    pipe = LightX2VPipeline(model_path=str(tmp_path / "model"), model_cls="wan2.2_animate", task="animate")
+    pipe.replace_flag = True
+    with narrow(), pytest.warns(UserWarning) as caught:
+        pipe.create_generator(
+            attn_mode="torch_sdpa", infer_steps=1, num_frames=13, guidance_scale=1, sample_shift=5.0, fps=30
+        )
+        video = pipe.generate(
+            seed=42,
+            src_pose_path=str(inputs / "src_pose.mp4"),
+            src_face_path=str(inputs / "src_face.mp4"),
+            src_ref_images=str(inputs / "src_ref.png"),
+            prompt="视频中的人在做动作",
+            return_result_tensor=True,
+        )["video"]
+    told = "\n".join(lines(caught))
+    assert f"replace_flag True: src_bg_path is not given: {inputs / 'src_bg.mp4'} is taken" in told
+    sample = made[0].sample
+    assert (sample.src_ref, sample.src_mask) == (str(inputs / "src_ref.png"), str(inputs / "src_mask.mp4"))
+    assert (sample.replace_flag, sample.fps, sample.frame_num, sample.steps) == (True, 30, 13, 1)
+    assert video.shape == (12, 32, 48, 3)
+    with narrow():
+        pipe.generate(
+            src_pose_path=sample.src_pose, src_face_path=sample.src_face, src_ref_images=sample.src_ref,
+            replace_flag=False, return_result_tensor=True,
+        )  # fmt: skip
+    assert not made[1].sample.replace_flag and made[1].sample.src_bg is None
 
 
 def test_keys_are_attributes_and_items(asked, tmp_path):
