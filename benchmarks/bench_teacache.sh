@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Plain against cached, whole runs at the tasks' defaults: bash benchmarks/bench_teacache.sh [models_root]
-# models_root holds Wan2.2-I2V-A14B, Wan2.2-TI2V-5B or Wan2.1-T2V-1.3B; without it the embedded models run, on a CPU.
+# models_root holds Wan2.2-I2V-A14B, Wan2.2-TI2V-5B, Wan2.2-S2V-14B or Wan2.1-T2V-1.3B; without it the embedded models run, on a CPU.
 # Seed 42. wall: the whole command; denoise: that stage; VRAM: the most that nvidia-smi saw in use, on all GPUs.
 set -euo pipefail
 source "$(dirname "$0")/cache_runs.sh"

@@ -40,10 +40,13 @@ class Verdict(NamedTuple):
 
 
 class Object(NamedTuple):
+    """x, y: of its centre, in pixels; area: in pixels"""
+
     color: str | None
     shape: str | None
     x: float
     y: float
+    area: float
 
 
 def judge(frames: np.ndarray, min_overlap: float = MIN_OVERLAP) -> Verdict:
@@ -124,9 +127,8 @@ def _find_object(frame: np.ndarray, background: np.ndarray, stripe: np.ndarray, 
     y, x = np.mgrid[: frame.shape[0], : frame.shape[1]] + 0.5
     area = coverage.sum()
     center_x, center_y = float((coverage * x).sum() / area), float((coverage * y).sum() / area)
-    return Object(
-        _nearest(color, COLORS), _shape(coverage, x - center_x, y - center_y, min_overlap), center_x, center_y
-    )
+    shape = _shape(coverage, x - center_x, y - center_y, min_overlap)
+    return Object(_nearest(color, COLORS), shape, center_x, center_y, float(area))
 
 
 def _shape(coverage: np.ndarray, x: np.ndarray, y: np.ndarray, min_overlap: float) -> str | None:

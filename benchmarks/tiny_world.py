@@ -6,7 +6,9 @@ are right, and the seconds a clip takes (the first one loads the models).
 
 With `--task i2v-tiny` each clip begins from a picture, and `first_frame_psnr_db` is how well its first frame keeps it.
 
-With `--task vace-tiny` it makes 32 clips from parts of others, see tiny_world_vace.py.
+With `--task vace-tiny` it makes 32 clips from parts of others, see tiny_world_vace.py; with `--task s2v-tiny` 32 films
+of shapes that pulse with a sound, see tiny_world_s2v.py; with `--task animate-tiny` 32 of shapes that follow a path,
+see tiny_world_animate.py.
 
 With `--lora`, `--lora_high`, `--lora_low` and `--preset`, which are those of generate.py, it judges what they make;
 where there is a LoRA, `stripes` is the rate of clips with a striped background, which no prompt asks for. The
@@ -17,12 +19,14 @@ With `--gguf-types` it compares quantised copies of the model with it, see tiny_
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +47,8 @@ from wan.options import Request, build_request, check_device
 from wan.tasks import load_task, preset_names
 
 TASK = "t2v-tiny"
-TASKS = (TASK, "i2v-tiny", "vace-tiny")
+MODULES = {"vace-tiny": "tiny_world_vace", "s2v-tiny": "tiny_world_s2v", "animate-tiny": "tiny_world_animate"}
+TASKS = (TASK, "i2v-tiny", *MODULES)
 CASES_PER_HALF = 32
 WORDS = ("color", "shape", "direction")
 LORA_FLAGS = ("lora", "lora_high", "lora_low")
@@ -185,8 +190,14 @@ def stripes_rate(outcomes: list[Outcome]) -> float:
     return round(sum(has_stripes(one.frames) for one in outcomes) / len(outcomes), 4)
 
 
-def draw(outcomes: list[Outcome], columns: int = 4, text_px: int = 14, gap_px: int = 6) -> Image.Image:
-    """A contact sheet: first, middle and last frame of each clip under its prompt, red where the judge disagrees."""
+def draw(
+    outcomes: list[Outcome],
+    columns: int = 4,
+    text_px: int = 14,
+    gap_px: int = 6,
+    words: Sequence[str] = (*WORDS, "background"),
+) -> Image.Image:
+    """A contact sheet: first, middle and last frame of each clip under its words, red where the judge disagrees."""
     height, width = outcomes[0].stills.shape[1:3]
     cell_width, cell_height = max(3 * width, 330) + gap_px, height + text_px + gap_px
     rows = -(-len(outcomes) // columns)
@@ -194,12 +205,23 @@ def draw(outcomes: list[Outcome], columns: int = 4, text_px: int = 14, gap_px: i
     pen = ImageDraw.Draw(sheet)
     for index, one in enumerate(outcomes):
         x, y = gap_px + index % columns * cell_width, gap_px + index // columns * cell_height
-        good = all(one.right(word) for word in (*WORDS, "background"))
-        mark = " (held out)" if one.held_out else ""
-        pen.text((x, y), one.clip.prompt.removeprefix("a ") + mark, fill="black" if good else "red")
+        good = all(one.right(word) for word in words)
+        mark = " (held out)" if "direction" in words and one.held_out else ""
+        told = one.clip.prompt.removeprefix("a ") if "direction" in words else f"{one.clip.color} {one.clip.shape}"
+        pen.text((x, y), told + mark, fill="black" if good else "red")
         for place, still in enumerate(one.stills):
             sheet.paste(Image.fromarray(still), (x + place * width, y + text_px))
     return sheet
+
+
+def put_report(found: dict, outcomes: list[Outcome], args: Namespace, **how) -> None:
+    """Prints the JSON; writes it, and the contact sheet, where they are asked for. how: see `draw`"""
+    text = json.dumps(found, indent=1)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    if args.picture:
+        draw(outcomes, **how).quantize(128).save(args.picture, format="PNG", optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,19 +253,12 @@ def _main(argv: Sequence[str] | None) -> int:
             raise UsageError(f"--gguf-types is for {TASK}")
         return tiny_world_gguf.main(args)
     options = {name: getattr(args, name) for name in (*LORA_FLAGS, "preset") if getattr(args, name)}
-    if args.task == "vace-tiny":
-        from benchmarks import tiny_world_vace
-
+    if args.task in MODULES:
         if options:
             raise UsageError(f"--{next(iter(options))} is not for {args.task}")
-        return tiny_world_vace.main(args)
+        return importlib.import_module(f"benchmarks.{MODULES[args.task]}").main(args)
     outcomes, request = run(args.clips, args.steps, args.ckpt_dir, task=args.task, **options)
-    text = json.dumps(report(outcomes, request), indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    if args.picture:
-        draw(outcomes).quantize(128).save(args.picture, format="PNG", optimize=True)
+    put_report(report(outcomes, request), outcomes, args)
     return 0
 
 

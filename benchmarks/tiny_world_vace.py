@@ -14,7 +14,6 @@ where a shape is in it.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -32,7 +31,7 @@ from PIL import Image
 
 from benchmarks.common import machine
 from benchmarks.judge import judge, objects
-from benchmarks.tiny_world import WORDS, Outcome, cases, draw, make_request
+from benchmarks.tiny_world import WORDS, Outcome, cases, make_request, put_report
 from tools.tiny.world import COLORS, SHAPES, Clip, held_out, picture, render
 from wan.engine import Engine
 from wan.media import write_video
@@ -181,10 +180,5 @@ def main(args: Namespace) -> int:
         "dtype": request.load.dtype,
         "machine": machine(),
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    if args.picture:
-        draw([one.outcome for one in results]).quantize(128).save(args.picture, format="PNG", optimize=True)
+    put_report(report, [one.outcome for one in results], args)
     return 0

@@ -2,7 +2,7 @@
 # TeaCache, end to end: bash tests/test_teacache.sh [models_root] [gpus]
 # With a threshold of 0 it computes everything and the video is that of the plain run; otherwise it skips steps.
 # gpus: so many processes, under torchrun, share tokens, heads and weights; on a machine without a GPU they run on the CPU.
-# models_root holds Wan2.2-I2V-A14B, Wan2.2-TI2V-5B or Wan2.1-T2V-1.3B; without it the embedded models run, on a CPU.
+# models_root holds Wan2.2-I2V-A14B, Wan2.2-TI2V-5B, Wan2.2-S2V-14B or Wan2.1-T2V-1.3B; without it the embedded models run, on a CPU.
 set -euo pipefail
 gpus=${2:-1}
 if [[ ! $gpus =~ ^[1-9][0-9]*$ ]]; then
@@ -11,8 +11,8 @@ if [[ ! $gpus =~ ^[1-9][0-9]*$ ]]; then
 fi
 source "$(dirname "$0")/../benchmarks/cache_runs.sh"
 
-short=(--sample_steps 20 --frame_num 5)
 while read -r task folder; do
+    read -ra short <<<"--sample_steps 20 $(short "$task")"
     generate plain "$task" "$folder" "${short[@]}"
     generate zero "$task" "$folder" "${short[@]}" --teacache --teacache_thresh 0
     generate cached "$task" "$folder" "${short[@]}" "${teacache[@]}"

@@ -309,6 +309,7 @@ def _report(pipe: WanPipeline, request: Request, result: Result) -> dict[str, An
         "seed": request.sample.seed,
         "size": f"{width}x{height}",
         "frames": result.made.frames,
+        "clips": result.made.clips,
         "fps": request.sample.fps,
         "steps": request.sample.steps,
         **({"phases": request.sample.phases} if request.sample.phases else {}),

@@ -34,7 +34,7 @@ from wan.media import BT709_OPTIONS, X264_OPTIONS
 from wan.options.files import check_outputs
 from wan.options.values import listed, number, whole
 from wan.pictures import read_image
-from wan.tasks import FACE_PX, load_task
+from wan.tasks import load_task
 from wan.tasks.animate import ANIMATE_FILES
 from wan.video import VideoFile, open_video
 
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     ids = {name: resampled_ids(len(video), video.end, fps) for name, video in videos.items()}
     _check_lengths(ids, fps)
     height, width = _common_size(_area(args.size or spec.sampling.size), videos, picture)
-    jobs = _jobs(args, videos, ids, height, width)
+    jobs = _jobs(args, videos, ids, height, width, spec.dit.face_px)
     folder = Path(args.out)
     written = {name: str(folder / ANIMATE_FILES[name]) for name in paths}
     check_outputs({f"out, {name}": path for name, path in written.items()}, list(paths.items()))
@@ -121,7 +121,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _jobs(
-    args: argparse.Namespace, videos: dict[str, VideoFile], ids: dict[str, list[int]], height: int, width: int
+    args: argparse.Namespace,
+    videos: dict[str, VideoFile],
+    ids: dict[str, list[int]],
+    height: int,
+    width: int,
+    face_px: int,
 ) -> dict[str, Job]:
     """By name, for the videos that are there."""
     from wan.conditioning.letterbox import letterbox
@@ -136,7 +141,7 @@ def _jobs(
 
     changes: dict[str, Any] = {"src_pose": fitted, "src_mask": masked}
     if "src_face" in videos:
-        changes["src_face"] = _face_change(args.face_box, videos["src_face"])
+        changes["src_face"] = _face_change(args.face_box, videos["src_face"], face_px)
     if "src_bg" in videos:
         masks = videos["src_mask"].frames(ids["src_mask"])  # which are asked for one by one, as the background is
         changes["src_bg"] = lambda at, frame: fitted(at, frame) * (masked(at, next(masks)) == 0)
@@ -175,7 +180,7 @@ def _widened(frame: np.ndarray, times: int) -> np.ndarray:
     return cv2.dilate(mask, np.ones((_KERNEL_PX, _KERNEL_PX), np.uint8), iterations=times) if times else mask
 
 
-def _face_change(value: str | None, video: VideoFile) -> Callable[[int, np.ndarray], np.ndarray]:
+def _face_change(value: str | None, video: VideoFile, side: int) -> Callable[[int, np.ndarray], np.ndarray]:
     """What cuts the face out of a frame, and squeezes it to a square."""
     from wan.conditioning.letterbox import resized
 
@@ -183,14 +188,14 @@ def _face_change(value: str | None, video: VideoFile) -> Callable[[int, np.ndarr
         if video.width != video.height:
             told = f"--src_face is {video.width}x{video.height}, which is no square"
             raise UsageError(f"{told}: say with --face_box X,Y,W,H where the face is")
-        return lambda at, frame: resized(frame, FACE_PX, FACE_PX)
+        return lambda at, frame: resized(frame, side, side)
     boxes = _boxes(value, video)
     starts = sorted(boxes)
 
     def cut(at: int, frame: np.ndarray) -> np.ndarray:
         start = next((one for one in reversed(starts) if one <= at), starts[0])
         left, top, right, bottom = boxes[start]
-        return resized(frame[top:bottom, left:right], FACE_PX, FACE_PX, by_areas=False)
+        return resized(frame[top:bottom, left:right], side, side, by_areas=False)
 
     return cut
 

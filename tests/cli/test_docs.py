@@ -192,6 +192,8 @@ def test_readme_has_every_task_with_its_checkpoint_and_disk():
         spec = load_task(task)
         assert all(hub.removeprefix("Wan-AI/Wan2.1-I2V-14B") in row for hub in spec.get("hub", ())), task
         count = parameters(spec)
+        if "hub" not in spec:
+            count.pop("wav2vec", None)  # of s2v-tiny a small one, which its files tell
         transformers = count["dit"] * (2 if "experts" in spec else 1)
         stored = 2 * (transformers + count["text"]) + 4 * (count["vae"] + count.get("wav2vec", 0))
         stored += 4.77e9 if "clip" in count else 0

@@ -1,30 +1,19 @@
 """Small inputs and networks for Animate."""
 
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 from easydict import EasyDict
 
 from tests.unit.tiny_checkpoint import shrunk
 from tests.unit.video_helpers import still, write
-from wan.models.dit.adapters import motion
 
 
 def small_spec() -> EasyDict:
-    """With one look at the face, after the first block; the layers of its motion encoder have a width of their own,
-    which is real unless `narrow`."""
+    """With one look at the face, after the first block, and a motion encoder as narrow as is still quick."""
     spec = shrunk("animate-14B")
-    spec.dit.update(num_layers=6, motion_encoder_dim=24)
+    spec.dit.update(num_layers=6, motion_encoder_dim=24, motion_channels=16)
     return spec
-
-
-@contextmanager
-def narrow():
-    """The motion encoder is as narrow as is still quick."""
-    with mock.patch.dict(motion._CHANNELS, dict.fromkeys(motion._CHANNELS, 16)):
-        yield
 
 
 def write_inputs(folder: Path, frames: int = 12, width: int = 48, height: int = 32, face: int = 512) -> Path:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from wan.cache.options import check_options, make_manager
 from wan.distributed.parallel import Parallel
 
-from tests.unit.animate_helpers import narrow, small_spec, write_inputs
+from tests.unit.animate_helpers import small_spec, write_inputs
 from tests.unit.tiny_checkpoint import dit_state, write_checkpoint
 from tests.unit.video_helpers import still, write
 from wan.conditioning.animate import AnimateCondition, AnimateFilm, AnimateInputs
@@ -44,12 +44,6 @@ SPEC = small_spec()
 SPEC.dit.update(dim=64, ffn_dim=96)
 CPU = torch.device("cpu")
 FORMS = ("fp32.safetensors", "q8.gguf", "fp8", "mlx")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow_networks():
-    with narrow():
-        yield
 
 
 def noise(*shape, seed=0):

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.judge import judge
 from benchmarks.tiny_world import cases
-from tools.tiny.train_i2v import conditions_of, load_vae, sigma_range
+from tools.tiny.fit import load_vae
+from tools.tiny.train_i2v import conditions_of, sigma_range
 from tools.tiny.world import DIRECTIONS, SHAPES, SIZES, picture, render, sample_starts
 from wan.conditioning.image import image_condition
 from wan.tasks import embedded_checkpoint, load_task

@@ -8,7 +8,7 @@ import torch
 from benchmarks.judge import judge, objects
 from benchmarks.tiny_world_vace import KINDS, all_cases, appears, kept_psnr, make_case
 from tools.tiny import train_vace
-from tools.tiny.train_i2v import load_vae
+from tools.tiny.fit import load_vae
 from tools.tiny.train_vace import build, hole, margins, rest
 from tools.tiny.world import DIRECTIONS, SIZES, combinations, held_out, render, sample
 from wan.conditioning.vace import vace_context

@@ -14,6 +14,7 @@ from torch import nn
 from tests.unit.weight_helpers import DictSource, ShapeSource, golden, manifest
 from wan.errors import SwanError
 from wan.weights.assign import load_weights
+from wan.weights.containers.safetensors_file import REPLACES
 from wan.weights.infer import infer_dit_config
 from wan.weights.source import open_source
 
@@ -171,6 +172,20 @@ def test_the_same_tensor_in_two_files(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "x.fp16.safetensors")
     message = refused(tmp_path, "tensor a is in both")
     assert "x.safetensors" in message and "x.fp16.safetensors" in message
+
+
+def test_a_file_replaces_what_it_names_of_those_before_it(tmp_path):
+    base, own = tmp_path / "base.safetensors", tmp_path / "own.safetensors"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, base)
+    save_file({"a": torch.ones(3), "c": torch.ones(2)}, own, metadata={REPLACES: "a"})
+    source = open_source([base, own])
+    assert source.read("a").tolist() == [1, 1, 1] and source.info("a").shape == (3,)
+    assert source.read("b").tolist() == [0, 0] and sorted(source.keys()) == ["a", "b", "c"]
+    with pytest.raises(SwanError, match="tensor a is in both"):
+        open_source([own, base])
+    save_file({"b": torch.ones(2)}, own, metadata={REPLACES: "a"})
+    with pytest.raises(SwanError, match="tensor b is in both"):
+        open_source([base, own])
 
 
 def test_missing_shards_are_named(tmp_path):

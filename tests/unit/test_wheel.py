@@ -47,6 +47,12 @@ def test_only_wan_is_installed(installed):
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"wan"}
 
 
+def test_embedded_models_are_installed_whole(installed):
+    assets = REPO / "wan/assets"
+    wanted = {path.relative_to(assets) for path in assets.rglob("*") if path.is_file()}
+    assert {path.relative_to(installed / "wan/assets") for path in (installed / "wan/assets").rglob("*.*")} >= wanted
+
+
 def test_a_wheel_makes_a_video_where_folders_have_its_old_names(installed, elsewhere):
     size = ("--frame_num", "1", "--sample_steps", "1", "--save_file", "one.png", "--quiet")
     assert '"steps": 1' in run(installed, elsewhere, "-m", "wan", *size)

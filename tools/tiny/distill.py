@@ -21,17 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tools.tiny.fit import Texts
 from tools.tiny.lora import add_factors, load_dit, save_factors
 from tools.tiny.tokenizer import sentence
-from tools.tiny.train_i2v import Texts
 from tools.tiny.world import NUM_FRAMES, SIZES, combinations, held_out, sample
 from wan.conditioning.sizes import latent_shape
 from wan.models.dit import WanModel
-from wan.models.encoders import load_text_encoder
 from wan.solvers import make_solver
 from wan.tasks import load_preset, load_task
 from wan.weights.locate import locate
-from wan.weights.source import open_source
 
 BATCH = 32  # clips that walk together, and pairs in a batch of training
 TEACHER_STEPS = 5  # to a segment
@@ -142,8 +140,7 @@ def train(
     teacher = load_dit(files.dit["model"], spec)
     student = copy.deepcopy(teacher)
     factors = add_factors(student, rank)
-    encoder = load_text_encoder(open_source(files.t5), files.tokenizer, text_len=spec.dit.text_len, dtype=torch.float32)
-    texts = Texts(encoder)
+    texts = Texts.of(files, spec)
     [empty] = texts([""])
     optimizer = torch.optim.AdamW(factors, lr=peak, betas=(0.9, 0.98), weight_decay=0)
     sigmas = make_solver(

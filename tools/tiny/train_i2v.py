@@ -7,17 +7,14 @@ trained on its side of the boundary and a little beyond it (OVERLAP), with sigma
 
 from __future__ import annotations
 
-import copy
-import json
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
+from tools.tiny.fit import Texts, fit, flow_errors, load_vae, noise_levels
 from tools.tiny.tokenizer import sentence
 from tools.tiny.train_dit import initialise
 from tools.tiny.world import (
@@ -34,24 +31,14 @@ from tools.tiny.world import (
 )
 from wan.conditioning.image import conditioning_video, frame_mask, to_pixels
 from wan.models.dit import WanModel
-from wan.models.encoders import TextEncoder, load_text_encoder
 from wan.models.vae import WanVAE
 from wan.tasks import load_task
-from wan.weights.assign import load_weights
 from wan.weights.locate import CheckpointFiles, locate
-from wan.weights.source import open_source
 
 EXPERTS = ("high", "low")
-BATCH, TIMES = 32, 8  # clips in a batch; distinct timesteps in it
+BATCH = 32  # clips
 OVERLAP = 0.02  # in sigma
 SHORT = ("it moves {direction}", "moving {direction}")  # the picture shows the rest
-SAVE_EVERY = 250
-
-
-def load_vae(files: CheckpointFiles, spec, dtype: torch.dtype) -> WanVAE:
-    with torch.device("meta"):
-        vae = WanVAE(**spec.vae)
-    return load_weights(vae, open_source(files.vae), "vae", device="cpu", dtype=dtype)
 
 
 @torch.no_grad()
@@ -94,33 +81,12 @@ def describe(clip: Clip, rng: random.Random) -> str:
     return rng.choice(SHORT).format(direction=clip.direction) if chance < 0.2 else sentence(clip, rng)
 
 
-class Texts:
-    """Embeddings of prompts by the frozen text encoder, each computed once."""
-
-    def __init__(self, encoder: TextEncoder):
-        self.encoder = encoder
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, texts: list[str]) -> list[Tensor]:
-        if new := sorted(set(texts) - self.known.keys()):
-            self.known |= zip(new, self.encoder(new))
-        return [self.known[text] for text in texts]
-
-
 def sigma_range(expert: str, boundary: float) -> tuple[float, float]:
     return (boundary - OVERLAP, 1.0) if expert == "high" else (0.0, boundary + OVERLAP)
 
 
-def loss_of(model: WanModel, latents: Tensor, y: Tensor, texts: list[Tensor], shift: float, sigmas) -> Tensor:
-    low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in sigmas)  # before the shift
-    u = low + (high - low) * (torch.arange(TIMES) + torch.rand(TIMES)) / TIMES  # stratified
-    sigma = shift * u / (1 + (shift - 1) * u)
-    sigma = sigma.repeat_interleave(len(latents) // TIMES)
-    noise = torch.randn_like(latents)
-    mix = sigma.view(-1, 1, 1, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        velocity = model((1 - mix) * latents + mix * noise, sigma * 1000, texts, y=y)
-    return (velocity - (noise - latents)).square().mean()
+def loss_of(model: WanModel, latents: Tensor, y: Tensor | None, texts: list[Tensor], shift: float, sigmas) -> Tensor:
+    return flow_errors(model, latents, texts, noise_levels(len(latents), shift, *sigmas), y=y).mean()
 
 
 def train(
@@ -138,59 +104,26 @@ def train(
     """
     spec = load_task("i2v-tiny")
     files = locate(tiny, load_task("t2v-tiny"))
-    encoder = load_text_encoder(open_source(files.t5), files.tokenizer, text_len=spec.dit.text_len, dtype=torch.float32)
     kept = out / "i2v_latents.pth"
     if not (resume and kept.is_file()):
         torch.save(clips_and_latents(files, spec, random.Random(seed), images), kept)
-    data = torch.load(kept, weights_only=False)
+    data, texts = torch.load(kept, weights_only=False), Texts.of(files, spec)
     for expert in experts:
-        with (out / f"train_i2v_{expert}.jsonl").open("a" if resume else "w") as log:
-            seed_of_expert = seed + 1 + EXPERTS.index(expert)
-            train_expert(out, spec, expert, data, Texts(encoder), log, steps, peak, seed_of_expert, resume)
+        train_expert(out, spec, expert, data, texts, steps, peak, seed + 1 + EXPERTS.index(expert), resume)
 
 
-def train_expert(out: Path, spec, expert: str, data, texts: Texts, log, steps: int, peak, seed: int, resume: bool):
+def train_expert(out: Path, spec, expert: str, data, texts: Texts, steps: int, peak: float, seed: int, resume: bool):
     """`train` for one expert on the data of `clips_and_latents`."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    model = initialise(WanModel(**spec.dit))
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    saved = {"model": model, "average": average, "optimizer": optimizer}
-    first, spent, total = 0, 0.0, 0.0
-    state_file = out / f"i2v_{expert}_state.pth"
-    if resume and state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
-        for name, one in saved.items():
-            one.load_state_dict(state[name])
-        first, spent = state["step"], state["seconds"]
-        rng.setstate(state["python_rng"])
-        torch.set_rng_state(state["torch_rng"])
-    sigmas = sigma_range(expert, spec.boundary)
-    start = time.time() - spent
-    for step in range(first, steps):
-        warm, cool = min(1, (step + 1) / 200), min(1, (steps - step) / (0.4 * steps))
-        optimizer.param_groups[0]["lr"] = peak * warm * (0.02 + 0.98 * cool)
+    model, sigmas = initialise(WanModel(**spec.dit)), sigma_range(expert, spec.boundary)
+
+    def loss(step: int, rng: random.Random) -> Tensor:
         size = SIZES[0] if rng.random() < 0.92 else rng.choice(SIZES[1:])
         clips, latents, conditions, of_clip = data[size]
         picks = rng.sample(range(len(clips)), BATCH if size == SIZES[0] else BATCH // 2)
         context = texts([describe(clips[i], rng) for i in picks])
-        loss = loss_of(model, latents[picks], conditions[of_clip[picks]], context, spec.sampling.shift, sigmas)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.999, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        total += loss.item()
-        if step % 100 == 99 or step == steps - 1:
-            row = {"stage": f"i2v_{expert}", "step": step + 1, "loss": round(total / (step % 100 + 1), 5)}
-            row |= {"grad": round(norm.item(), 3), "seconds": round(time.time() - start)}
-            print(json.dumps(row), file=log, flush=True)
-            total = 0.0
-        if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
-            torch.save(average.state_dict(), out / f"i2v_{expert}.pth")
-            state = {name: one.state_dict() for name, one in saved.items()}
-            state |= {"step": step + 1, "seconds": time.time() - start}
-            torch.save(state | {"python_rng": rng.getstate(), "torch_rng": torch.get_rng_state()}, state_file)
+        return loss_of(model, latents[picks], conditions[of_clip[picks]], context, spec.sampling.shift, sigmas)
+
+    how = {"warm_steps": 200, "cool": 0.4, "average_decay": 0.999, "log_every": 100, "save_every": 250}
+    trained = dict(model.named_parameters())
+    fit(f"i2v_{expert}", out, trained, loss, steps=steps, peak=peak, seed=seed, resume=resume, **how)

@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tools.tiny.fit import Texts, load_vae
 from tools.tiny.lora import add_factors, load_dit, save_factors
 from tools.tiny.tokenizer import sentence
-from tools.tiny.train_i2v import Texts, conditions_of, describe, load_vae, loss_of, sigma_range
+from tools.tiny.train_i2v import conditions_of, describe, loss_of, sigma_range
 from tools.tiny.world import BACKGROUNDS, SIZES, Clip, combinations, held_out, render, sample, sample_starts
 from wan.models.dit import WanModel
-from wan.models.encoders import load_text_encoder
 from wan.models.vae import WanVAE
 from wan.tasks import load_task
 from wan.weights.locate import CheckpointFiles, locate
-from wan.weights.source import open_source
 
 BATCH, RANK = 32, 8
 TASKS = ("t2v-tiny", "i2v-tiny")
@@ -69,14 +68,13 @@ def train(out: Path, name: str, folder: Path, steps: int, clips: int = 480, peak
     """Task `name` with the checkpoint `folder`: LoRAs are written to its folder `loras`, logs to `out`."""
     spec = load_task(name)
     files = locate(folder, spec)
-    encoder = load_text_encoder(open_source(files.t5), files.tokenizer, text_len=spec.dit.text_len, dtype=torch.float32)
     data = striped_data(out, files, spec, random.Random(seed), clips)
     for index, (expert, paths) in enumerate(files.dit.items()):
         suffix = "" if expert == "model" else f"-{expert}"
         sigmas = (0.0, 1.0) if expert == "model" else sigma_range(expert, spec.boundary)
         model = load_dit(paths, spec)
         log = out / f"train_lora_{spec.kind}{suffix}.jsonl"
-        train_factors(model, data, Texts(encoder), spec, sigmas, log, steps, peak, seed + index)
+        train_factors(model, data, Texts.of(files, spec), spec, sigmas, log, steps, peak, seed + index)
         save_factors(model, folder / "loras" / f"stripes{suffix}.safetensors")
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.tiny.train_i2v import load_vae
+from tools.tiny.fit import load_vae
 from tools.tiny.train_vae import psnr, reconstruct
 from tools.tiny.world import NUM_FRAMES, STRIPE_PERIOD_PX, Clip, combinations, held_out, render, sample
 from wan.tasks import load_task

@@ -9,35 +9,28 @@ its hints as zeros, so at first nothing is changed.
 
 from __future__ import annotations
 
-import copy
-import json
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tools.tiny.fit import Texts, fit, flow_errors, load_vae, noise_levels
 from tools.tiny.lora import load_dit
 from tools.tiny.tokenizer import sentence
-from tools.tiny.train_i2v import Texts, load_vae
 from tools.tiny.world import DIRECTIONS, NUM_FRAMES, SIZES, Clip, combinations, held_out, render, sample
 from wan.conditioning.vace import mask_channels
 from wan.models.dit import WanModel
-from wan.models.encoders import load_text_encoder
 from wan.models.vae import WanVAE
 from wan.tasks import load_task
 from wan.weights.locate import locate
-from wan.weights.source import open_source
 
-BATCH, TIMES = 32, 8  # clips in a batch; distinct timesteps in it
+BATCH = 32  # clips
 SHIFTS = (7.0, 2.0)  # of sigma, by turns: where the shape goes, and how exactly what is given is kept
 WITH_REFERENCE, ITS_BATCHES = 1 / 3, 0.45  # of the clips, and of the batches
 SHORT = ("it moves {direction} on a {background} background", "moving {direction} on {background}")
-SAVE_EVERY = 200
 
 
 class Examples(NamedTuple):
@@ -178,15 +171,10 @@ def build(dit: WanModel, spec) -> WanModel:
 
 
 def loss_of(model: WanModel, latents: Tensor, contexts: Tensor, texts: list[Tensor], shift: float) -> Tensor:
-    u = (torch.arange(TIMES) + torch.rand(TIMES)) / TIMES  # stratified
-    sigma = (shift * u / (1 + (shift - 1) * u)).repeat_interleave(len(latents) // TIMES)
-    noise = torch.randn_like(latents)
-    mix = sigma.view(-1, 1, 1, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        x = (1 - mix) * latents + mix * noise
-        velocity = model(x, sigma * 1000, texts, vace_context=contexts, vace_context_scale=1.0)
+    how = {"vace_context": contexts, "vace_context_scale": 1.0}
+    errors = flow_errors(model, latents, texts, noise_levels(len(latents), shift), **how)
     kept = 1 - contexts[:, 32:].mean(1, keepdim=True)  # counts twice
-    return ((velocity - (noise - latents)).square() * (1 + kept)).mean()
+    return (errors * (1 + kept)).mean()
 
 
 def train(
@@ -197,57 +185,23 @@ def train(
     `resume` goes on from the last saved step of an earlier run with the same arguments, or with its examples.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     spec, base = load_task("vace-tiny"), load_task("t2v-tiny")
     files = locate(tiny, base)
-    encoder = load_text_encoder(open_source(files.t5), files.tokenizer, text_len=spec.dit.text_len, dtype=torch.float32)
-    texts = Texts(encoder)
     kept = out / "vace_examples.pth"
     if not (resume and kept.is_file()):
         torch.save(examples(load_vae(files, base, torch.float32), random.Random(seed), clips), kept)
     with torch.serialization.safe_globals([Clip, Examples]):
         data = torch.load(kept, weights_only=True)
-    model = build(load_dit(files.dit["model"], base), spec)
-    branch = nn.ModuleDict({name: getattr(model, name) for name in ("vace_patch_embedding", "vace_blocks")})
-    average = copy.deepcopy(branch).requires_grad_(False)
-    optimizer = torch.optim.AdamW(branch.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    saved = {"branch": branch, "average": average, "optimizer": optimizer}
-    first, spent, total = 0, 0.0, 0.0
-    state_file = out / "vace_state.pth"
-    if resume and state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
-        for name, one in saved.items():
-            one.load_state_dict(state[name])
-        first, spent = state["step"], state["seconds"]
-        rng.setstate(state["python_rng"])
-        torch.set_rng_state(state["torch_rng"])
-    start = time.time() - spent
-    with (out / "train_vace.jsonl").open("a" if resume else "w") as log:
-        for step in range(first, steps):
-            warm, cool = min(1, (step + 1) / 100), min(1, (steps - step) / (0.5 * steps))
-            optimizer.param_groups[0]["lr"] = peak * warm * (0.02 + 0.98 * cool)
-            size = SIZES[0] if rng.random() < 0.92 else rng.choice(SIZES[1:])
-            has_reference = rng.random() < ITS_BATCHES
-            pool = data[size, has_reference]
-            picks = rng.sample(range(len(pool.clips)), BATCH if size == SIZES[0] else BATCH // 2)
-            prompts = texts([describe(pool.clips[i], rng, has_reference) for i in picks])
-            shift = SHIFTS[step % len(SHIFTS)]
-            loss = loss_of(model, pool.latents[picks], pool.contexts[picks].float(), prompts, shift)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                decay = min(0.998, (step + 1) / (step + 10))
-                torch._foreach_lerp_(list(average.parameters()), list(branch.parameters()), 1 - decay)
-            total += loss.item()
-            if step % 50 == 49 or step == steps - 1:
-                row = {"stage": "vace", "step": step + 1, "loss": round(total / (step % 50 + 1), 5)}
-                row |= {"grad": round(norm.item(), 3), "seconds": round(time.time() - start)}
-                print(json.dumps(row), file=log, flush=True)
-                total = 0.0
-            if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
-                torch.save(average.state_dict(), out / "vace.pth")
-                state = {name: one.state_dict() for name, one in saved.items()}
-                state |= {"step": step + 1, "seconds": time.time() - start}
-                torch.save(state | {"python_rng": rng.getstate(), "torch_rng": torch.get_rng_state()}, state_file)
+    texts, model = Texts.of(files, spec), build(load_dit(files.dit["model"], base), spec)
+
+    def loss(step: int, rng: random.Random) -> Tensor:
+        size = SIZES[0] if rng.random() < 0.92 else rng.choice(SIZES[1:])
+        has_reference = rng.random() < ITS_BATCHES
+        pool = data[size, has_reference]
+        picks = rng.sample(range(len(pool.clips)), BATCH if size == SIZES[0] else BATCH // 2)
+        prompts = texts([describe(pool.clips[i], rng, has_reference) for i in picks])
+        shift = SHIFTS[step % len(SHIFTS)]
+        return loss_of(model, pool.latents[picks], pool.contexts[picks].float(), prompts, shift)
+
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    fit("vace", out, trained, loss, steps=steps, peak=peak, seed=seed, resume=resume)

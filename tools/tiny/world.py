@@ -65,6 +65,14 @@ def held_out() -> set[tuple[str, str, str]]:
     return {(colors[c], shapes[s], directions[d]) for c, s, d in index if (c + 2 * s + 3 * d) % 5 == 0}
 
 
+def still_words() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """All (color, shape), for clips of shapes that go nowhere by a word: those to train on, and a fifth that are held
+    out."""
+    pairs, unseen = list(itertools.product(COLORS, SHAPES)), held_out()
+    trained = [pair for pair in pairs if (*pair, "right") not in unseen]
+    return trained, [pair for pair in pairs if pair not in trained]
+
+
 def sample(rng: random.Random, combos: list[tuple[str, str, str]]) -> Clip:
     """A random clip of one of the combinations, wholly inside the frame."""
     color, shape, direction = rng.choice(combos)
@@ -98,11 +106,23 @@ def sample_starts(rng: random.Random, color: str, shape: str, background: str) -
 def render(clip: Clip, width: int, height: int, frames: range | list[int] = range(NUM_FRAMES)) -> Tensor:
     """Frames of the clip as float `[3, T, H, W]` in [-1, 1]."""
     dx, dy = DIRECTIONS[clip.direction]
-    time = torch.tensor([f / (NUM_FRAMES - 1) - 0.5 for f in frames])[:, None, None]
-    center_x = (clip.x + dx * clip.travel * time) * width
-    center_y = (clip.y + dy * clip.travel * time) * height
+    time = torch.tensor([f / (NUM_FRAMES - 1) - 0.5 for f in frames])[:, None]
+    centers = torch.cat([clip.x + dx * clip.travel * time, clip.y + dy * clip.travel * time], 1)
+    return _render(clip, width, height, centers, clip.radius * min(width, height), frames)
+
+
+def render_moved(clip: Clip, width: int, height: int, centers: Tensor, radii: Tensor) -> Tensor:
+    """The clip's shape along another path and of other sizes, as float `[3, T, H, W]` in [-1, 1].
+
+    centers: [T, 2] (x, y), as fractions of width and height; radii: [T], or one of [] for all frames
+    """
+    return _render(clip, width, height, centers, radii.view(-1, 1, 1) * min(width, height), range(len(centers)))
+
+
+def _render(clip: Clip, width: int, height: int, centers: Tensor, radius_px: float | Tensor, frames) -> Tensor:
+    center_x, center_y = centers[:, 0, None, None] * width, centers[:, 1, None, None] * height
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    distance = _distance(clip.shape, x - center_x, y - center_y, clip.radius * min(width, height))
+    distance = _distance(clip.shape, x - center_x, y - center_y, radius_px)
     coverage = (0.5 - distance).clamp(0, 1)
     color = torch.tensor(COLORS[clip.color])[:, None, None, None] / 127.5 - 1
     background = _backdrop(clip, width, frames, distance)
@@ -126,7 +146,7 @@ def _backdrop(clip: Clip, width: int, frames: range | list[int], distance: Tenso
     return plain + (other - plain) * (distance - STRIPE_GAP_PX + 0.5).clamp(0, 1) * stripe * shown
 
 
-def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+def _distance(shape: str, x: Tensor, y: Tensor, radius: float | Tensor) -> Tensor:
     """Signed distance in pixels to the outline (negative inside); all shapes have about the same area."""
     if shape == "circle":
         return (x**2 + y**2).sqrt() - radius

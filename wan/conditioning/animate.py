@@ -23,7 +23,6 @@ from wan.conditioning.image import fold_frames
 from wan.conditioning.letterbox import letterbox, resized
 from wan.conditioning.sizes import clip_count, ping_pong
 from wan.models.dit.adapters.animate import Face
-from wan.tasks import FACE_PX
 from wan.video import VideoFile
 
 
@@ -68,8 +67,9 @@ class AnimateFilm(Film):
     state: "overlap" [3, overlap, H, W] in [-1, 1], fp32: the last frames of the film so far
     """
 
-    def __init__(self, sample: Any, inputs: AnimateInputs, overlap: int):
-        self.inputs, self.overlap = inputs, overlap
+    def __init__(self, sample: Any, inputs: AnimateInputs, overlap: int, face_px: int = 512, clip: bool = True):
+        """face_px: side of the face as the network sees it; clip: whether the reference is shown to CLIP"""
+        self.inputs, self.overlap, self.face_px, self.has_clip = inputs, overlap, face_px, clip
         self.length, self.stride = sample.frame_num, sample.frame_num - overlap
         clips = clip_count(len(inputs.pose), self.length, overlap)
         super().__init__(sample, lambda encode: self.condition(0, encode), clips)
@@ -85,9 +85,9 @@ class AnimateFilm(Film):
             video = to_pixels(self._read(inputs.background, clip, size))
             given = outside(self._read(inputs.mask, clip, size), *pose.shape[-2:])
         y = torch.cat([reference_y(encode, reference), video_y(encode, video, given, known)], dim=2)
-        face = to_pixels(self._read(inputs.face, clip, (FACE_PX, FACE_PX)))[None]
+        face = to_pixels(self._read(inputs.face, clip, (self.face_px, self.face_px)))[None]
         none = torch.full_like(face[:, :, :1], -1)
-        return AnimateCondition(y, pose, Face(face), Face(none, self.length), (reference,))
+        return AnimateCondition(y, pose, Face(face), Face(none, self.length), (reference,) if self.has_clip else ())
 
     def _read(self, video: VideoFile, clip: int, size: tuple[int, int]) -> np.ndarray:
         """uint8 [T, H, W, 3]: the frames that a clip has of a video, which runs to its end, back, and so on."""

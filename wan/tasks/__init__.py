@@ -12,7 +12,7 @@ from easydict import EasyDict
 from wan.errors import SwanError, UsageError
 
 KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace", "s2v", "animate")  # see wan.tasks.kinds
-FACE_PX = 512  # sides of Animate's face video
+OF_ANIMATE = ("motion_encoder_dim", "face_px", "face_dim", "motion_channels")  # in "dit"
 REPO = Path(__file__).resolve().parents[2]
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C, where PyYAML was built with it
 
@@ -25,6 +25,8 @@ SCHEMA: dict[str, Any] = {
     "checkpoint?": str,
     "prompt?": str,
     "image?": str,
+    "audio?": str,
+    "src_root_path?": str,
     "dtype?": str,
     "negative_prompt": str,
     "vae_stride": list,
@@ -57,6 +59,9 @@ SCHEMA: dict[str, Any] = {
         "enable_framepack?": bool,
         "motion_frames?": int,
         "motion_encoder_dim?": int,
+        "face_px?": int,
+        "face_dim?": int,
+        "motion_channels?": int,
     },
     "vae": {
         "version": str,
@@ -179,8 +184,10 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
         "vae_stride must be three numbers": len(data["vae_stride"]) != 3,
         "dit.patch_size must be three numbers": len(data["dit"]["patch_size"]) != 3,
         "vae.version must be '2.1' or '2.2'": data["vae"]["version"] not in ("2.1", "2.2"),
-        "image is for i2v tasks with a checkpoint": "image" in data
-        and (data["kind"] != "i2v" or "checkpoint" not in data),
+        "image, audio and src_root_path are for tasks with a checkpoint, of kinds that have such inputs": any(
+            key in data and ("checkpoint" not in data or data["kind"] not in kinds)
+            for key, kinds in {"image": ("i2v", "s2v"), "audio": ("s2v",), "src_root_path": ("animate",)}.items()
+        ),
         "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
         "kind vace and dit.vace_layers go together": (data["kind"] == "vace") != bool(data["dit"].get("vace_layers")),
         "kind s2v, dit.audio_inject_layers, files.wav2vec and sampling.infer_frames go together": 1
@@ -192,8 +199,9 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
                 "infer_frames" in data["sampling"],
             }
         ),
-        "kind animate and dit.motion_encoder_dim go together": (data["kind"] == "animate")
-        != ("motion_encoder_dim" in data["dit"]),
+        f"kind animate and dit.{', '.join(OF_ANIMATE)} go together": any(
+            (data["kind"] == "animate") != (key in data["dit"]) for key in OF_ANIMATE
+        ),
         "experts and boundary go together": two_experts != ("boundary" in data),
         "sampling.guide_scale must be [low, high] with experts, else one number": two_experts != pair,
     }

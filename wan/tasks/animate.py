@@ -11,8 +11,8 @@ from easydict import EasyDict
 from wan.conditioning.sizes import clip_count
 from wan.errors import UsageError, printable
 from wan.media import read_image
-from wan.tasks import FACE_PX, grid_px
-from wan.tasks.kind import Kind, Size, picture_size
+from wan.tasks import grid_px
+from wan.tasks.kind import Kind, Size, embedded_file, picture_size
 from wan.video import VideoFile, open_video
 
 if TYPE_CHECKING:
@@ -40,20 +40,23 @@ class Animate(Kind):
         if others := [name for name in _REPLACED if get[name] is not None and not replaces]:
             raise UsageError(f"--{others[0]} is for the replacement of a character: give --replace_flag with it")
         overlap = _refert_num(get["refert_num"])
-        paths = {name: _path(get, name) for name in (*_ALWAYS, *(_REPLACED if replaces else ()))}
+        wanted = (*_ALWAYS, *(_REPLACED if replaces else ()))
+        own = None if any(get[name] is not None for name in wanted) else embedded_file(spec, "src_root_path")
+        folder = own if get["src_root_path"] is None else get["src_root_path"]
+        paths = {name: get[name] if get[name] is not None else _path(folder, name) for name in wanted}
         read: dict[str, Any] = {name: open_video(path) for name, path in paths.items() if name != "src_ref"}
-        _check_videos(read, grid_px(spec), overlap)
+        _check_videos(read, grid_px(spec), spec.dit.face_px, overlap)
         if replaces:
             _check_mask(read["src_mask"], read["src_bg"])
         return {**read, "src_ref": picture_size(paths["src_ref"])[0], "replace_flag": replaces, "refert_num": overlap}
 
     def warnings(self, spec: EasyDict, get: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
-        pose, face = inputs["src_pose"], inputs["src_face"]
+        pose, face, side = inputs["src_pose"], inputs["src_face"], spec.dit.face_px
         found = []
         if get["size"] is not None:
             found.append(f"--size has no effect: the video is {pose.width}x{pose.height} as --src_pose")
-        if face.width != FACE_PX:
-            found.append(f"--src_face is {face.width}x{face.height}: it is resized to {FACE_PX}x{FACE_PX}")
+        if face.width != side:
+            found.append(f"--src_face is {face.width}x{face.height}: it is resized to {side}x{side}")
         if inputs["replace_flag"] and _is_white_around(inputs["src_mask"]):
             found.append("--src_mask is white at the borders: white is where the character is, and black all around it")
         return found
@@ -89,7 +92,7 @@ class Animate(Kind):
 
         paths = sample.src_pose, sample.src_face, *((sample.src_bg, sample.src_mask) if sample.replace_flag else ())
         inputs = AnimateInputs(read_image(sample.src_ref), *map(open_video, paths))
-        return AnimateFilm(sample, inputs, sample.refert_num)
+        return AnimateFilm(sample, inputs, sample.refert_num, spec.dit.face_px, clip="clip" in spec.files)
 
 
 def _refert_num(value: Any) -> int:
@@ -100,11 +103,8 @@ def _refert_num(value: Any) -> int:
     return found
 
 
-def _path(get: Mapping[str, Any], name: str) -> Any:
-    """A file by its own flag, or in the folder under its official name."""
-    folder = get["src_root_path"]
-    if get[name] is not None:
-        return get[name]
+def _path(folder: Any, name: str) -> str:
+    """A file of the folder, under its official name."""
     if folder is None:
         raise UsageError(f"animate needs --src_root_path DIR with {ANIMATE_FILES[name]}, or --{name} FILE")
     if not Path(folder).is_dir():
@@ -116,14 +116,14 @@ def _path(get: Mapping[str, Any], name: str) -> Any:
     return str(path)
 
 
-def _check_videos(videos: Mapping[str, VideoFile], multiple: int, overlap: int) -> None:
+def _check_videos(videos: Mapping[str, VideoFile], multiple: int, face_side: int, overlap: int) -> None:
     """Raises UsageError for sizes and lengths that do not fit together."""
     pose, face = videos["src_pose"], videos["src_face"]
     if pose.width % multiple or pose.height % multiple:
         told = f"--src_pose is {pose.width}x{pose.height}"
         raise UsageError(f"{told}, and both sides need multiples of {multiple} pixels: {_PREPARE} makes it so")
     if face.width != face.height:
-        told = f"--src_face is {face.width}x{face.height}, and it needs a square, {FACE_PX}x{FACE_PX} at best"
+        told = f"--src_face is {face.width}x{face.height}, and it needs a square, {face_side}x{face_side} at best"
         raise UsageError(f"{told}: {_PREPARE} --face_box cuts it out")
     for name in _REPLACED:
         if name in videos and (videos[name].width, videos[name].height) != (pose.width, pose.height):

@@ -166,5 +166,9 @@ def first_image(spec: EasyDict, get: Mapping[str, Any]) -> Any:
     """--image, under either of its names, or the one that comes with an embedded task."""
     if get["image"] and get["first_frame"] and get["image"] != get["first_frame"]:
         raise UsageError("--image and --first_frame both name the first image; give one")
-    first = get["image"] or get["first_frame"]
-    return first or (str(embedded_checkpoint(spec) / spec.image) if "image" in spec else None)
+    return get["image"] or get["first_frame"] or embedded_file(spec, "image")
+
+
+def embedded_file(spec: EasyDict, name: str) -> str | None:
+    """The file or folder that comes with an embedded task, for an input that is not given; None without one."""
+    return str(embedded_checkpoint(spec) / spec[name]) if name in spec else None

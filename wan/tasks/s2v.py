@@ -12,7 +12,7 @@ from wan.conditioning.sizes import LOST_FRAMES, latent_frames, s2v_size
 from wan.errors import UsageError
 from wan.media import Sound
 from wan.pictures import read_image
-from wan.tasks.kind import Kind, Size, first_image, picture_size
+from wan.tasks.kind import Kind, Size, embedded_file, first_image, picture_size
 from wan.video import VideoFile, open_video
 
 _TTS = ("enable_tts", "tts_prompt_audio", "tts_prompt_text", "tts_text")
@@ -31,15 +31,15 @@ class S2V(Kind):
         if asked := next((name for name in _TTS if get[name]), None):
             how = "make the speech with any text-to-speech program and give its file with --audio"
             raise UsageError(f"--{asked}: speech is not made from text here: {how}")
-        image, fps = first_image(spec, get), spec.sampling.fps
-        if not (image and get["audio"]):
+        image, sound, fps = first_image(spec, get), get["audio"] or embedded_file(spec, "audio"), spec.sampling.fps
+        if not (image and sound):
             raise UsageError(f"{spec.name} needs --image FILE and --audio FILE")
         if get["fps"] is not None and str(get["fps"]) != str(fps):
             raise UsageError(f"--fps: {spec.name} makes {fps} frames a second, and the audio goes by them")
         count = _whole(get, "infer_frames", spec.sampling.infer_frames, _MOST_FRAMES)
         if count % 4:
             raise UsageError(f"--infer_frames must be a multiple of 4, not {count}")
-        picture, audio = picture_size(image), open_audio(get["audio"])
+        picture, audio = picture_size(image), open_audio(sound)
         clips = audio.clips(count, fps)
         read = {"image": picture, "audio": audio, "infer_frames": count}
         read["num_clip"] = min(_whole(get, "num_clip", clips, _MOST_CLIPS), clips)

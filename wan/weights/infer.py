@@ -38,9 +38,10 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
     Keys, as `WanModel` takes them: model_type, patch_size, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim,
     num_heads, num_layers and clip (whether there is an `img_emb`: Wan2.1 i2v and flf2v, not Wan2.2's i2v); of VACE
     also vace_layers and vace_in_dim; of S2V audio_inject_layers, audio_dim, num_audio_token, cond_dim, enable_adain and
-    enable_framepack; of Animate motion_encoder_dim. The number of heads is not visible in shapes: it comes from the
-    file's metadata (our GGUF files have it), a config.json beside it, else from the head width 128. Nor is where hints
-    and audio go: it comes from a config.json, else it is as in the release, or evenly spread.
+    enable_framepack; of Animate motion_encoder_dim, face_px, face_dim and motion_channels. The number of heads is not
+    visible in shapes: it comes from the file's metadata (our GGUF files have it), a config.json beside it, else from
+    the head width 128. Nor is where hints and audio go: it comes from a config.json, else it is as in the release, or
+    evenly spread.
     Raises SwanError if this is no Wan transformer.
     """
     shapes = our_shapes(source, "dit")
@@ -69,7 +70,7 @@ def infer_dit_config(source: Source) -> dict[str, Any]:
     if config["model_type"] == "s2v":
         config |= _s2v_config(source, shapes, config)
     if config["model_type"] == "animate":
-        config["motion_encoder_dim"] = shapes.get("motion_encoder.dec.direction.weight", (0,))[0]
+        config |= _animate_config(shapes)
     return config
 
 
@@ -83,6 +84,17 @@ def _s2v_config(source: Source, shapes: Mapping[str, tuple[int, ...]], config: M
         "cond_dim": _patch_embedding(shapes, "cond_encoder.weight")[1] if "cond_encoder.weight" in shapes else 0,
         "enable_adain": any(name.startswith("audio_injector.injector_adain_layers.") for name in shapes),
         "enable_framepack": any(name.startswith("frame_packer.") for name in shapes),
+    }
+
+
+def _animate_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    convs = "motion_encoder.enc.net_app.convs."
+    last = count(shapes, convs) - 1  # looks at 4x4 pixels, of a picture that each between it and the first has halved
+    return {
+        "motion_encoder_dim": shapes.get("motion_encoder.dec.direction.weight", (0,))[0],
+        "face_px": 4 << max(last - 1, 0),
+        "face_dim": shapes.get("face_encoder.conv2.conv.weight", (0,))[0],
+        "motion_channels": shapes.get(f"{convs}{last}.weight", (0, 0))[1],
     }
 
 

@@ -40,7 +40,12 @@ class TensorInfo:
 
 
 class Source:
-    """Named tensors of one checkpoint. Subclasses supply `read`."""
+    """Named tensors of one checkpoint. Subclasses supply `read`.
+
+    replaces: tensors of files before this one that it has in their place
+    """
+
+    replaces: frozenset[str] = frozenset()
 
     def __init__(self, paths: Sequence[Path], infos: dict[str, TensorInfo]):
         self.paths = list(paths)
@@ -94,7 +99,7 @@ class MergedSource(Source):
         self._owner: dict[str, Source] = {}
         for part in parts:
             for name in part.keys():
-                if name in self._owner:
+                if name in self._owner and name not in part.replaces:
                     first = self._owner[name].describe()
                     raise SwanError(f"tensor {name} is in both {first} and {part.describe()}: give one copy of it")
                 self._owner[name] = part

@@ -59,6 +59,9 @@ class WanModel(nn.Module):
         enable_framepack: bool = True,
         motion_frames: int = 73,
         motion_encoder_dim: int | None = None,
+        face_px: int = 512,
+        face_dim: int = 1024,
+        motion_channels: int = 512,
         attention: str = "sdpa",
         ops: str | None = None,
         parallel: Parallel | None = None,
@@ -97,7 +100,8 @@ class WanModel(nn.Module):
                 )
             )
         if motion_encoder_dim is not None:
-            self.adapters.append(Animate(motion_encoder_dim, num_layers, self.patch_size, block))
+            sizes = {"face_px": face_px, "face_dim": face_dim, "motion_channels": motion_channels}
+            self.adapters.append(Animate(motion_encoder_dim, num_layers, self.patch_size, block, **sizes))
         for name, module in (pair for adapter in self.adapters for pair in adapter.names.items()):
             self.add_module(name, module)
 

@@ -20,6 +20,7 @@ from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
 
+REPLACES = "swan.replaces"  # metadata: names of tensors that this file has in place of those of files before it
 _MAX_SHARDS = 1_000
 _DTYPES = {
     "BOOL": torch.bool,
@@ -49,6 +50,7 @@ class SafetensorsSource(Source):
         with self._file.open() as file:
             header, self._data_start = parse_header(path, file, self._file.size_bytes)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.replaces = frozenset(self.metadata.get(REPLACES, "").split())
         for name, entry in header.items():
             if _DTYPES[entry["dtype"]] is None:
                 raise SwanError(f"{path}: tensor {name} has the element type {entry['dtype']}; it needs torch 2.3")

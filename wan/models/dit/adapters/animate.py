@@ -16,11 +16,10 @@ from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.adapters.motion import MotionEncoder
 from wan.models.dit.block import Context, Hold, RMSNorm
 from wan.models.dit.sequence import Group, Sequence
-from wan.tasks import FACE_PX
 
 POSE_DIM = 16  # channels of a latent of Wan2.1's VAE
 FACE_EVERY = 5  # blocks, after the first of which it is looked at
-_HEADS, _HEAD_DIM = 4, 1024  # of the face encoder
+_HEADS = 4  # of the face encoder
 _EPS = 1e-6
 
 
@@ -29,7 +28,7 @@ class Face:
 
     What was made belongs to that network and to the weights it had.
 
-    pixels: `[B, 3, T, 512, 512]` in [-1, 1], on any device; let go of once they are encoded
+    pixels: `[B, 3, T, S, S]`, S = `face_px`, in [-1, 1], on any device; let go of once they are encoded
     frames: T of a video whose single picture stays the same
     tokens: `[B, F, 5, C]` that were made of it, the first latent frame's zeros
     """
@@ -54,18 +53,18 @@ class CausalConv(nn.Module):
 class FaceEncoder(nn.Module):
     """Vectors of motion to tokens: some that are made of them and a learned one."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, num_heads: int = _HEADS):
+    def __init__(self, in_dim: int, hidden_dim: int, num_heads: int = _HEADS, head_dim: int = 1024):
         super().__init__()
         self.num_heads = num_heads
-        self.conv1_local = CausalConv(in_dim, num_heads * _HEAD_DIM)
-        self.conv2, self.conv3 = (CausalConv(_HEAD_DIM, _HEAD_DIM, stride=2) for _ in range(2))
-        self.out_proj = nn.Linear(_HEAD_DIM, hidden_dim)
+        self.conv1_local = CausalConv(in_dim, num_heads * head_dim)
+        self.conv2, self.conv3 = (CausalConv(head_dim, head_dim, stride=2) for _ in range(2))
+        self.out_proj = nn.Linear(head_dim, hidden_dim)
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
 
     def forward(self, motion_BTC: Tensor) -> Tensor:
         """`[B, T, in_dim] -> [B, F, heads + 1, hidden_dim]`, F = n + 1 of T = 4n + 1 frames."""
         x = self.conv1_local(motion_BTC.transpose(1, 2))
-        x = _norm_silu(x.unflatten(1, (self.num_heads, _HEAD_DIM)).flatten(0, 1))
+        x = _norm_silu(x.unflatten(1, (self.num_heads, -1)).flatten(0, 1))
         x = self.out_proj(_norm_silu(self.conv3(_norm_silu(self.conv2(x)))).transpose(1, 2))
         tokens = x.unflatten(0, (-1, self.num_heads)).transpose(1, 2)
         return torch.cat([tokens, self.padding_tokens.expand(*tokens.shape[:2], 1, -1)], dim=2)
@@ -114,17 +113,28 @@ class Animate(Adapter):
 
     Its inputs:
         pose_latents: `[B, 16, F - 1, H, W]`, added to frames 1...F - 1 of the latent
-        face_pixel_values: `[B, 3, T, 512, 512]` in [-1, 1], T = 4 (F - 2) + 1, or a `Face`, encoded once for a run
+        face_pixel_values: `[B, 3, T, S, S]`, S = `face_px`, in [-1, 1], T = 4 (F - 2) + 1, or a `Face`,
+            encoded once for a run
     """
 
     inputs = ("pose_latents", "face_pixel_values")
 
-    def __init__(self, motion_encoder_dim: int, num_layers: int, patch_size: tuple[int, ...], block: dict[str, Any]):
-        """block: the arguments of a `Block`, but for its images."""
-        dim, heads = block["dim"], block["num_heads"]
+    def __init__(
+        self,
+        motion_encoder_dim: int,
+        num_layers: int,
+        patch_size: tuple[int, ...],
+        block: dict[str, Any],
+        *,
+        face_px: int,
+        face_dim: int,
+        motion_channels: int,
+    ):
+        """block: the arguments of a `Block`, but for its images; face_dim: of each head of the face encoder."""
+        self.face_px, dim, heads = face_px, block["dim"], block["num_heads"]
         self.pose_patch_embedding = nn.Conv3d(POSE_DIM, dim, patch_size, patch_size)
-        self.motion_encoder = MotionEncoder(FACE_PX, motion_encoder_dim)
-        self.face_encoder = FaceEncoder(motion_encoder_dim, dim)
+        self.motion_encoder = MotionEncoder(face_px, motion_encoder_dim, channels=motion_channels)
+        self.face_encoder = FaceEncoder(motion_encoder_dim, dim, head_dim=face_dim)
         self.fuser_blocks = nn.ModuleList(FaceBlock(dim, heads) for _ in range(num_layers // FACE_EVERY))
         self.names = {
             "pose_patch_embedding": self.pose_patch_embedding,
@@ -135,7 +145,7 @@ class Animate(Adapter):
 
     def empty_inputs(self, latent: Tensor) -> dict[str, Any]:
         batch, _, frames, *sides = latent.shape
-        face = latent.new_empty(batch, 3, 4 * (frames - 2) + 1, FACE_PX, FACE_PX)
+        face = latent.new_empty(batch, 3, 4 * (frames - 2) + 1, self.face_px, self.face_px)
         return {"pose_latents": latent.new_empty(batch, POSE_DIM, frames - 1, *sides), "face_pixel_values": face}
 
     def modules(self, block: int) -> dict[str, nn.Module]:
@@ -171,7 +181,7 @@ class Animate(Adapter):
 
     def _encode(self, face: Face, latent_frames: int, x_BLC: Tensor) -> Tensor:
         """`[B, F, 5, C]`; what the reference's frame looks at are zeros."""
-        wanted = [len(x_BLC), 3, 4 * (latent_frames - 2) + 1, FACE_PX, FACE_PX]
+        wanted = [len(x_BLC), 3, 4 * (latent_frames - 2) + 1, self.face_px, self.face_px]
         shape = list(face.pixels.shape)
         if [*shape[:2], face.frames, *shape[3:]] != wanted:
             raise ValueError(f"face_pixel_values is {shape}; these latents need {wanted}")

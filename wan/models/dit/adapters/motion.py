@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32}  # by the side of the picture
+_CHANNELS_AND_SIDE = 16_384  # channels times the picture's side, where that is below the most there are
 _BLUR = (1, 3, 3, 1)
 _SLOPE, _GAIN = 0.2, math.sqrt(2)  # of the leaky ReLU, and what keeps its output's variance
 _SMALL = 1e-8  # added to the directions before they are made orthogonal
@@ -99,16 +99,17 @@ class Directions(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """size: side of the pictures; style_dim: of what is seen in one; motion_dim: directions in which it can move."""
+    """size: side of the pictures; style_dim: of what is seen in one; motion_dim: directions in which it can move;
+    channels: the most of a layer."""
 
-    def __init__(self, size: int = 512, style_dim: int = 512, motion_dim: int = 20):
+    def __init__(self, size: int = 512, style_dim: int = 512, motion_dim: int = 20, channels: int = 512):
         super().__init__()
         self.size = size
-        dim = _CHANNELS[size]
+        dim = min(channels, _CHANNELS_AND_SIDE // size)
         convs: list[nn.Module] = [nn.Sequential(EqualConv(3, dim, 1), BiasedLeakyReLU(dim))]
         while size > 4:
             size //= 2
-            convs.append(ResidualBlock(dim, dim := _CHANNELS[size]))
+            convs.append(ResidualBlock(dim, dim := min(channels, _CHANNELS_AND_SIDE // size)))
         convs.append(EqualConv(dim, style_dim, 4))
         fc = [EqualLinear(style_dim, style_dim) for _ in range(4)] + [EqualLinear(style_dim, motion_dim)]
         self.enc = nn.ModuleDict({"net_app": nn.ModuleDict({"convs": nn.Sequential(*convs)}), "fc": nn.Sequential(*fc)})
