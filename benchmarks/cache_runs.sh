@@ -1,5 +1,6 @@
 # What the scripts for caches share; to be sourced. Runs of generate.py with a fixed seed, in a temporary folder $work.
 # gpus: how many processes make a video together (default 1).
+# TASKS: those of the embedded models that run (default: all).
 # PYTHON: the interpreter (default: .venv/bin/python, else python3); IMAGE: the first frame for image models, and what
 # S2V animates; AUDIO: what it hears.
 set -euo pipefail
@@ -28,7 +29,7 @@ trap 'rm -rf "$work"' EXIT
 models() { # one line each: TASK, and the checkpoint's folder or -; the embedded models where there is no root
     if [[ -z $root ]]; then
         local task
-        for task in t2v-tiny i2v-tiny s2v-tiny; do
+        for task in ${TASKS:-t2v-tiny i2v-tiny s2v-tiny}; do
             [[ $task = t2v-tiny || -d wan/assets/tiny_${task%%-*} ]] && echo "$task -"
         done
         return 0

@@ -209,7 +209,7 @@ def test_margin_best_and_front():
     assert cache_quality.pareto(rows[::-1]) == [rows[0], rows[1], rows[3]]
 
 
-@pytest.mark.parametrize("task", CALIBRATED)
+@pytest.mark.parametrize("task", CALIBRATED[:1])
 def test_quality(tmp_path, capsys, task):
     out, picture = tmp_path / "q.json", tmp_path / "q.png"
     flags = ["--task", task, "--prompts", "1", "--steps", "5", "--series", "magcache K=4", "--thresholds", "6"]
@@ -306,6 +306,7 @@ def quick_python(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_run_on_the_embedded_models(script, quick_python):
-    done = bash(script, PYTHON=quick_python)
+    tasks = ("s2v-tiny",) if "bench" in script else ("i2v-tiny", "s2v-tiny") if "smoke" in script else ("t2v-tiny",)
+    done = bash(script, PYTHON=quick_python, TASKS=" ".join(tasks))
     assert done.returncode == 0, done.stderr
-    assert all(task in done.stdout for task in (*EMBEDDED, "s2v-tiny"))
+    assert all(task in done.stdout for task in tasks)

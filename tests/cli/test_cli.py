@@ -57,7 +57,7 @@ class StandIn:
             raise self.fail
         shape = (request.sample.frame_num, request.sample.height, request.sample.width, 3)
         frames = np.random.default_rng(request.sample.seed).integers(0, 255, shape, dtype=np.uint8)
-        made = types.SimpleNamespace(frames=len(frames), sha256=[hashlib.sha256(frames.tobytes()).hexdigest()])
+        made = types.SimpleNamespace(clips=1, frames=len(frames), sha256=[hashlib.sha256(frames.tobytes()).hexdigest()])
         return types.SimpleNamespace(frames=frames, latents=self.latents, seconds={"denoise": 0.5}, made=made)
 
 

@@ -282,11 +282,11 @@ def test_a_closed_engine_says_so():
 
 
 KINDS = [
-    {},
-    {"size": "96*64"},
-    {"frame_num": 9, "sample_guide_scale": 1},
-    {"lora": STRIPES},
-    {"fbcache": True, "sample_steps": 10, "fb_thresh": 0.3},
+    {"size": "48*48"},
+    {"size": "64*32"},
+    {"size": "32*32", "frame_num": 9, "sample_guide_scale": 1},
+    {"size": "32*48", "lora": STRIPES},
+    {"size": "32*32", "fbcache": True, "sample_steps": 10, "fb_thresh": 0.3},
     {"size": "32*32", "sample_solver": "euler", "sample_shift": 3},
 ]
 

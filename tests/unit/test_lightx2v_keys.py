@@ -298,6 +298,7 @@ def test_what_keys_mean(config, options):
     spec = load_task("i2v-A14B" if "model_cls" not in config and "lora_configs" in config else "t2v-14B")
     if "model_cls" in config:
         spec = load_task("i2v-A14B") if "moe" in config["model_cls"] else None
+        spec = load_task("s2v-14B") if "s2v" in config["model_cls"] else spec
     made = translate({**BASE, **config} if "infer_steps" not in config else config, FILE, spec=spec).options
     assert {name: made.get(name) for name in options} == options
 
