@@ -75,7 +75,7 @@ def open_audio(path: Any) -> AudioFile:
     import numpy as np
 
     if not os.path.isfile(path):
-        raise UsageError(f"no audio file {printable(path)}")
+        raise UsageError(f"--audio: no file {printable(path)}")
     samples, peak, total, squares = 0, 0.0, 0.0, 0.0
     for part in _parts(str(path)):
         samples, peak = samples + len(part), max(peak, float(np.abs(part).max(initial=0)))

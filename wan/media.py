@@ -138,12 +138,19 @@ def _mux(
 
 def save_latents(path: str | Path, latents: torch.Tensor) -> None:
     """Write latents [C, F, H, W] to a safetensors file under the name `latents`. Raises SwanError."""
+    save_tensors(path, {"latents": latents.detach().cpu()})
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file. Raises SwanError; atomic."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic(Path(path)) as temporary:
         try:
-            save_file({"latents": latents.detach().cpu().contiguous()}, temporary)
+            save_file({name: one.contiguous() for name, one in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
             raise OSError(one_line(error)) from error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan import media
 from wan.errors import SwanError, UsageError, one_line, printable
-from wan.files import atomic, hold_folder, parse_json
+from wan.files import hold_folder, parse_json
 from wan.video import open_video
 
 if TYPE_CHECKING:
@@ -74,14 +74,9 @@ class Unfinished:
 
     def add(self, frames: np.ndarray, made: Made, fps: int, settings: Mapping[str, Any]) -> None:
         """Keep the frames, uint8 [T, H, W, 3], of the last clip of those that are `made`. Raises SwanError."""
-        from safetensors.torch import save_file
-
         media.write_video(self._clip(made.clips - 1), frames, fps, {"task": settings["task"]})
         told = {"settings": settings, "clips": made.clips, "frames": made.frames, "sha256": made.sha256}
-        with atomic(self.folder / _STATE) as temporary:
-            save_file(
-                {name: one.contiguous() for name, one in made.state.items()}, temporary, {"swan": json.dumps(told)}
-            )
+        media.save_tensors(self.folder / _STATE, made.state, {"swan": json.dumps(told)})
 
     def finish(self, made: Made, fps: int, settings: Mapping[str, Any], sound: media.Sound | None = None) -> None:
         """Join the clips to the film; the folder is gone then. Raises SwanError."""

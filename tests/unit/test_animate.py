@@ -375,7 +375,7 @@ def test_relighting_lora(options, checkpoint, source):
         assert "use_relighting_lora" not in settings and settings["lora"][0][0] == str(path.resolve())
     finally:
         path.unlink()
-    with pytest.raises(UsageError, match="--use_relighting_lora is for animate tasks, not for t2v-tiny"):
+    with pytest.raises(UsageError, match="--use_relighting_lora: t2v-tiny has no relighting LoRA"):
         build_request({"use_relighting_lora": True})
 
 

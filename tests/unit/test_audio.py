@@ -104,7 +104,7 @@ def test_too_little_and_nothing(tmp_path):
     path = write_sound(tmp_path / "a.wav", tone(RATE, 0.02), RATE)
     with pytest.raises(SwanError, match="it lasts 0.020 s, which is too short"):
         open_audio(path)
-    with pytest.raises(UsageError, match="no audio file .*b.wav"):
+    with pytest.raises(UsageError, match="--audio: no file .*b.wav"):
         open_audio(tmp_path / "b.wav")
 
 

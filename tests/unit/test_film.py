@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from wan import Engine, media
 from wan.cli import main
@@ -171,6 +172,16 @@ def test_a_film_whose_clips_are_all_made_is_only_joined(kind, tmp_path, capsys, 
     assert main(["--resume", f"{file}.unfinished", "--quiet"]) == 0
     assert len(frames_of(file)[0]) == 16
     assert [path.name for path in (file.parent / "a.mp4.unfinished").iterdir()] == ["notes.txt"]  # what is not ours
+
+
+def test_a_full_disk_is_told_in_one_line(kind, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main([*FLAGS, "--save_file", str(tmp_path / "a.mp4"), "--quiet"]) == 1
+    error = capsys.readouterr().err.splitlines()[0]
+    assert error.startswith("error: cannot write ") and "state.safetensors: " in error and "No space left" in error
 
 
 def test_what_was_left_before_the_first_clip_is_taken_over(kind, tmp_path):

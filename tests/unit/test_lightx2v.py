@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.unit.animate_helpers import narrow, small_spec, write_inputs
+from tests.unit.animate_helpers import small_spec, write_inputs
 from tests.unit.tiny_checkpoint import write_checkpoint
 from wan import Engine, tasks
 from wan.compat.lightx2v import LightX2VPipeline
@@ -398,8 +398,7 @@ def test_vace_with_references_at_construction(asked, tmp_path):
 def test_animate_by_arguments_that_its_class_refuses(tmp_path, monkeypatch):
     """Its example: replace_flag as an attribute, paths in generate; background and mask lie beside the pose video."""
     spec, tasks_of = small_spec(), tmp_path / "tasks"
-    with narrow():
-        write_checkpoint(tmp_path / "model", spec)
+    write_checkpoint(tmp_path / "model", spec)
     inputs = write_inputs(tmp_path / "inputs")
     tasks_of.mkdir()
     (tasks_of / "animate-14B.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(spec))))
@@ -409,7 +408,7 @@ def test_animate_by_arguments_that_its_class_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(EngineClass, "make", lambda self, one, **how: made.append(one) or make(self, one, **how))
     pipe = LightX2VPipeline(model_path=str(tmp_path / "model"), model_cls="wan2.2_animate", task="animate")
     pipe.replace_flag = True
-    with narrow(), pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning) as caught:
         pipe.create_generator(
             attn_mode="torch_sdpa", infer_steps=1, num_frames=13, guidance_scale=1, sample_shift=5.0, fps=30
         )
@@ -427,11 +426,10 @@ def test_animate_by_arguments_that_its_class_refuses(tmp_path, monkeypatch):
     assert (sample.src_ref, sample.src_mask) == (str(inputs / "src_ref.png"), str(inputs / "src_mask.mp4"))
     assert (sample.replace_flag, sample.fps, sample.frame_num, sample.steps) == (True, 30, 13, 1)
     assert video.shape == (12, 32, 48, 3)
-    with narrow():
-        pipe.generate(
-            src_pose_path=sample.src_pose, src_face_path=sample.src_face, src_ref_images=sample.src_ref,
-            replace_flag=False, return_result_tensor=True,
-        )  # fmt: skip
+    pipe.generate(
+        src_pose_path=sample.src_pose, src_face_path=sample.src_face, src_ref_images=sample.src_ref,
+        replace_flag=False, return_result_tensor=True,
+    )  # fmt: skip
     assert not made[1].sample.replace_flag and made[1].sample.src_bg is None
 
 

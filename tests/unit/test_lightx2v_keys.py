@@ -214,6 +214,11 @@ WRONG = [
     ({"model_cls": "hunyuan_video_1.5"}, "HunyuanVideo-1.5 is another family of models"),
     ({"model_cls": "seko_talk"}, f"model_cls 'seko_talk' is not here; there are: {', '.join(CLASSES)}"),
     ({"model_cls": "wan2.1_mean_flow_distill"}, "time_embedding_r"),
+    ({"model_cls": "wan2.1"}, "task is needed: model_cls wan2.1 has t2v, i2v, flf2v"),
+    ({"enable_cfg": True, "sample_guide_scale": []}, "sample_guide_scale []: must be one number"),
+    ({"target_shape": ["a", 64]}, "target_shape ['a', 64]: must be [height, width], two whole numbers"),
+    ({"parallel": {"seq_p_size": -2}}, "parallel: seq_p_size -2: must be at least 1"),
+    ({**MAG, "magcache_ratios": [[], [1.0, 0.9]]}, "magcache_ratios [[], [1.0, 0.9]]: has none with the prompt"),
 ]
 
 
@@ -253,6 +258,7 @@ MEANS = [
     ({"dit_quantized": False, "dit_quantized_ckpt": "q", "dit_original_ckpt": "o"}, {"dit": "o"}),
     ({"target_height": 480, "target_width": 832, "target_video_length": 33}, {"size": "832*480", "frame_num": 33}),
     ({"target_height": 480, "target_width": 832, "target_shape": [64, 96]}, {"size": "96*64"}),
+    ({"target_height": 64.0, "target_width": 96}, {"size": "96*64"}),
     ({"cpu_offload": False}, {"offload": "none", "resident_blocks": None}),
     ({"cpu_offload": True, "offload_ratio": 0.8}, {"offload": "block", "resident_blocks": 8}),
     (

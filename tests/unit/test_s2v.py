@@ -372,7 +372,7 @@ def test_where_weights_lie_changes_nothing(setup, way):
 REFUSED = [
     ({"audio": None}, "s2v-14B needs --image FILE and --audio FILE"),
     ({"image": None}, "s2v-14B needs --image FILE and --audio FILE"),
-    ({"audio": "none.wav"}, "no audio file none.wav"),
+    ({"audio": "none.wav"}, "--audio: no file none.wav"),
     ({"infer_frames": 10}, "--infer_frames must be a multiple of 4, not 10"),
     ({"infer_frames": "many"}, "--infer_frames must be a whole number from 1 to 400, not 'many'"),
     ({"num_clip": 0}, "--num_clip must be a whole number from 1 to"),

@@ -107,7 +107,7 @@ def relighting_lora(spec: EasyDict, ckpt_dir: str) -> LoraChoice:
     """
     name = spec.files.get("relighting")
     if name is None:
-        raise UsageError(f"--use_relighting_lora is for animate tasks, not for {spec.name}")
+        raise UsageError(f"--use_relighting_lora: {spec.name} has no relighting LoRA")
     path = Path(ckpt_dir) / name
     if not path.is_file():
         raise UsageError(f"--use_relighting_lora: no {name} in {ckpt_dir}; download it, and give it with --lora FILE")

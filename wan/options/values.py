@@ -127,7 +127,7 @@ def _is_lora(value: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value for a message: however long or deep it is, a few words."""
-    return _SHORT.repr(value)
+    return _SHORT.repr(value).replace("\n", " ")  # of an array
 
 
 def number(value: Any, flag: str, convert: Callable[[Any], Any], allowed: str, fits: Callable[[Any], bool]) -> Any:

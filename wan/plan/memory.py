@@ -226,7 +226,8 @@ class Workload:
 
     def hearing(self) -> runs.Count:
         """Of the audio, by its encoder."""
-        return runs.hearing(steps_of(self.request.sample.audio_samples))
+        wav2vec = runs.key(self.spec.get("wav2vec", {}))
+        return runs.hearing(wav2vec, steps_of(self.request.sample.audio_samples))
 
     def working_bytes(self, stage: str, device: str) -> int:
         """What a stage holds at most beside weights, where it computes."""

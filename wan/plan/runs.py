@@ -316,10 +316,10 @@ def image_looking(images: int, dtype: str) -> Count:
 
 
 @_CACHED
-def hearing(steps: int) -> Count:
+def hearing(wav2vec: str, steps: int) -> Count:
     """Of so many steps of the audio encoder, in windows, see `AudioEncoder`."""
     window = min(steps, WINDOW_STEPS + 2 * MARGIN_STEPS)
-    encoder = AudioEncoder(in_type(build("wav2vec", {}), "fp32"))
+    encoder = AudioEncoder(in_type(build("wav2vec", json.loads(wav2vec)), "fp32"))
     with torch.inference_mode(), Tally() as tally:
         encoder.hidden_states(_empty(samples_of(window)))
     return Count(tally.peak, sum(tally.flops.values()) * steps / window)

@@ -159,7 +159,7 @@ def expert_names(spec: EasyDict) -> list[str]:
 
 def config_of(spec: EasyDict, kind: str) -> Mapping[str, Any]:
     """What the task file says of a model."""
-    return {"dit": spec.dit, "vae": spec.vae, "t5": spec.text, "clip": {}, "wav2vec": {}}[kind]
+    return {"dit": spec.dit, "vae": spec.vae, "t5": spec.text, "clip": {}, "wav2vec": spec.get("wav2vec", {})}[kind]
 
 
 def parameters(spec: EasyDict, vaes: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, int]:

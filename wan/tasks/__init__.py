@@ -83,6 +83,10 @@ SCHEMA: dict[str, Any] = {
         "num_layers": int,
         "num_buckets": int,
     },
+    # As `wan.models.audio.audio_model` takes them; by default those of XLSR-53.
+    "wav2vec?": dict.fromkeys(
+        ("dim", "dim_ffn", "num_layers", "num_heads", "conv_dim", "position_width", "position_groups"), int
+    ),
     "files": {"t5": str, "vae": str, "tokenizer": str, "clip?": str, "wav2vec?": str, "base?": str, "relighting?": str},
     "experts?": {"low": str, "high": str},
     "sampling": {

@@ -10,6 +10,7 @@ from easydict import EasyDict
 
 from wan.errors import UsageError
 from wan.options.files import told_task
+from wan.options.values import shown
 from wan.tasks import load_task, task_names
 
 
@@ -51,15 +52,17 @@ _REFUSED = {
 
 def model_class(name: str, where: str = "") -> ModelClass:
     """Raises UsageError, with the classes that there are, for another one."""
-    if name not in CLASSES:
-        why = f": {_REFUSED[name]}" if name in _REFUSED else ""
-        raise UsageError(f"{where}model_cls {name!r} is not here{why}; there are: {', '.join(CLASSES)}")
+    if not isinstance(name, str) or name not in CLASSES:
+        why = f": {_REFUSED[name]}" if str(name) in _REFUSED else ""
+        raise UsageError(f"{where}model_cls {shown(name)} is not here{why}; there are: {', '.join(CLASSES)}")
     return CLASSES[name]
 
 
 def our_kind(name: str, task: str | None, where: str = "") -> str:
     """The kind of our tasks that a task of a class is. Raises UsageError for one that it does not have."""
     kinds = model_class(name, where).kinds
+    if task is None:
+        raise UsageError(f"{where}task is needed: model_cls {name} has {', '.join(kinds)}")
     if task not in kinds:
         raise UsageError(f"{where}task {task!r} is none of model_cls {name}, which has: {', '.join(kinds)}")
     return kinds[task]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from easydict import EasyDict
@@ -148,7 +149,7 @@ def _guidance(at: Given, spec: EasyDict) -> Any:
     """LightX2V guides where enable_cfg says so, and lists the high-noise expert first."""
     scale, guides = at("sample_guide_scale"), at("enable_cfg")
     parts = list(scale) if isinstance(scale, (list, tuple)) else [scale]
-    if len(parts) > 2 or (len(set(parts)) > 1 and "experts" not in spec):
+    if not parts or len(parts) > 2 or (len(set(parts)) > 1 and "experts" not in spec):
         at.refuse("sample_guide_scale", f"must be one number{', or [HIGH, LOW]' if 'experts' in spec else ''}")
     if guides is None and scale is not None and set(parts) != {1}:
         at.note("sample_guide_scale", "has no effect: without enable_cfg true LightX2V does not guide")
@@ -177,7 +178,11 @@ def _size(at: Given, spec: EasyDict) -> str | None:
     if (height is None) != (width is None):
         lacks = "target_width" if width is None else "target_height"
         at.refuse("target_height" if width is None else "target_width", f"needs {lacks} beside it")
-    return None if height is None else f"{width}*{height}"
+    if height is None:
+        return None
+    if not all(isinstance(side, Real) and side == int(side) for side in (height, width)):
+        at.refuse("target_shape", "must be [height, width], two whole numbers")
+    return f"{int(width)}*{int(height)}"
 
 
 def _of_area(at: Given, area: int, multiple: int) -> str:
@@ -297,7 +302,9 @@ def _mag(at: Given) -> Options:
     """MagCache; of the two lists of ratios the one with the prompt, for without it follows."""
     ratios = at("magcache_ratios") or None
     if ratios and isinstance(ratios[0], (list, tuple)):
-        ratios = ratios[0] or None
+        ratios = ratios[0]
+        if not ratios:
+            at.refuse("magcache_ratios", "has none with the prompt, which come first")
     options = {"mag_thresh": at("magcache_thresh"), "mag_K": at("magcache_K"), "mag_ratios": ratios}
     return {"magcache": True, **options, "mag_retention": at("magcache_retention_ratio")}
 
@@ -326,7 +333,11 @@ def _parallel(at: Given, spec: EasyDict) -> Options:
     if not said:
         return {}
     one = at.inner("parallel", said, PARALLEL)
-    sizes = {name: one(name) or 1 for name in ("cfg_p_size", "seq_p_size", "tensor_p_size")}
+    sizes = {name: one(name) for name in ("cfg_p_size", "seq_p_size", "tensor_p_size")}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            one.refuse(name, "must be at least 1")
+    sizes = {name: size or 1 for name, size in sizes.items()}
     if sizes["cfg_p_size"] not in (1, 2):
         one.refuse("cfg_p_size", "guidance has two branches: it must be 1 or 2")
     options: Options = {"cfg_parallel": True} if sizes["cfg_p_size"] == 2 else {}

@@ -179,6 +179,8 @@ class LightX2VPipeline:
         if path is None:
             self._set({**said, "enable_cfg": guidance_scale != 1}, method)
         else:
+            if not isinstance(path, (str, os.PathLike)):
+                raise UsageError(f"config_json must be the path of a file, not {shown(path)}")
             self._read(os.fspath(path), said, method)
         self.close()
         self._world = join()
@@ -207,7 +209,8 @@ class LightX2VPipeline:
         paths = {"lora": lora_path, "lora_high": high_lora_path, "lora_low": low_lora_path}
         strengths = strength, high_lora_strength, low_lora_strength
         chosen = {flag: [(path, one)] for (flag, path), one in zip(paths.items(), strengths) if path}
-        with self._failing(self._theirs):
+        names = {"lora": "lora_path", "lora_high": "high_lora_path", "lora_low": "low_lora_path"}
+        with self._failing(replace(self._theirs, names=names, places="")):
             self._engine.set_loras(**chosen)
         self._has_switched = True
 
