@@ -131,23 +131,24 @@ def _main(argv: Sequence[str] | None, world: World) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name in FLAGS}
     notes: list[str] = []
-    if args.resume and args.replay:
+    if args.resume is not None and args.replay is not None:
         raise UsageError("--resume and --replay contradict each other: give one")
-    if args.config_json and (other := next((one for one in ("config", "replay", "resume") if getattr(args, one)), "")):
-        raise UsageError(f"--config_json and --{other} contradict each other: give one")
-    if args.config:
+    others = [one for one in ("config", "replay", "resume") if getattr(args, one) is not None]
+    if args.config_json is not None and others:
+        raise UsageError(f"--config_json and --{others[0]} contradict each other: give one")
+    if args.config is not None:
         options = config_options(args.config, options)
-    if args.replay:
+    if args.replay is not None:
         options = replay_options(
             media.read_settings(args.replay), options, files=bool(args.replay_files), warnings=notes
         )
     elif args.replay_files:
         raise UsageError("--replay_files is for --replay FILE")
     made = None
-    if args.resume:
+    if args.resume is not None:
         settings, made = read_unfinished(args.resume)
         options = _resumed(args.resume, settings, options, notes)
-    if args.config_json:
+    if args.config_json is not None:
         from wan.compat.lightx2v.config import file_request
 
         request, found = file_request(args.config_json, options, world.size)

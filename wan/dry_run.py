@@ -10,10 +10,10 @@ from easydict import EasyDict
 from wan.command import put
 from wan.errors import SwanError, UsageError
 from wan.file_checks import faults
+from wan.memory.residency import attention_of
 from wan.models.attention import choose_attention
 from wan.options import Request, check_device
 from wan.options.phases import check_phase_loras
-from wan.pipeline import attention_of
 from wan.plan import Machine, format_plan, look, make_plan, measure, missing_files
 from wan.plan.text import gigabytes
 from wan.weights.checkpoint import Checkpoint

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
-from wan import pipeline
 from wan.cli import main
 from wan.media import read_settings
+from wan.memory import residency
 from wan.options import build_request
 from wan.options.replay import replay_options
 from wan.pipeline import WanPipeline
@@ -31,17 +31,19 @@ def test_auto_is_fp32_on_a_cpu_without_units_for_bf16(without_bf16, tmp_path, mo
     checkpoint = write_checkpoint(tmp_path / "checkpoint", spec)
     monkeypatch.setattr("wan.options.load_task", lambda name: spec)
     monkeypatch.setattr("wan.cli.load_task", lambda name: spec)
-    types, real = {}, pipeline.load_text_encoder
+    types, real = {}, residency.load_text_encoder
     monkeypatch.setattr(
-        pipeline, "load_text_encoder", lambda *args, **kwargs: types.update(t5=kwargs["dtype"]) or real(*args, **kwargs)
+        residency,
+        "load_text_encoder",
+        lambda *args, **kwargs: types.update(t5=kwargs["dtype"]) or real(*args, **kwargs),
     )
-    monkeypatch.setattr(pipeline, "load_expert", _noting(pipeline.load_expert, types))
+    monkeypatch.setattr(residency, "load_expert", _noting(residency.load_expert, types))
     run = ["--task", "t2v-1.3B", "--ckpt_dir", checkpoint, "--prompt", "a", "--size", "64*32", "--frame_num", 5]
     run += ["--sample_steps", 2, "--device", "cpu", "--save_file", tmp_path / "a.mp4", *flags]
     assert main(list(map(str, run))) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "no units for bf16" in line]
     assert len(lines) == 1 and lines[0].startswith("warning: " if flags else "this CPU")
-    assert types == {"t5": torch.bfloat16, "dit": pipeline.DTYPES[made]}
+    assert types == {"t5": torch.bfloat16, "dit": residency.DTYPES[made]}
     stored = read_settings(tmp_path / "a.mp4")
     assert stored["dtype"] == made and stored["t5_dtype"] == "bf16"
 

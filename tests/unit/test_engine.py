@@ -81,9 +81,9 @@ def test_what_belongs_where(engine):
 
 def test_models_are_read_once(engine, monkeypatch):
     first = quick(engine)
-    monkeypatch.setattr("wan.pipeline.load_weights", None)
-    monkeypatch.setattr("wan.pipeline.load_expert", None)
-    monkeypatch.setattr("wan.pipeline.load_text_encoder", None)
+    monkeypatch.setattr("wan.memory.residency.load_weights", None)
+    monkeypatch.setattr("wan.memory.residency.load_expert", None)
+    monkeypatch.setattr("wan.memory.residency.load_text_encoder", None)
     assert (quick(engine).frames == first.frames).all()
     other = quick(engine, size="32*48", frame_num=9, sample_guide_scale=1, seed=4, prompt="a blue square")
     assert other.frames.shape == (9, 48, 32, 3)

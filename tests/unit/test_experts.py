@@ -19,6 +19,7 @@ from benchmarks.loading import anonymous_bytes, peak_anonymous
 from wan import pipeline
 from wan.errors import SwanError
 from wan.memory import experts as experts_module
+from wan.memory import residency
 from wan.memory.experts import Experts, load_expert, read_ahead
 from wan.memory.offload import Cpu
 from wan.models.dit import WanModel
@@ -61,8 +62,8 @@ def test_files_are_read_into_the_cache(tmp_path):
 @pytest.mark.parametrize("free_bytes, ahead", [(1 << 40, ["low_noise_model"]), (1000, [])])
 def test_only_what_comes_later_and_fits(monkeypatch, tmp_path, free_bytes, ahead):
     asked, steps = [], []
-    monkeypatch.setattr(pipeline, "read_ahead", lambda paths: asked.append((len(steps), paths)))
-    monkeypatch.setattr(pipeline, "free_ram", lambda: free_bytes)
+    monkeypatch.setattr(residency, "read_ahead", lambda paths: asked.append((len(steps), paths)))
+    monkeypatch.setattr(residency, "free_ram", lambda: free_bytes)
     options = {"task": "i2v-tiny", "sample_steps": 4, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
     request = build_request(options)
     pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))
@@ -79,7 +80,7 @@ STEP, LEVEL = "boundary_step_index", "boundary"
 )
 def test_an_expert_without_a_step_is_not_read(monkeypatch, tmp_path, where, place, runs):
     asked = []
-    monkeypatch.setattr(pipeline, "read_ahead", asked.append)
+    monkeypatch.setattr(residency, "read_ahead", asked.append)
     options = {"task": "i2v-tiny", "sample_steps": 1, "device": "cpu", "save_file": str(tmp_path / "a.mp4")}
     request = build_request(options | where)
     pipe = WanPipeline.from_request(request, load_task("i2v-tiny"))

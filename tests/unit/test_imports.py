@@ -22,7 +22,7 @@ LAYERS = [
     ("wan.tasks.kind", "wan.tasks.kinds", "wan.tasks.image", "wan.tasks.latent", "wan.tasks.vace")
     + ("wan.tasks.s2v", "wan.tasks.animate"),
     ("wan.denoise", "wan.options", "wan.plan"),
-    ("wan.memory.experts", "wan.file_checks", "wan.stage_checks"),
+    ("wan.memory.experts", "wan.memory.residency", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview", "wan.unfinished"),
     ("wan.engine",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),

@@ -52,6 +52,8 @@ def test_a_preset_counts_for_more_than_a_stored_run():
         ({"boundary_step_index": 1}, "--boundary_step_index is for tasks with two experts; t2v-tiny has one"),
         ({"task": "i2v-tiny", "boundary_step_index": 21}, "--boundary_step_index must be a whole number from 0 to 20"),
         ({"trim_first_frames": 17}, "--trim_first_frames must be a whole number from 0 to 16, not 17"),
+        ({"sigmas": "1,,0.5"}, "--sigmas must be falling noise levels"),
+        ({"tae": ""}, "--tae: no file ''"),
         ({"preset": "distill-4step", "sample_steps": 8}, "--sample_steps 8 contradicts --denoising_step_list"),
     ],
 )

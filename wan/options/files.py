@@ -56,7 +56,7 @@ def _is_hub_id(value: str) -> bool:
 
 def check_file(spec: EasyDict, get: Mapping[str, Any], part: str) -> str | None:
     """The single file in place of the checkpoint's own for a component, absolute, by the flag of either name."""
-    flag = next((flag for flag in _flags(part) if get[flag]), None)
+    flag = next((flag for flag in _flags(part) if get[flag] is not None), None)
     parts = ["vae", "tae", "t5", "tokenizer", *(["high", "low"] if "experts" in spec else ["dit"]), *spec.files]
     if flag and part not in parts:
         usable = (one for one in (*FILE_FLAGS, *GGUF_FLAGS) if GGUF_FLAGS.get(one, one) in parts)
@@ -72,12 +72,12 @@ def _flags(part: str) -> list[str]:
 
 def _file(get: Mapping[str, Any], part: str) -> str | None:
     """`check_file`, whatever the task."""
-    flags = {flag: get[flag] for flag in _flags(part) if get[flag]}
+    flags = {flag: get[flag] for flag in _flags(part) if get[flag] is not None}
     if not flags:
         return None
     flag, path = next(iter(flags.items()))
     if not os.path.exists(path):
-        raise UsageError(f"--{flag}: no file {path}")
+        raise UsageError(f"--{flag}: no file {path or repr(path)}")
     if flag == "tokenizer" and not os.path.isdir(path):
         raise UsageError(f"--tokenizer takes a folder, and {path} is a file")
     if len(flags) > 1:

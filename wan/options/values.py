@@ -145,8 +145,8 @@ def number(value: Any, flag: str, convert: Callable[[Any], Any], allowed: str, f
 
 def listed(value: Any) -> list[Any]:
     """The parts of a list, or of text with commas or blanks between them."""
-    if isinstance(value, str):
-        return value.replace(",", " ").split()
+    if isinstance(value, str):  # between two commas there is an empty part
+        return [one for part in value.split(",") for one in part.split() or [""]]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

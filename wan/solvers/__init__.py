@@ -34,35 +34,13 @@ SOLVERS = {
 }
 
 
-def make_solver(
-    name: str,
-    *,
-    steps: int,
-    shift: float = 1.0,
-    denoising_step_list: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
-    sigma_max: float = RCM_SIGMA_MAX,
-    num_train_timesteps: int = 1000,
-    first: int = 0,
-    draw: Draw | None = None,
-) -> Solver:
+def make_solver(name: str, *, steps: int, first: int = 0, draw: Draw | None = None, **how: Any) -> Solver:
     """A fresh solver, holding its whole schedule, from step `first` on, and no history.
 
-    ``shift`` is the timestep shift of flow matching: sigma -> shift * sigma / (1 + (shift - 1) * sigma).
-    ``denoising_step_list`` names the unshifted training timesteps of a step-distilled model, for example
-    ``[1000, 750, 500, 250]``, and ``sigmas`` noise levels as they are; each replaces the solver's own spacing and must
-    have ``steps`` entries. ``sigma_max`` is that of rCM's own steps, which have no shift. ``draw`` gives the noise that
-    a solver adds, see `Renoise`. Raises UsageError for an unknown name or an impossible schedule.
+    how: see `make_schedule`; draw: gives the noise that a solver adds, see `Renoise`. Raises UsageError for an unknown
+    name or an impossible schedule.
     """
-    schedule = make_schedule(
-        name,
-        steps=steps,
-        shift=shift,
-        denoising_step_list=denoising_step_list,
-        sigmas=sigmas,
-        sigma_max=sigma_max,
-        num_train_timesteps=num_train_timesteps,
-    )
+    schedule = make_schedule(name, steps=steps, **how)
     return chain([(SOLVERS[name], steps)], schedule, first, draw)
 
 
@@ -76,7 +54,13 @@ def make_schedule(
     sigma_max: float = RCM_SIGMA_MAX,
     num_train_timesteps: int = 1000,
 ) -> Schedule:
-    """The steps of `make_solver`."""
+    """The steps of a solver. Raises UsageError for an unknown name or impossible steps.
+
+    shift: the timestep shift of flow matching: sigma -> shift * sigma / (1 + (shift - 1) * sigma)
+    denoising_step_list: unshifted training timesteps of a step-distilled model, for example [1000, 750, 500, 250]; and
+        sigmas: noise levels as they are. Each replaces the solver's own spacing and must have `steps` entries
+    sigma_max: of rCM's own steps, which have no shift
+    """
     if name not in SOLVERS:
         raise UsageError(f"unknown solver {name!r}; choose one of: {', '.join(SOLVERS)}")
     if steps < 1:
@@ -101,9 +85,8 @@ def make_schedule(
 def solver_of(sample: Any, draw: Draw | None = None) -> Solver:
     """The solver of a `wan.options.Sample`, of several where its phases name several: each takes its own steps of the
     whole number, and ends where the next begins."""
-    parts = [
-        (name, sum(phase.steps for phase in phases)) for name, phases in groupby(sample.by_phase, _solver_of_phase)
-    ]
+    groups = groupby(sample.by_phase, lambda phase: phase.solver)
+    parts = [(name, sum(phase.steps for phase in phases)) for name, phases in groups]
     schedules, start = [], 0
     for name, count in parts:
         whole = make_schedule(
@@ -117,10 +100,6 @@ def solver_of(sample: Any, draw: Draw | None = None) -> Solver:
         schedules.append(whole.between(start, start + count))
         start += count
     return chain([(SOLVERS[name], count) for name, count in parts], joined(schedules), sample.first_step, draw)
-
-
-def _solver_of_phase(phase: Any) -> str:
-    return phase.solver
 
 
 __all__ = ["SOLVERS", "Solver", "make_schedule", "make_solver", "solver_of"]

@@ -61,7 +61,7 @@ KEYS: dict[str, Key] = {
     # Models and files
     "model_cls": _acts("text", "--task, with task"),
     "task": _acts("text", "--task, with model_cls"),
-    "support_tasks": _acts("list", "tasks that generate(task=) may ask of the same model"),
+    "support_tasks": _acts("list", "tasks that generate(task=) may ask of the same model", "but in a pipeline"),
     "model_path": _acts("text", "--ckpt_dir"),
     "dit_original_ckpt": _acts("text", "--dit"),
     "high_noise_original_ckpt": _acts("text", "--high"),
@@ -140,7 +140,7 @@ KEYS: dict[str, Key] = {
     "motion_frames": _told("whole", "dit.motion_frames"),
     "drop_first_motion": Key("flag", "refused", "clips always begin after the frames that they are given", (True,)),
     "save_result_path": _acts("text", "--save_file"),
-    "return_result_tensor": _acts("flag", "a tensor is returned, and nothing is written"),
+    "return_result_tensor": _acts("flag", "a tensor is returned, and nothing is written", "but in a pipeline"),
     "video_path": _idle("picture", "it is of super-resolution, or its sound is for Animate, and not taken", ""),
     "sr_ratio": _idle("number", "it is of super-resolution", 2.0),
     "action_path": _idle("any", "it is of world models", ""),

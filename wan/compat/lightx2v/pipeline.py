@@ -184,7 +184,7 @@ class LightX2VPipeline:
             self._read(os.fspath(path), said, method)
         self.close()
         self._world = join()
-        theirs = translate(self._keys, self._places, defaults=self._defaults)
+        theirs = translate(_of_files(self._keys), self._places, defaults=self._defaults)
         self._tell(theirs.notes)
         for one in self.get("support_tasks"):
             if self._kind(one) != theirs.spec.kind:
@@ -371,7 +371,7 @@ class LightX2VPipeline:
         for needed in {"i2v": ["image_path"], "flf2v": ["image_path", "last_frame_path"]}.get(task, ()):
             if is_nothing(config.get(needed)):
                 raise UsageError(f"task {task!r} needs {needed}")
-        theirs = translate(config, self._places, spec=spec, defaults=defaults)
+        theirs = translate(_of_files(config), self._places, spec=spec, defaults=defaults)
         self._tell(theirs.notes)
         before = self._theirs.part("load")
         for flag in before.keys() | theirs.part("load").keys():
@@ -433,6 +433,11 @@ class LightX2VPipeline:
             if self._world.size > 1:
                 self._world.report(f"error: {error}", getattr(error, "exit_code", 1))
             raise error from None
+
+
+def _of_files(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are of the pipeline alone."""
+    return {name: value for name, value in keys.items() if name not in ("support_tasks", "return_result_tensor")}
 
 
 def _caller() -> int:

@@ -88,7 +88,6 @@ def translate(
     for part in parts.PARTS:
         options |= part(at, spec)
     options, given = beside({flag: value for flag, value in options.items() if value is not None}, given, spec)
-    at("support_tasks"), at("return_result_tensor")  # which are of the pipeline alone
     said = parts.schemes(at, spec)
     _tell_model(at, spec)
     notes = tuple(at.unused())
