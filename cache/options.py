@@ -92,7 +92,7 @@ def _value(name: str, given: Any) -> Any:
         return value
     if option.kind == "numbers":
         try:
-            values = [float(part) for part in (given.replace(",", " ").split() if isinstance(given, str) else given)]
+            values = [float(part) for part in (given.split(",") if isinstance(given, str) else given)]
         except (TypeError, ValueError, OverflowError):
             values = []
         if not 1 <= len(values) <= MOST_NUMBERS or not all(map(option.fits, values)):
