@@ -29,9 +29,9 @@ def shrunk(task: str) -> EasyDict:
         spec.dit.update(num_layers=3, vace_layers=[0, 2])
     if "audio_inject_layers" in spec.dit:
         spec.dit.update(num_layers=3, audio_inject_layers=[0, 2], audio_dim=32, motion_frames=9)
-    spec.vae.update(dim=8, num_res_blocks=1)
+    spec.vae.update(dim=4, num_res_blocks=1)
     if "dec_dim" in spec.vae:
-        spec.vae.dec_dim = 8
+        spec.vae.dec_dim = 4
     spec.text.update(vocab=256, dim=32, dim_attn=32, dim_ffn=48, num_heads=2, num_layers=1)
     return spec
 
