@@ -10,11 +10,10 @@ import contextlib
 import itertools
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,7 +34,7 @@ from wan.options.names import LORA_FLAGS, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.replay import replay_options
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
-from wan.unfinished import SUFFIX, Unfinished, read_unfinished
+from wan.unfinished import SUFFIX, FilmFile, read_unfinished
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.locate import TOKENIZER_FILES
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan.conditioning.film import Made
-    from wan.engine import Clip, Event, Video
+    from wan.engine import Event, Video
 
 MAX_NAME_BYTES = 255  # of a file, on usual file systems
 # What the command line alone does, beside the options that Python has too.
@@ -97,13 +96,18 @@ def make_parser() -> argparse.ArgumentParser:
     """All flags. Every default is None: what it stands for depends on the task, and replay must see what was given."""
     parser = Parser(prog="generate.py", description="Make a video with a Wan 2.1 or 2.2 model.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"swan-video {__version__}")
+    add_flags(parser, FLAGS | COMMANDS)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, Option]) -> None:
+    """Options as flags, in their groups; None where they are not given."""
     groups: dict[str, Any] = {}
-    for flag, one in (FLAGS | COMMANDS).items():
+    for flag, one in flags.items():
         if one.group not in groups:
             groups[one.group] = parser.add_argument_group(one.group)
         names = [f"--{name}" for name in (flag, *one.spelled)]
         groups[one.group].add_argument(*names, dest=flag, help=one.help, **_taken(one))
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,7 +233,7 @@ def run(
     preview = output.preview if world.rank == 0 else None
     film = None
     if kind_of(spec).clips(spec, request.sample) > 1:
-        film = _Film(output.save_file, made, is_writer=world.rank == 0)
+        film = FilmFile(output.save_file, made, is_writer=world.rank == 0)
     with listening() as signals, _Progress(quiet, world, signals, preview) as progress, film or nullcontext():
         engine = Engine.of(load, spec, parallel)
 
@@ -321,39 +325,6 @@ def _report_cache(video: Video, quiet: bool) -> None:
 def _describe(error: Exception) -> str:
     message = one_line(error)
     return message if isinstance(error, SwanError) else f"{type(error).__name__}: {message}"
-
-
-class _Film:
-    """Clips on their way to a file. is_writer: of several processes, whether this one writes."""
-
-    def __init__(self, path: str, made: Made | None, is_writer: bool):
-        self.file, self.made, self.is_writer = Unfinished(path), made, is_writer
-
-    def __enter__(self) -> _Film:
-        if self.is_writer:
-            self.file.begin() if self.made is None else self.file.hold()
-        return self
-
-    def __call__(self, clip: Clip) -> None:
-        if self.is_writer:
-            self.file.add(clip.frames, clip.made, clip.request.sample.fps, clip.request.settings())
-        self.made = clip.made
-
-    def kept(self) -> str | None:
-        """For the message of a failure."""
-        if self.made is None:
-            return None
-        return f"{self.made.clips} clips are kept: go on with --resume {shlex.quote(str(self.file.folder))}"
-
-    def finish(self, video: Video) -> None:
-        self.file.finish(self.made, video.request.sample.fps, video.request.settings(), video.sound)
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.file.let_go()
-        if self.is_writer and self.made is None:
-            self.file.discard()
-        elif self.is_writer and kind is not None and not issubclass(kind, Exception):  # a signal
-            print(self.kept(), file=sys.stderr)
 
 
 def _keep_latents(latents: torch.Tensor, save_file: str) -> str:

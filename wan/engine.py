@@ -144,10 +144,19 @@ class Engine:
     def latents(self) -> Tensor | None:
         return self._pipe.latents
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the models that are loaded now."""
+        return self._pipe.held_bytes()
+
     def plan(self, **options: Any) -> dict[str, Any]:
         """What a video would take, with the memory that there is now: see `wan.plan.make_plan`."""
+        return self.planned(build_sample(options, self.load))
+
+    def planned(self, request: Request, beside: int = 0) -> dict[str, Any]:
+        """`plan`, for options that were checked. beside: bytes that others of this process would let go of."""
         with self._my_turn(None):
-            return self._pipe.planned(build_sample(options, self.load))
+            return self._pipe.planned(request, beside)
 
     def generate(
         self,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from wan.conditioning.film import Made
+    from wan.engine import Clip, Video
 
 SUFFIX = ".unfinished"
 _STATE, _CLIPS = "state.safetensors", "clip-[0-9][0-9][0-9][0-9]*.mp4"
@@ -86,6 +89,43 @@ class Unfinished:
 
     def _clip(self, number: int) -> Path:
         return self.folder / f"clip-{number + 1:04}.mp4"
+
+
+class FilmFile:
+    """Takes the clips of a film as they are made, on their way to its file; see `Engine.make`.
+
+    made: what there is of it already; is_writer: of several processes, whether this one writes
+    """
+
+    def __init__(self, path: str | Path, made: Made | None = None, is_writer: bool = True):
+        self.file, self.made, self.is_writer = Unfinished(path), made, is_writer
+
+    def __enter__(self) -> FilmFile:
+        if self.is_writer:
+            self.file.begin() if self.made is None else self.file.hold()
+        return self
+
+    def __call__(self, clip: Clip) -> None:
+        if self.is_writer:
+            self.file.add(clip.frames, clip.made, clip.request.sample.fps, clip.request.settings())
+        self.made = clip.made
+
+    def kept(self) -> str | None:
+        """For the message of a failure."""
+        if self.made is None:
+            return None
+        return f"{self.made.clips} clips are kept: go on with --resume {shlex.quote(str(self.file.folder))}"
+
+    def finish(self, video: Video) -> None:
+        """Join the clips of the video that was returned."""
+        self.file.finish(self.made, video.request.sample.fps, video.request.settings(), video.sound)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.file.let_go()
+        if self.is_writer and self.made is None:
+            self.file.discard()
+        elif self.is_writer and kind is not None and not issubclass(kind, Exception):  # a signal
+            print(self.kept(), file=sys.stderr)
 
 
 def read_unfinished(folder: str | Path) -> tuple[dict[str, Any], Made]:

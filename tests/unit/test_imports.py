@@ -25,7 +25,9 @@ LAYERS = [
     ("wan.memory.experts", "wan.memory.residency", "wan.file_checks", "wan.stage_checks"),
     ("wan.pipeline", "wan.dry_run", "wan.preview", "wan.unfinished"),
     ("wan.engine",),
-    ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),
+    ("wan.engines",),
+    ("wan.cli",),
+    ("wan.batch", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),
     ("generate",),
 ]
 

@@ -130,11 +130,15 @@ class Residency:
         self.experts.keep_all = self.keeps or placement.offload == "none"
         return plan
 
-    def planned(self, request: Request) -> dict[str, Any]:
-        """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory."""
+    def planned(self, request: Request, beside: int = 0) -> dict[str, Any]:
+        """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory.
+
+        beside: bytes of other pipelines of this process, which count as free
+        """
         decided = ("device", "dtype", "auto_dtype", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
-        held = Held(**{"ram" if self.device.type == "cpu" else "device": self.held_bytes() if self._used else 0})
+        held_bytes = self.held_bytes() + beside
+        held = Held(**{"ram" if self.device.type == "cpu" else "device": held_bytes})
         check_encodes(request, self.spec)
         machine = measure(self.device, request, self.spec, self.parallel.local_size, held)
         machines = self.parallel.gather_objects(machine)
@@ -226,7 +230,8 @@ class Residency:
     def held_bytes(self, but: str = "") -> int:
         """Of the weights of models that are here, `but` one, on the device."""
         here = [name for name in self._used if name != but and (name in self._models or name in self.experts)]
-        return sum(row["bytes"] for row in self.plan["weights"] if row["component"] in here and row["where"] != "disk")
+        rows = self.plan.get("weights", ())
+        return sum(row["bytes"] for row in rows if row["component"] in here and row["where"] != "disk")
 
     def _let_go(self, name: str) -> None:
         self._used.pop(name, None)

@@ -1,0 +1,1 @@
+"""Many videos by one command: python -m wan.batch."""
