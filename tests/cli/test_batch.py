@@ -114,7 +114,7 @@ def test_a_grid_makes_the_product_and_a_sheet(tmp_path, calls):
 
 
 def test_a_csv_and_a_folder_of_pictures(tmp_path, calls):
-    (tmp_path / "j.csv").write_text("name,seed,prompt\none,1,\"a red circle, moving\"\ntwo,2,\n", encoding="utf-8")
+    (tmp_path / "j.csv").write_text('name,seed,prompt\none,1,"a red circle, moving"\ntwo,2,\n', encoding="utf-8")
     assert run(tmp_path / "j.csv", "--out", tmp_path / "o", "--prompt", "blue", *QUICK) == 0
     assert [(one.sample.seed, one.sample.prompt) for one in calls] == [(1, "a red circle, moving"), (2, "blue")]
     calls.clear()

@@ -20,6 +20,7 @@ from PIL import Image
 from tests.unit.sound_helpers import tone, write_sound
 from wan import calibrate, cli, convert, prepare
 from wan.audio import RATE
+from wan.batch import __main__ as batch
 from wan.compat import run_gguf_t2v
 from wan.media import write_video
 from wan.options import FLAGS, PART_OF, build_request
@@ -34,6 +35,7 @@ PARSERS = {
     "wan.convert": convert,
     "wan.calibrate": calibrate,
     "wan.prepare": prepare,
+    "wan.batch": batch,
     "wan.compat.run_gguf_t2v": run_gguf_t2v,
 }
 FLAGS_OF = {
@@ -41,7 +43,7 @@ FLAGS_OF = {
     for name, module in PARSERS.items()
 }
 FLAGS_OF["wan.cache.report"] = {"--out"}
-FEW = ("--frame_num", "5", "--sample_steps", "10")  # a video that is quickly made
+FEW = ("--frame_num", "5", "--sample_steps", "3")  # a video that is quickly made
 TASK = "t2v-1.3B"  # where a command leaves it to the checkpoint
 
 
@@ -104,7 +106,7 @@ def test_commands_run(page, folder, capsys):
             start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", str(REPO / name)]
             subprocess.run([*start, *arguments], check=True, capture_output=True)
         else:
-            module = cli if name == "generate.py" else importlib.import_module(name)
+            module = PARSERS.get(name) or importlib.import_module(name)
             assert module.main(arguments) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
 
 
@@ -174,7 +176,7 @@ def test_every_block_says_what_it_is():
 def test_every_flag_is_named_and_no_other():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*\b", TEXT))
     ours = FLAGS_OF["generate.py"] | FLAGS_OF["wan.convert"] | FLAGS_OF["wan.calibrate"] | FLAGS_OF["wan.cache.report"]
-    ours |= FLAGS_OF["wan.prepare"]
+    ours |= FLAGS_OF["wan.prepare"] | FLAGS_OF["wan.batch"]
     assert {flag for flag in ours if flag.startswith("--")} - named == set()
     known = ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node"}
     assert named - known == set()

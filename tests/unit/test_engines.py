@@ -1,12 +1,8 @@
 """Engines of several tasks in one process."""
 
-import threading
-
 import pytest
 
 from wan.engines import Engines
-from wan.errors import Cancelled, UsageError
-from wan.options import LoadOptions
 from wan.plan import machine
 
 QUICK = {"sample_steps": 1, "frame_num": 5, "seed": 1}
