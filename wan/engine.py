@@ -200,6 +200,8 @@ class Engine:
             pipe.latents, pipe.check = None, check
             if pipe.parallel.world.size > 1:  # a random one: of the first rank
                 request = request.changed(seed=pipe.parallel.gather_objects(request.sample.seed)[0])
+            if request.sample.use_prompt_extend:
+                request = self._extended(request, tell, check)
             first = not pipe.plan
             loras = request.sample.loras or self._loras
             request = request.changed(**{flag: loras.get(flag, ()) for flag in LORA_FLAGS})
@@ -263,6 +265,17 @@ class Engine:
         finally:
             self._owner = 0
             self._turn.release()
+
+    def _extended(self, request: Request, tell: Callable[[Event], object], check: Callable[[], None]) -> Request:
+        """By the first of several processes."""
+        from wan.prompt_extend import extended
+
+        parallel, made = self._pipe.parallel, None
+        if parallel.world.rank == 0:
+            made = extended(request, self.device, lambda kind, text: tell(Event(kind, text=text)), check).sample
+        made = parallel.gather_objects(made)[0]
+        names = ("prompt", "prompts", "extended_from", "use_prompt_extend")
+        return request.changed(**{name: getattr(made, name) for name in names})
 
     def _shows(self, tell: Callable[[Event], object], every: int) -> Callable[[StepContext, Tensor], None]:
         if self._preview is None:

@@ -23,7 +23,7 @@ LAYERS = [
     + ("wan.tasks.s2v", "wan.tasks.animate"),
     ("wan.denoise", "wan.options", "wan.plan"),
     ("wan.memory.experts", "wan.memory.residency", "wan.file_checks", "wan.stage_checks"),
-    ("wan.pipeline", "wan.dry_run", "wan.preview"),
+    ("wan.pipeline", "wan.dry_run", "wan.preview", "wan.prompt_extend"),
     ("wan.engine", "wan.unfinished"),
     ("wan.engines",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),

@@ -62,6 +62,7 @@ class Request:
         stored = {name: value for name in STORED if _is_storable(value := values.get(name))}
         memory = [name for name in (*STORED_PICTURES, *VIDEO_FLAGS, "src_ref_images") if _in_memory(values[name])]
         kept = {"in_memory": memory} if memory else {}
+        kept |= {"extended_from": list(sample.extended_from)} if sample.extended_from else {}
         return {"swan": __version__, **stored, "image_sha256": sample.image_sha256, **kept}
 
 

@@ -89,7 +89,9 @@ def beside(
 
 def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The options and the hashes of pictures that settings hold, each of the kind that it should be."""
-    unused = sorted(printable(name) for name in set(settings) - {*STORED, "swan", "image_sha256", "in_memory"})
+    unused = sorted(
+        printable(name) for name in set(settings) - {*STORED, "swan", "image_sha256", "in_memory", "extended_from"}
+    )
     if unused and warnings is not None:
         warnings.append(f"not taken from the video: {', '.join(unused)[:200]}")
     options = {name: settings[name] for name in STORED if settings.get(name) is not None}

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.errors import UsageError
+from wan.options.extend import check_extend
 from wan.options.files import check_lora, relighting_lora
 from wan.options.inputs import check_shape, given_pictures, input_of, inputs_of, picture_hashes
 from wan.options.machine import check_cache, check_tile
@@ -31,6 +32,7 @@ from wan.tasks import preset_names
 from wan.tasks.kinds import kind_of
 
 _WHAT, _SAMPLING, _WEIGHTS = "what to make", "sampling (defaults: the task's official ones)", "weights"
+_EXTEND = "longer prompts"
 _CACHE = "cache: skip what changes little from step to step"
 
 
@@ -42,6 +44,12 @@ def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
 def _input(name: str, kind: str, help: str, value: str) -> Any:
     """A field that the kind of task has read."""
     return option(kind, _WHAT, value, help, lambda at, given: input_of(at, name))
+
+
+def _extend(name: str, kind: str, value: str, help: str) -> Any:
+    """A field of --prompt_extend_NAME."""
+    check = lambda at, given: check_extend(at, name, given)  # noqa: E731
+    return option(kind, _EXTEND, value, help, check, stored=False)
 
 
 def _context_scale(at: Asked, given: Any) -> float | None:
@@ -123,6 +131,7 @@ def _lora(flag: str, what: str) -> Any:
 class Sample:
     """One video to make, with every default filled in and everything checked.
 
+    extended_from:  what the prompts were before a language model wrote longer ones
     image:          the (first) image, absolute path, or None; image_option: the image that the user gave (None: none,
                     or the one that comes with an embedded task); last_frame: the last frame of flf2v
     audio ...:      of s2v, absolute paths, and numbers with their defaults filled in; None for other tasks
@@ -151,6 +160,33 @@ class Sample:
         "of a film of several clips: a prompt a line, one for each clip; the last one stays",
         _prompts,
     )
+    use_prompt_extend: bool = option(
+        "flag",
+        _EXTEND,
+        "",
+        "let a language model write a longer prompt, which is shown and stored; where that fails, the prompt stays",
+        lambda at, given: bool(given),
+        stored=False,
+    )
+    prompt_extend_method: str | None = _extend(
+        "method", "name", "NAME", "local (default; a chat model of transformers) or api (a service like OpenAI's)"
+    )
+    prompt_extend_model: str | None = _extend(
+        "model",
+        "path",
+        "NAME",
+        "folder or hub id, default Qwen/Qwen2.5-3B-Instruct; a service's name for it",
+    )
+    prompt_extend_target_lang: str | None = _extend(
+        "target_lang", "name", "NAME", "language of the longer prompt: zh (default) or en"
+    )
+    prompt_extend_url: str | None = _extend(
+        "url",
+        "path",
+        "URL",
+        "the service; default $OPENAI_BASE_URL, else OpenAI's; $OPENAI_API_KEY is the key",
+    )
+    extended_from: tuple[str, ...] = derived(lambda at: ())
     negative_prompt: str = option(
         "text",
         _WHAT,

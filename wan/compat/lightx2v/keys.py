@@ -228,7 +228,7 @@ KEYS: dict[str, Key] = {
         )
     },
     # Around the model
-    "use_prompt_enhancer": _idle("flag", "prompts are taken as they are"),
+    "use_prompt_enhancer": _idle("flag", "prompts are taken as they are: see use_prompt_extend"),
     "sub_servers": _idle("table", "nothing is asked of other machines, so prompts are taken as they are"),
     "lightx2v_path": _idle("text", "it is where LightX2V lies", ""),
     "comment": _idle("any", "it is a comment"),
