@@ -34,6 +34,21 @@ def test_flags_count_for_more():
     assert request.sample.shift == 7 and request.sample.guide_scale == (2, 2) and request.sample.steps == 4
 
 
+@pytest.mark.parametrize(
+    "given, steps, shift",
+    [({"sample_steps": 8}, 8, 5), ({"sigmas": "1,0.5"}, 2, None), ({"denoising_step_list": "1000,250"}, 2, 5)],
+)
+def test_other_steps_take_the_place_of_the_presets(given, steps, shift):
+    sample = build_request({"task": "i2v-tiny", "preset": "distill-4step", **given}).sample
+    assert (sample.steps, sample.shift, sample.boundary_step_index, sample.guide_scale) == (steps, shift, None, (1, 1))
+
+
+def test_another_solver_takes_the_presets_shift_along():
+    assert build_request({"preset": "distill-4step", "sample_solver": "rcm"}).sample.shift == 5  # its steps are listed
+    sample = build_request({"preset": "rcm-4step", "sample_solver": "euler"}).sample
+    assert sample.sigma_max is None and sample.steps == 4
+
+
 def test_a_preset_counts_for_more_than_a_stored_run():
     stored = build_request({"sample_shift": 3, "seed": 5}).settings()
     request = build_request(replay_options(stored, {"preset": "distill-4step"}))
@@ -54,7 +69,6 @@ def test_a_preset_counts_for_more_than_a_stored_run():
         ({"trim_first_frames": 17}, "--trim_first_frames must be a whole number from 0 to 16, not 17"),
         ({"sigmas": "1,,0.5"}, "--sigmas must be falling noise levels"),
         ({"tae": ""}, "--tae: no file ''"),
-        ({"preset": "distill-4step", "sample_steps": 8}, "--sample_steps 8 contradicts --denoising_step_list"),
     ],
 )
 def test_what_does_not_fit_is_one_line(options, message):

@@ -14,6 +14,7 @@ from typing import Any
 
 from wan import __version__
 from wan.errors import SwanError, UsageError
+from wan.options.beside import with_preset
 from wan.options.files import check_outputs, told_task
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
@@ -21,8 +22,7 @@ from wan.options.names import DEFAULT_TASK, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
-from wan.options.values import or_default
-from wan.tasks import load_preset, load_task
+from wan.tasks import load_task
 
 __all__ = ["FLAGS", "LoadOptions", "Option", "Output", "Request", "STORED", "Sample"]
 __all__ += ["build_load", "build_request", "build_sample", "check_device"]
@@ -134,9 +134,7 @@ def asked(options: Mapping[str, Any] | Any, world_size: int = 1) -> Asked:
             if isinstance(error, UsageError) or world_size == 1:  # else this rank's file is damaged: told to all later
                 raise
     spec = load_task(name or DEFAULT_TASK)
-    if get["preset"] is not None:
-        for name, value in load_preset(get["preset"], spec).items():
-            get[name] = or_default(get[name], value)
+    get |= with_preset({name: value for name, value in get.items() if value is not None}, spec)
     return Asked(spec, get, world_size, told)
 
 

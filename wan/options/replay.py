@@ -9,27 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from easydict import EasyDict
-
-from wan.cache.options import OPTIONS as CACHE_OPTIONS
-from wan.cache.options import POLICIES as CACHES
 from wan.errors import SwanError, UsageError, printable
 from wan.options import FLAGS, STORED
-from wan.options.names import DEFAULT_TASK, GGUF_FLAGS, LORA_FLAGS, RCM_NAMES, STORED_FILES, STORED_PICTURES
+from wan.options.beside import left_beside, with_preset
+from wan.options.names import DEFAULT_TASK, LORA_FLAGS, STORED_FILES, STORED_PICTURES
 from wan.options.values import of_kind
 from wan.pictures import image_sha256
-from wan.tasks import embedded_checkpoint, load_preset, load_task
+from wan.tasks import embedded_checkpoint, load_task
 
 MOST_SHOWN = 4
-# What says how many steps there are, or where -> what of a stored run that replaces.
-_REPLACED = {
-    "sample_steps": ("denoising_step_list", "sigmas", "phases"),
-    "denoising_step_list": ("sample_steps", "sigmas", "phases", "sigma_max"),
-    "sigmas": ("sample_steps", "denoising_step_list", "phases", "sigma_max", "sample_shift"),
-    "phases": ("sample_steps", "boundary_step_index", "boundary"),
-    "boundary": ("boundary_step_index",),
-    "boundary_step_index": ("boundary",),
-}
 _NETWORK = ("//", "\\\\")  # where Windows asks another machine
 
 
@@ -56,7 +44,8 @@ def replay_options(
     if "first_frame" in given:
         given.setdefault("image", given.pop("first_frame"))
     spec = load_task(given.get("task", options.get("task", DEFAULT_TASK)))
-    options, given = beside(options, given, spec)
+    given = with_preset(given, spec)
+    options = left_beside(options, given)
     if lost := [name for name in settings.get("in_memory", []) if name not in given]:
         raise UsageError(f"the video was made from a picture in memory, which is in no file: give it with --{lost[0]}")
     named = {name: value for name, value in options.items() if name not in given}
@@ -66,25 +55,6 @@ def replay_options(
         if flag in named and flag in hashes:
             _check_picture(flag, named[flag], hashes[flag])
     return {**options, **given}
-
-
-def beside(
-    options: Mapping[str, Any], given: Mapping[str, Any], spec: EasyDict
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is left of earlier options beside those `given` (none of them None), and these with their preset's."""
-    options, given = dict(options), dict(given)
-    if "preset" in given:
-        given = load_preset(given["preset"], spec) | given
-    for one, replaced in _REPLACED.items():
-        if one in given:
-            options = {name: value for name, value in options.items() if name not in replaced}
-    if given.get("sample_solver", "") not in ("", options.get("sample_solver")):
-        options.pop("sample_shift" if given["sample_solver"] in RCM_NAMES else "sigma_max", None)
-    for flag in GGUF_FLAGS.keys() & given:
-        options.pop(GGUF_FLAGS[flag], None)
-    if any(given.get(name) and not options.get(name) for name in CACHES):  # another cache, with its own settings
-        options = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
-    return options, given
 
 
 def _stored(settings: Mapping[str, Any], warnings: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
