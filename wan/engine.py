@@ -24,6 +24,7 @@ from wan.errors import Cancelled, UsageError
 from wan.options import LoadOptions, Request, build_load, build_sample
 from wan.options.files import check_save_file
 from wan.options.names import LORA_FLAGS, LoraChoice
+from wan.options.phases import check_phase_loras
 from wan.pipeline import Result, WanPipeline
 from wan.plan import start_lines
 from wan.preview import Preview, TAEPreview, preview_of
@@ -205,6 +206,7 @@ class Engine:
             first = not pipe.plan
             loras = request.sample.loras or self._loras
             request = request.changed(**{flag: loras.get(flag, ()) for flag in LORA_FLAGS})
+            check_phase_loras(request.sample.by_phase, loras)
             plan = pipe.plan_for(request)
             if loras != pipe.asked_loras:
                 pipe.set_loras(**loras)

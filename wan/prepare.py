@@ -105,6 +105,8 @@ def _run(args: argparse.Namespace) -> int:
     jobs = _jobs(args, videos, ids, height, width, spec.dit.face_px)
     folder = Path(args.out)
     written = {name: str(folder / ANIMATE_FILES[name]) for name in paths}
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out must be a folder, and {printable(folder)} is none")
     check_outputs({f"out, {name}": path for name, path in written.items()}, list(paths.items()))
     try:
         folder.mkdir(parents=True, exist_ok=True)

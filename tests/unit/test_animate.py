@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -377,6 +378,22 @@ def test_relighting_lora(options, checkpoint, source):
         path.unlink()
     with pytest.raises(UsageError, match="--use_relighting_lora: t2v-tiny has no relighting LoRA"):
         build_request({"use_relighting_lora": True})
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [(np.zeros_like, "black: nothing is replaced"), (lambda f: np.full_like(f, 255), "white: all of the picture")],
+)
+def test_a_mask_of_one_colour_is_doubted(options, source, tmp_path, spoil, told):
+    folder = shutil.copytree(source, tmp_path / "in")
+    change(folder, "src_mask.mp4", spoil)
+    request = build_request(options | {"src_root_path": str(folder), "replace_flag": True})
+    assert [line for line in request.warnings if told in line]
+
+
+def test_the_example_has_nothing_to_replace():
+    with pytest.raises(UsageError, match="the example of this task has no src_bg.mp4: give --src_root_path DIR"):
+        build_request({"task": "animate-tiny", "replace_flag": True})
 
 
 def test_a_replay_asks_for_the_files(options, source):

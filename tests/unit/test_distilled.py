@@ -180,6 +180,12 @@ def test_a_list_may_end_in_zero_and_replay_takes_what_is_given_now():
     assert rcm.shift is None and solver_of(rcm).sigmas[0] == pytest.approx(80 / 81)
 
 
+def test_rcm_has_four_steps_unless_others_are_asked():
+    assert build_request({"sample_solver": "rcm"}).sample.steps == 4
+    assert build_request({"sample_solver": "rcm", "sample_steps": 2}).sample.steps == 2
+    assert build_request({"sample_solver": "rcm", "sigmas": "1,0.5,0.2"}).sample.steps == 3
+
+
 @pytest.mark.parametrize("task, sigma_max", [("t2v-14B", 80), ("t2v-A14B", 200)])
 def test_rcm_begins_higher_with_two_experts_which_change_by_noise(task, sigma_max):
     spec = load_task(task)

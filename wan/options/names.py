@@ -5,6 +5,7 @@ from __future__ import annotations
 DEFAULT_TASK = "t2v-tiny"
 SOLVER_NAMES = ("unipc", "dpm++", "euler", "dmd", "rcm", "rcm-ode")
 RCM_NAMES = ("rcm", "rcm-ode")  # whose own steps are told by --sigma_max, and have no shift
+MOST_RCM_STEPS = 4
 DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
 T5_DTYPE_NAMES = DTYPE_NAMES
 VAE_DTYPE_NAMES = ("fp32", "bf16")

@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from wan.conditioning.sizes import latent_frames
 from wan.errors import UsageError
-from wan.options.names import MAX_SEED, MAX_STEPS, RCM_NAMES
+from wan.options.names import MAX_SEED, MAX_STEPS, MOST_RCM_STEPS, RCM_NAMES
 from wan.options.phases import first_low_step, parse_phases, steps_of
 from wan.options.schema import Asked
 from wan.options.values import listed, number, or_default, shown, whole
@@ -95,7 +95,8 @@ def check_steps(at: Asked, value: Any) -> int:
     for flag, count in told.items():
         if value is not None and str(value) != str(count):
             raise UsageError(f"--sample_steps {shown(value)} contradicts {flag}, which has {count} steps")
-    return next(iter(told.values()), None) or whole(value, at.spec.sampling.steps, "sample_steps", 1, MAX_STEPS)
+    default = MOST_RCM_STEPS if own_steps(at) == {True} else at.spec.sampling.steps
+    return next(iter(told.values()), None) or whole(value, default, "sample_steps", 1, MAX_STEPS)
 
 
 def check_sigmas(value: Any) -> tuple[float, ...] | None:

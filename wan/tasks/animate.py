@@ -42,8 +42,9 @@ class Animate(Kind):
         overlap = _refert_num(get["refert_num"])
         wanted = (*_ALWAYS, *(_REPLACED if replaces else ()))
         own = None if any(get[name] is not None for name in wanted) else embedded_file(spec, "src_root_path")
-        folder = own if get["src_root_path"] is None else get["src_root_path"]
-        paths = {name: get[name] if get[name] is not None else _path(folder, name) for name in wanted}
+        is_own = get["src_root_path"] is None
+        folder = own if is_own else get["src_root_path"]
+        paths = {name: get[name] if get[name] is not None else _path(folder, name, is_own) for name in wanted}
         read: dict[str, Any] = {name: open_video(path) for name, path in paths.items() if name != "src_ref"}
         _check_videos(read, grid_px(spec), spec.dit.face_px, overlap)
         if replaces:
@@ -57,9 +58,7 @@ class Animate(Kind):
             found.append(f"--size has no effect: the video is {pose.width}x{pose.height} as --src_pose")
         if face.width != side:
             found.append(f"--src_face is {face.width}x{face.height}: it is resized to {side}x{side}")
-        if inputs["replace_flag"] and _is_white_around(inputs["src_mask"]):
-            found.append("--src_mask is white at the borders: white is where the character is, and black all around it")
-        return found
+        return found + ([_doubt(inputs["src_mask"])] if inputs["replace_flag"] and _doubt(inputs["src_mask"]) else [])
 
     def shape(self, spec: EasyDict, size: Size, frames: int, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         """The size of the pose video; `frames` are those of a clip."""
@@ -103,13 +102,16 @@ def _refert_num(value: Any) -> int:
     return found
 
 
-def _path(folder: Any, name: str) -> str:
-    """A file of the folder, under its official name."""
+def _path(folder: Any, name: str, is_own: bool) -> str:
+    """A file of the folder, under its official name. is_own: it came with the task."""
     if folder is None:
         raise UsageError(f"animate needs --src_root_path DIR with {ANIMATE_FILES[name]}, or --{name} FILE")
     if not Path(folder).is_dir():
         raise UsageError(f"--src_root_path: no folder {printable(folder)}")
     path = Path(folder) / ANIMATE_FILES[name]
+    if not path.is_file() and is_own:
+        told = f"the example of this task has no {ANIMATE_FILES[name]}"
+        raise UsageError(f"{told}: give --src_root_path DIR with files of your own")
     if not path.is_file():
         told = f"--src_root_path {printable(folder)} has no {ANIMATE_FILES[name]}"
         raise UsageError(f"{told}: put it there, or give --{name} FILE")
@@ -156,7 +158,18 @@ def _check_mask(mask: VideoFile, background: VideoFile) -> None:
         raise UsageError(f"--src_mask looks inverted: {told}; invert it, so that the character is white")
 
 
-def _is_white_around(mask: VideoFile) -> bool:
-    pixels = next(iter(mask.frames([0])))[..., 0] >= _WHITE
-    around = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
-    return pixels.mean() < 1 and all(side.mean() > 0.5 for side in around)
+def _doubt(mask: VideoFile) -> str:
+    """What looks wrong with a mask, by three of its frames; "" where nothing does."""
+    import numpy as np
+
+    frames = np.stack([frame[..., 0] for frame in mask.frames(sorted({0, len(mask) // 2, len(mask) - 1}))]) >= _WHITE
+    if not frames.any():
+        return "--src_mask is black: nothing is replaced; white is where the character is"
+    if frames.all():
+        return (
+            "--src_mask is white: all of the picture is replaced; white is where the character is, and black around it"
+        )
+    around = (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1])
+    if all(side.mean() > 0.5 for side in around):
+        return "--src_mask is white at the borders: white is where the character is, and black all around it"
+    return ""

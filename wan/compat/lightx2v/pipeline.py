@@ -294,7 +294,13 @@ class LightX2VPipeline:
         self.__getattr__(name)
         del self._keys[name]
 
-    __getitem__, __setitem__, __delitem__ = __getattr__, __setattr__, __delattr__
+    def __getitem__(self, name: str) -> Any:
+        return self._keys[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._keys[name]
+
+    __setitem__ = __setattr__
 
     def __contains__(self, name: str) -> bool:
         return name in self._keys
