@@ -1,10 +1,13 @@
 """Elementwise chains: in fp32 and rounded once, whatever the type of the hidden states and the device."""
 
+import itertools
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from wan.models.ops import OPS, choose_ops
+from wan.models.ops.reference import Modulated
 
 EPS = 1e-6
 C, TOKENS = 64, 5000  # several slices of a CPU
@@ -44,7 +47,7 @@ def rounded_once(made, exact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_modulation_is_not_rounded(dtype, ops):
     x, y, shift, scale = hidden(dtype), hidden(dtype, 1), rows(2), rows(3)
-    made = ops.modulated_norm(x, shift, scale, SEGMENTS, EPS)
+    made = ops.norm(x, Modulated(shift, scale, EPS), SEGMENTS)
     if dtype == torch.float32:
         torch.testing.assert_close(made.double(), exact_norm(x, shift, scale), rtol=1e-5, atol=1e-5)
     else:
@@ -84,7 +87,7 @@ def test_off_the_cpu_slices_are_normed_in_fp32(dtype):
     x = torch.empty(1, tokens, width, dtype=dtype, device="meta")
     shift = scale = torch.empty(1, width, device="meta")
     with LayerNorms() as norms:
-        made = ops.modulated_norm(x, shift, scale, [(0, tokens)], EPS)
+        made = ops.norm(x, Modulated(shift, scale, EPS), [(0, tokens)])
     assert made.shape == x.shape and made.dtype == dtype
     assert {kinds[:2] for kinds in norms.seen} == {(torch.float32, torch.float32)}
     counts = [count for _, _, count in norms.seen]
@@ -113,3 +116,23 @@ def test_a_gradient_is_asked_of_the_reference_alone():
     with torch.enable_grad():
         assert choose_ops(None, torch.device("cpu")) is OPS["reference"]
     assert choose_ops(None, torch.device("cpu")) is OPS["cpu"] and choose_ops("cpu", torch.device("meta")) is OPS["cpu"]
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_ops_are_their_parts(dtype, ops):
+    x, y, gate = hidden(dtype), hidden(dtype, 1), rows(2)
+    modulated, affine = Modulated(rows(3), rows(4), EPS), torch.nn.LayerNorm(C, EPS, dtype=dtype)
+    for gate_RC, norm in itertools.product((gate, None), (modulated, affine)):
+        added, normed = ops.gated_add_norm(x, y, gate_RC, norm, SEGMENTS)
+        wanted = x + y if gate_RC is None else ops.gated_add(x, y, gate_RC, SEGMENTS)
+        assert torch.equal(added, wanted) and torch.equal(normed, ops.norm(wanted, norm, SEGMENTS))
+    linear = torch.nn.Linear(C, 2 * C, dtype=dtype)
+    assert torch.equal(ops.linear_gelu(linear, x), ops.gelu(linear(x)))
+    out = torch.empty_like(x).view(1, 1, 50, 100, C)
+    made = ops.rms_norm(x.view_as(out), affine.weight, out, silu=True)
+    exact = torch.nn.functional.rms_norm(x.double(), (C,), eps=0)
+    assert made is out
+    torch.testing.assert_close(
+        made.view_as(x).double(), exact * exact.sigmoid(), rtol=3 * torch.finfo(dtype).eps, atol=1e-6
+    )

@@ -11,14 +11,12 @@ for the rows of its neighbours.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.distributed.halo import WHOLE, RowShards
-from wan.models.ops.sliced import slices
+from wan.models.ops import choose_ops
 
 ROWS = 2  # the axis of the rows
 
@@ -43,27 +41,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * num_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
-        """`x` is `[B, T, H, W, C]`; the result goes to `out` where given. In fp32, slice by slice (see `ops`)."""
-        gamma = self.gamma.flatten()
-        if torch.is_grad_enabled():  # of the tiny model's training
-            norm = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            y = x * (math.sqrt(x.shape[-1]) / norm).to(x.dtype) * gamma
-            return F.silu(y) if silu else y
-        out = torch.empty_like(x) if out is None else out
-        gamma = gamma.float() * math.sqrt(x.shape[-1])
-        # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
-        for source, target in zip(x.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
-            for part in slices(source):
-                y = source[part].to(torch.float32, copy=True)
-                norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
-                y.mul_(norm.reciprocal_()).mul_(gamma)
-                target[part].copy_(F.silu(y, inplace=True) if silu else y)
-        return out
-
-
-def _frames(x: Tensor) -> list[Tensor]:
-    """`[B, T, H, W, C]` (any stride over B and T) -> B*T views `[H*W, C]`."""
-    return [frame.flatten(0, -2) for clip in x.unbind(0) for frame in clip.unbind(0)]
+        """`x` is `[B, T, H, W, C]`; the result goes to `out` where given."""
+        return choose_ops(None, x.device).rms_norm(x, self.gamma.flatten(), out, silu)
 
 
 class CausalConv3d(nn.Conv3d):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.models.dit.sequence import Sequence
-from wan.models.ops.reference import Reference
+from wan.models.ops.reference import Modulated, Reference
 
 CLIP_DIM = 1280
 CLIP_TOKENS = 257  # per image
@@ -87,13 +87,14 @@ class Block(nn.Module):
     def forward(self, x_BLC: Tensor, sequence: Sequence, context: Context, hold: Hold) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = sequence.modulation(self.modulation)
         with hold(self.self_attn):
-            y = self.self_attn(sequence.norm(x_BLC, shift1, scale1, self.eps), sequence)
-        x_BLC = sequence.gated_add(x_BLC, y, gate1)
+            y = self.self_attn(sequence.norm(x_BLC, Modulated(shift1, scale1, self.eps)), sequence)
+        x_BLC, y = sequence.gated_add_norm(x_BLC, y, gate1, self.norm3)
         with hold(self.cross_attn):
-            x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), context, sequence)
+            y = self.cross_attn(y, context, sequence)
+        x_BLC, y = sequence.gated_add_norm(x_BLC, y, None, Modulated(shift2, scale2, self.eps))
         with hold(self.ffn):
-            y = self.ffn["0"](sequence.norm(x_BLC, shift2, scale2, self.eps))
-            return sequence.gated_add(x_BLC, self.ffn["2"](sequence.ops.gelu(y)), gate2)
+            y = sequence.ops.linear_gelu(self.ffn["0"], y)
+            return sequence.gated_add(x_BLC, self.ffn["2"](y), gate2)
 
 
 class ImageEmbedding(nn.Module):
@@ -120,7 +121,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(_random_modulation(2, dim))
 
     def forward(self, x_BLC: Tensor, sequence: Sequence) -> Tensor:
-        return self.head(sequence.norm(x_BLC, *sequence.modulation(self.modulation), self.eps))
+        return self.head(sequence.norm(x_BLC, Modulated(*sequence.modulation(self.modulation), self.eps)))
 
 
 def _random_modulation(rows: int, dim: int) -> Tensor:

@@ -223,8 +223,7 @@ class WanModel(nn.Module):
         if (longest := max(len(text) for text in context)) > self.text_len:
             raise ValueError(f"a text embedding of {longest} tokens; at most {self.text_len} fit")
         padded = [F.pad(text.to(self.dtype), (0, 0, 0, self.text_len - text.shape[0])) for text in context]
-        x = ops.gelu(self.text_embedding["0"](torch.stack(padded)))
-        return self.text_embedding["2"](x)
+        return self.text_embedding["2"](ops.linear_gelu(self.text_embedding["0"], torch.stack(padded)))
 
     def embed_time(self, times: Times, sequence: Sequence, batch: int) -> tuple[Tensor, Tensor, Segments]:
         """Each distinct timestep embedded once: `([R, C], [R, 6, C], segments of equal time)`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wan.distributed.parallel import Parallel
 from wan.models.attention import BackEnd
 from wan.models.dit.rope import rope_table
-from wan.models.ops.reference import Reference, Segments
+from wan.models.ops.reference import Norm, Reference, Segments
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,17 @@ class Sequence:
         time = self._projected_R6C if learned.shape[1] == 6 else self._time_R1C
         return (time + learned.float()).unbind(1)
 
-    def norm(self, x_BLC: Tensor, shift_RC: Tensor, scale_RC: Tensor, eps: float) -> Tensor:
-        """LayerNorm, scaled and shifted by what each token's time says."""
-        return self.ops.modulated_norm(x_BLC, shift_RC, scale_RC, self._segments, eps)
+    def norm(self, x_BLC: Tensor, norm: Norm) -> Tensor:
+        """LayerNorm, where it is modulated by what each token's time says."""
+        return self.ops.norm(x_BLC, norm, self._segments)
 
     def gated_add(self, x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor) -> Tensor:
         """`x + gate * y`."""
         return self.ops.gated_add(x_BLC, y_BLC, gate_RC, self._segments)
+
+    def gated_add_norm(self, x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """`x + gate * y`, or `x + y`, and its norm."""
+        return self.ops.gated_add_norm(x_BLC, y_BLC, gate_RC, norm, self._segments)
 
     # Among ranks
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Segments = list[tuple[int, int]]  # (row of the modulation, so many tokens), along the B*L tokens
 
 
+class Modulated(NamedTuple):
+    """LayerNorm without weights, times (1 + scale) plus shift, of any type; a row of both for each segment."""
+
+    shift_RC: Tensor
+    scale_RC: Tensor
+    eps: float
+
+
+Norm = Modulated | nn.LayerNorm  # the latter with weights of its own, the same for all tokens
+
+
 class Reference:
-    """Shape legend: B batch, L tokens, N = B*L of them or some, C width, H heads, D head width, R rows of modulation.
+    """Shape legend: B batch, L tokens, N = B*L of them or some, C width, H heads, D head width, R rows of modulation;
+    of pictures: T frames, H rows, W columns.
 
     What is given as `x` may be overwritten by `norm_rope` and `gelu`.
     """
@@ -37,19 +52,38 @@ class Reference:
         """GELU in its tanh form."""
         return F.gelu(x, approximate="tanh")
 
-    def modulated_norm(
-        self, x_BLC: Tensor, shift_RC: Tensor, scale_RC: Tensor, segments: Segments, eps: float
-    ) -> Tensor:
-        """LayerNorm without weights, times (1 + scale) plus shift: these ride on the norm's own weight and bias, so it
-        is one kernel a segment."""
-        weight_RC, bias_RC = 1 + scale_RC.float(), shift_RC.float()
-        parts = zip(_split(x_BLC, segments), segments, strict=True)
-        return _join([self._norm(x, weight_RC[row], bias_RC[row], eps) for x, (row, _) in parts], x_BLC)
+    def linear_gelu(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """`gelu(linear(x))`."""
+        return self.gelu(linear(x))
 
-    def gated_add(self, x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor, segments: Segments) -> Tensor:
-        """`x + gate * y`; the gate by segment."""
+    def norm(self, x_BLC: Tensor, norm: Norm, segments: Segments) -> Tensor:
+        """Modulation rides on LayerNorm's own weight and bias, so it is one kernel a segment."""
+        if not isinstance(norm, Modulated):
+            return norm(x_BLC)
+        weight_RC, bias_RC = 1 + norm.scale_RC.float(), norm.shift_RC.float()
+        parts = zip(_split(x_BLC, segments), segments, strict=True)
+        return _join([self._norm(x, weight_RC[row], bias_RC[row], norm.eps) for x, (row, _) in parts], x_BLC)
+
+    def gated_add(self, x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor | None, segments: Segments) -> Tensor:
+        """`x + gate * y`; the gate by segment, None: 1."""
+        if gate_RC is None:
+            return x_BLC + y_BLC
         parts = zip(_split(x_BLC, segments), _split(y_BLC, segments), segments, strict=True)
         return _join([self._gated(x, y, gate_RC[row].float()) for x, y, (row, _) in parts], x_BLC)
+
+    def gated_add_norm(
+        self, x_BLC: Tensor, y_BLC: Tensor, gate_RC: Tensor | None, norm: Norm, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """`gated_add`, and the norm of its result, rounded as it is: both."""
+        x_BLC = self.gated_add(x_BLC, y_BLC, gate_RC, segments)
+        return x_BLC, self.norm(x_BLC, norm, segments)
+
+    def rms_norm(self, x_BTHWC: Tensor, gamma_C: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
+        """`x / max(|x|_2, 1e-12) * sqrt(C) * gamma` at each position, perhaps SiLU of it; into `out`, where given."""
+        norm = x_BTHWC.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        y = x_BTHWC * (math.sqrt(x_BTHWC.shape[-1]) / norm).to(x_BTHWC.dtype) * gamma_C
+        y = F.silu(y) if silu else y
+        return y if out is None else out.copy_(y)
 
     def _norm(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x_NC.float(), x_NC.shape[-1:], weight_C, bias_C, eps).to(x_NC.dtype)

@@ -6,6 +6,7 @@ and keep the fp32 copy small beside the hidden states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,6 +86,18 @@ class Gpu(Reference):
             out[part] = x_NC[part].float().addcmul_(y_NC[part].float(), gate_C)
         return out
 
+    def rms_norm(self, x_BTHWC: Tensor, gamma_C: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
+        out = torch.empty_like(x_BTHWC) if out is None else out
+        gamma_C = gamma_C.float() * math.sqrt(x_BTHWC.shape[-1])
+        # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
+        for source, target in zip(x_BTHWC.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
+            for part in self._slices(source):
+                y = source[part].to(torch.float32, copy=True)
+                norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
+                y.mul_(norm.reciprocal_()).mul_(gamma_C)
+                target[part].copy_(F.silu(y, inplace=True) if silu else y)
+        return out
+
     def _slices(self, x: Tensor, copies: int = 1) -> Iterator[slice]:
         """Rows of `x`; copies: in fp32, at once."""
         return slices(x, self.elements, copies)
@@ -108,3 +121,8 @@ class Cpu(Gpu):
 
     def _norm(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x_NC, x_NC.shape[-1:], weight_C, bias_C, eps)
+
+
+def _frames(x: Tensor) -> list[Tensor]:
+    """`[B, T, H, W, C]` (any stride over B and T) -> B*T views `[H*W, C]`."""
+    return [frame.flatten(0, -2) for clip in x.unbind(0) for frame in clip.unbind(0)]

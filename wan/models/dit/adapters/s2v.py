@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.block import Context, CrossAttention, Hold
 from wan.models.dit.sequence import Group, Sequence
+from wan.models.ops.reference import Modulated
 from wan.weights.infer import AUDIO_LAYERS
 
 REFERENCE_AT = 30  # frame that the reference stands at
@@ -122,7 +123,8 @@ class AudioNorm(nn.Module):
         tokens[0] -= part.before
         tokens[-1] -= part.behind
         segments = [(b * count + frame, n) for b in range(len(x_BLC)) for frame, n in enumerate(tokens)]
-        return sequence.ops.modulated_norm(x_BLC, shift_BTC.flatten(0, 1), scale_BTC.flatten(0, 1), segments, self.eps)
+        norm = Modulated(shift_BTC.flatten(0, 1), scale_BTC.flatten(0, 1), self.eps)
+        return sequence.ops.norm(x_BLC, norm, segments)
 
 
 class Injector(CrossAttention):
@@ -279,7 +281,7 @@ class S2V(Adapter):
             video = y_BLC[:, part.where]
             if norms is None:
                 segments = [(0, video.shape[0] * video.shape[1])]
-                normed = sequence.ops.modulated_norm(video, zeros, zeros, segments, EPS)
+                normed = sequence.ops.norm(video, Modulated(zeros, zeros, EPS), segments)
             else:
                 with hold(norms[n]):
                     normed = norms[n](video, whole_BTC, part, sequence, hold)
