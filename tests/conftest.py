@@ -1,3 +1,4 @@
+import atexit
 import gc
 import os
 import signal
@@ -5,6 +6,8 @@ import sys
 
 # One thread in each process: networks and frames are tiny, and threads of tests side by side would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Kernels of a GPU run on a CPU, by Triton's interpreter. It is asked for before anything imports Triton, as torch does.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _frozen_at = 0
+atexit.register(gc.unfreeze)  # or Triton tells of all that it still has, behind the last line of a run
 
 
 @pytest.fixture(autouse=True)

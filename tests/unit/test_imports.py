@@ -13,7 +13,7 @@ BESIDE = ("cache", "distributed")  # folders whose modules are those of wan.cach
 
 # A module imports from its own layer or from those before it.
 LAYERS = [
-    ("wan", "wan.errors", "wan.files", "wan.finite", "wan.cache", "wan.distributed"),
+    ("wan", "wan.errors", "wan.files", "wan.finite", "wan.kernels", "wan.cache", "wan.distributed"),
     ("wan.tasks", "wan.pictures", "wan.media", "wan.video", "wan.audio", "wan.command"),
     ("wan.quant", "wan.weights"),
     ("wan.memory",),
@@ -114,9 +114,12 @@ def test_nothing_is_patched(module):
 
 @pytest.mark.parametrize("module", FILES)
 def test_optional_packages_are_not_needed(module):
-    """What only some machines have is imported inside functions; diffusers, the peer, nowhere."""
+    """What only some machines have is imported inside functions; diffusers, the peer, nowhere. So are modules named
+    `triton`, which need it."""
     optional = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers"}
-    assert not imported_roots(TREES[module].body) & optional
+    if module.rpartition(".")[2] != "triton":
+        assert not imported_roots(TREES[module].body) & optional
+    assert not any(name.endswith(".triton") for name, _ in own_imports(module, TREES[module].body))
     assert "diffusers" not in imported_roots(ast.walk(TREES[module]))
 
 

@@ -80,9 +80,9 @@ class Reference:
 
     def rms_norm(self, x_BTHWC: Tensor, gamma_C: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
         """`x / max(|x|_2, 1e-12) * sqrt(C) * gamma` at each position, perhaps SiLU of it; into `out`, where given."""
-        norm = x_BTHWC.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        y = x_BTHWC * (math.sqrt(x_BTHWC.shape[-1]) / norm).to(x_BTHWC.dtype) * gamma_C
-        y = F.silu(y) if silu else y
+        x = x_BTHWC.float()
+        y = x * (math.sqrt(x.shape[-1]) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)) * gamma_C.float()
+        y = (F.silu(y) if silu else y).to(x_BTHWC.dtype)
         return y if out is None else out.copy_(y)
 
     def _norm(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
