@@ -13,7 +13,7 @@ from torch import nn
 
 from wan.quant import native
 from wan.quant.blocks import UNPACK, dequantize_blocks
-from wan.quant.dequantize import _compiled, dequantize
+from wan.quant.dequantize import dequantize
 from wan.quant.ggml import BY_ID, BY_NAME, random_blocks
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
@@ -95,60 +95,6 @@ def test_large_tensors(name):
     blocks = random_blocks(kind, (9 << 20) // 2 // kind.block_weights + 1)
     out = torch.empty(len(blocks), kind.block_weights, dtype=torch.bfloat16)
     assert torch.equal(dequantize(blocks, kind, torch.bfloat16, out), dequantize_blocks(blocks, name).bfloat16())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "Q3_K"])
-def test_compiled_is_exact(name):
-    """What a GPU runs, compiled for the CPU."""
-    if native._library() is None:
-        pytest.skip("no C compiler")
-    blocks = edge_blocks(name)
-    compiled = _compiled(name, torch.float32, blocks.device)
-    assert compiled.__name__ != "eager" or hasattr(compiled, "_torchdynamo_orig_callable")
-    assert torch.equal(bits(compiled(blocks)), bits(by_gguf(blocks, name)))
-
-
-def counting_compiler(monkeypatch, compile_graph=lambda graph: graph.forward):
-    """torch.compile without the machinery that a GPU needs; the list grows with each piece that is compiled."""
-    pieces, real = [], torch.compile
-
-    def backend(graph, inputs):
-        pieces.append(graph)
-        return compile_graph(graph)
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
-    _compiled.cache_clear()
-    torch.compiler.reset()
-    return pieces
-
-
-def test_every_type_has_a_compiled_kernel(monkeypatch):
-    """torch gives up on a piece of code that it has compiled eight times."""
-    pieces = counting_compiler(monkeypatch)
-    device = torch.device("cpu")
-    for count, name in enumerate(UNPACK, start=1):
-        blocks = edge_blocks(name)
-        assert torch.equal(bits(_compiled(name, torch.float32, device)(blocks)), bits(by_gguf(blocks, name)))
-        assert len(pieces) == count
-    assert count > 8
-    _compiled.cache_clear()
-
-
-def test_a_compiler_that_fails_later_is_said(monkeypatch):
-    def broken(graph):
-        if len(pieces) > 1:
-            raise RuntimeError("no more")
-        return graph.forward
-
-    pieces = counting_compiler(monkeypatch, broken)
-    run = _compiled("Q8_0", torch.float32, torch.device("cpu"))
-    blocks = random_blocks(BY_NAME["Q8_0"], 1)  # one alone is a case of its own
-    with pytest.warns(UserWarning, match="Q8_0 weights are not dequantised by a compiled kernel"):
-        assert torch.equal(run(blocks), by_gguf(blocks, "Q8_0"))
-    assert torch.equal(run(blocks), by_gguf(blocks, "Q8_0")) and len(pieces) == 2
-    _compiled.cache_clear()
-    torch.compiler.reset()
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""ggml's block formats in torch: the definition that every faster way is checked against, and what a GPU compiles.
+"""ggml's block formats in torch: the definition that every faster way is checked against.
 
 Each function takes blocks uint8 [n, bytes a block] and returns `(q, scale, offset)`: integer codes [n, G, W] and, for
 each of the G groups of W weights, fp32 [n, G, 1]; a weight is scale * q + offset. `offset` may be None. Every step is
@@ -16,7 +16,7 @@ from torch import Tensor
 
 Unpacked = tuple[Tensor, Tensor, "Tensor | None"]
 
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def dequantize_blocks(blocks: Tensor, name: str) -> Tensor:
@@ -112,7 +112,7 @@ def _q6_k(b: Tensor) -> Unpacked:
 
 
 def _iq4(packed: Tensor) -> Tensor:
-    values = torch.tensor(_IQ4_VALUES, dtype=torch.int8, device=packed.device)
+    values = torch.tensor(IQ4_VALUES, dtype=torch.int8, device=packed.device)
     return values[_fields(packed, 16, (0, 4)).int()]
 
 

@@ -1,19 +1,18 @@
 """Blocks -> weights, the fastest way there is on the device that holds them.
 
-CPU: the compiled kernels of native.py, else torch in slices that stay in the cache. CUDA: one kernel made by
-torch.compile, else torch as it is. Types without a formula in blocks.py: the `gguf` package. All agree bit for bit in
+CPU: the compiled kernels of native.py, else torch in slices that stay in the cache. CUDA: a kernel in Triton, else
+torch as it is. Types without a formula in blocks.py: the `gguf` package. All agree bit for bit in
 fp32; other types are rounded once from it.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from wan import kernels
 from wan.quant.blocks import UNPACK, dequantize_blocks
 from wan.quant.ggml import BY_NAME, GGMLType, random_blocks
 from wan.quant.native import dequantize_native
@@ -24,12 +23,13 @@ _SLICE_WEIGHTS = 1 << 17  # 512 KiB in fp32
 def dequantize(blocks: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """uint8 [rows, bytes a row] -> `dtype` [rows, weights a row] on the same device; into `out`, where given."""
     rows, row_bytes = blocks.shape
-    if blocks.device.type == "cuda" and type.name in UNPACK:
-        weights = _compiled(type.name, dtype, blocks.device)(blocks.reshape(-1, type.block_bytes)).view(rows, -1)
-        return weights if out is None else out.copy_(weights)
     if out is None:
         shape = (rows, row_bytes // type.block_bytes * type.block_weights)
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    if blocks.device.type == "cuda" and type.name in UNPACK:
+        if out.is_contiguous() and _has_kernel(type.name, out.dtype, blocks.device):
+            return _by_kernel(blocks.contiguous(), type.name, out)
+        return out.copy_(dequantize_blocks(blocks.reshape(-1, type.block_bytes), type.name).view(rows, -1))
     if dequantize_native(blocks, type, out):
         return out
     flat, weights = blocks.reshape(-1, type.block_bytes), out.view(-1, type.block_weights)
@@ -49,36 +49,18 @@ def _by_gguf(blocks: Tensor, type: GGMLType) -> Tensor:
 
 
 @functools.cache
-def _compiled(name: str, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`dequantize_blocks` and the rounding as one kernel, if this machine can make it and its numbers are right."""
+def _has_kernel(name: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` has a kernel for a type that gives the bits of `dequantize_blocks`, rounded once."""
 
-    def eager(blocks: Tensor) -> Tensor:
-        return dequantize_blocks(blocks, name).to(dtype)
+    def agree() -> bool:
+        blocks = random_blocks(BY_NAME[name], 500).to(device)
+        wanted = dequantize_blocks(blocks, name).to(dtype)
+        return torch.equal(_by_kernel(blocks, name, torch.empty_like(wanted)), wanted)
 
-    # torch compiles a piece of code a few times only, and then runs it as it is without a word: each has its own, and
-    # fullgraph makes it an error.
-    eager.__code__ = eager.__code__.replace(co_name=f"dequantize_{name}")
-    compiled = torch.compile(eager, dynamic=True, fullgraph=True)
-    failed = False
-
-    def run(blocks: Tensor) -> Tensor:
-        nonlocal failed
-        if not failed:
-            try:
-                return compiled(blocks)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler can meet: no Triton, no driver, a bug of its own
-                failed = True
-                _warn(name, type(error).__name__)
-        return eager(blocks)
-
-    blocks = random_blocks(BY_NAME[name], 500).to(device)
-    if torch.equal(run(blocks), eager(blocks)):
-        return run
-    _warn(name, "its numbers are wrong")
-    return eager
+    return kernels.are_there(device) and kernels.is_right(f"kernel for {name} weights", agree)
 
 
-def _warn(name: str, reason: str) -> None:
-    warnings.warn(f"{name} weights are not dequantised by a compiled kernel ({reason}): slower", stacklevel=3)
+def _by_kernel(blocks: Tensor, name: str, out: Tensor) -> Tensor:
+    from wan.quant.triton import dequantize_blocks_
+
+    return dequantize_blocks_(blocks, name, out)

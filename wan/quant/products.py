@@ -17,13 +17,13 @@ import warnings
 import torch
 from torch import Tensor
 
+from wan import kernels
 from wan.quant.packed import PackedTensor
-from wan.quant.rounding import quantize_channels
+from wan.quant.rounding import LARGEST, quantize_channels
 from wan.quant.schemes import Scheme, pack_rows, split_rows
 
 _CAPABILITY = {"fp8": (9, 0), "int8": (8, 0)}  # of the device: scales by row; integer products
 _DTYPES = (torch.bfloat16,)  # scales by row give bf16 only
-_LARGEST = {"fp8": 448.0, "int8": 127.0}
 _MULTIPLE = 16  # rows and columns have to be multiples
 _MIN_TOKENS = 17  # integer products need more than 16
 _TOLERANCE = 0.05  # relative error of the whole result; rounding to 8 bits gives about 0.03
@@ -51,19 +51,41 @@ def scaled_product(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tens
     return _product(tokens, weight.blocks, scheme, bias).view(*x.shape[:-1], rows)
 
 
-def round_tokens(tokens: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """[n, in] -> codes [n, in] in the type of the weights' and fp32 scales [n, 1]."""
-    tokens, largest = tokens.float(), _LARGEST[scheme.name]
+def quantize_tokens(tokens: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """[n, in] -> codes [n, in] and fp32 scales [n, 1]; kind: "fp8" or "int8". Several products may share them."""
+    if tokens.device.type == "cuda" and tokens.stride(-1) == 1 and _has_kernel(kind, tokens.device):
+        return _by_kernel(tokens, kind)
+    return _quantized(tokens, kind)
+
+
+def _quantized(tokens: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    tokens, largest = tokens.float(), LARGEST[kind]
     scales = (tokens.abs().amax(1, keepdim=True) / largest).clamp_(min=torch.finfo(torch.float32).tiny)
     codes = tokens / scales
-    if scheme.name == "int8":
+    if kind == "int8":
         codes = codes.round_()
-    return codes.clamp_(-largest, largest).to(scheme.code_dtype), scales
+    return codes.clamp_(-largest, largest).to(torch.int8 if kind == "int8" else torch.float8_e4m3fn), scales
+
+
+@functools.cache
+def _has_kernel(kind: str, device: torch.device) -> bool:
+    def agree() -> bool:
+        tokens = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).to(device, _DTYPES[0])
+        pairs = zip(_by_kernel(tokens, kind), _quantized(tokens, kind), strict=True)
+        return all(torch.equal(made.float(), wanted.float()) for made, wanted in pairs)
+
+    return kernels.are_there(device) and kernels.is_right(f"kernel that rounds activations to {kind}", agree)
+
+
+def _by_kernel(tokens: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    from wan.quant.triton import quantize_tokens
+
+    return quantize_tokens(tokens, kind)
 
 
 def _product(tokens: Tensor, blocks: Tensor, scheme: Scheme, bias: Tensor | None) -> Tensor:
     stored, scales, *_ = split_rows(blocks, scheme, tokens.shape[1])
-    codes, token_scales = round_tokens(tokens, scheme)
+    codes, token_scales = quantize_tokens(tokens, scheme.name)
     matrix = stored.view(scheme.code_dtype).t()  # columns lie `row bytes` apart, a multiple of 16
     if scheme.name == "fp8":
         row_scales = scales.float().t().contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wan.quant.schemes import scale_values
 
-_LARGEST = {"fp8": 448.0, "int8": 127.0}
+LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
 def quantize_channels(weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -22,12 +22,12 @@ def quantize_channels(weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
     of themselves (or, below 2^-6 scales, by 2^-10 scales).
     """
     weights = _checked(weights)
-    scales = weights.abs().amax(1, keepdim=True) / _LARGEST[name]
+    scales = weights.abs().amax(1, keepdim=True) / LARGEST[name]
     scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros
     codes = weights / scales
     if name == "int8":
         return codes.round_().clamp_(-128, 127).to(torch.int8), scales
-    return codes.clamp_(-_LARGEST[name], _LARGEST[name]).to(torch.float8_e4m3fn), scales
+    return codes.clamp_(-LARGEST[name], LARGEST[name]).to(torch.float8_e4m3fn), scales
 
 
 def quantize_affine(weights: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,9 +57,9 @@ def quantize_nvfp4(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     grouped = _grouped(weights, 16)
     largest = grouped.abs().amax(-1)
-    whole = largest.amax() / (6 * _LARGEST["fp8"])
+    whole = largest.amax() / (6 * LARGEST["fp8"])
     whole = torch.where(whole > 0, whole, 1.0)  # a matrix of zeros
-    scales = (largest / 6 / whole).clamp_(max=_LARGEST["fp8"]).to(torch.float8_e4m3fn)
+    scales = (largest / 6 / whole).clamp_(max=LARGEST["fp8"]).to(torch.float8_e4m3fn)
     steps = (scales.float() * whole).unsqueeze(-1)
     sizes = grouped.abs() / torch.where(steps > 0, steps, float("inf"))
     # Codes are evenly apart below 2, between 2 and 4, and between 4 and 6; ties go to even ones.
@@ -77,7 +77,7 @@ def quantize_mxfp8(weights: Tensor) -> tuple[Tensor, Tensor]:
     itself at most (or, below 2^-6 scales, by 2^-10 scales).
     """
     grouped = _grouped(weights, 32)
-    mantissas, exponents = torch.frexp(grouped.abs().amax(-1) / _LARGEST["fp8"])  # 0.5 <= mantissa < 1, or both are 0
+    mantissas, exponents = torch.frexp(grouped.abs().amax(-1) / LARGEST["fp8"])  # 0.5 <= mantissa < 1, or both are 0
     scales = (exponents - (mantissas == 0.5).int() + 127).clamp_(min=0).to(torch.uint8)
     codes = (grouped / scale_values(scales).unsqueeze(-1)).to(torch.float8_e4m3fn)
     return codes.flatten(1), scales

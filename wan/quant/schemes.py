@@ -10,11 +10,13 @@ Floats of 4, 6 and 8 bits and E8M0: https://www.opencompute.org/documents/ocp-mi
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wan import kernels
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # torch >= 2.7
@@ -116,10 +118,39 @@ def dequantize_rows(
     """
     if out is None:
         out = torch.empty(len(blocks), columns, dtype=dtype, device=blocks.device)
+    if blocks.device.type == "cuda" and out.is_contiguous() and _has_kernel(scheme, out.dtype, blocks.device):
+        return _by_kernel(blocks, scheme, columns, out)
     step = max(1, _SLICE_WEIGHTS // columns) if blocks.device.type == "cpu" else max(1, len(blocks))
     for start in range(0, len(blocks), step):
         out[start : start + step] = _weights(blocks[start : start + step], scheme, columns)
     return out
+
+
+@functools.cache
+def _has_kernel(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` has a kernel for it that gives the bits of `_weights`, rounded once."""
+    if scheme.minifloat or scheme.rotation or scheme.has_row_scale or not kernels.are_there(device):
+        return False
+
+    def agree() -> bool:
+        columns = 2 * min(scheme.group, 512)
+        whole = replace(scheme, group=min(scheme.group, 512))
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, 120, (40, whole.code_bytes(columns)), dtype=torch.uint8, generator=generator)
+        scales = torch.rand(40, whole.groups(columns), generator=generator)
+        blocks = pack_rows(whole, columns, codes, scales, -scales if scheme.has_offsets else None).to(device)
+        wanted = _weights(blocks, whole, columns).to(dtype)
+        return torch.equal(_by_kernel(blocks, whole, columns, torch.empty_like(wanted)), wanted)
+
+    return kernels.is_right(f"kernel for {scheme.name} weights", agree)
+
+
+def _by_kernel(blocks: Tensor, scheme: Scheme, columns: int, out: Tensor) -> Tensor:
+    from wan.quant.triton import dequantize_rows_
+
+    codes, scales, offsets, _ = split_rows(blocks, scheme, columns)
+    kind = str(scheme.code_dtype).removeprefix("torch.")
+    return dequantize_rows_(codes, scales, offsets, kind, scheme.bits, scheme.group, out)
 
 
 def _weights(blocks: Tensor, scheme: Scheme, columns: int) -> Tensor:
