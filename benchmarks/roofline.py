@@ -15,7 +15,6 @@ number that is fitted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +39,6 @@ AXES = {
     "allgather_": "guidance",
     "allreduce_": "vote",
 }
-# Allocations, and views that their schema does not call so: no pass over memory.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "alias"}
 
 CONSTANTS: dict[str, tuple[float, str]] = {
     "matmul": (790e12, "FLOP/s of bf16 products, measured on an H200; an H100 has the same arithmetic units"),
@@ -119,13 +116,12 @@ class Transfer:
 
 
 class Tally(counting.Tally):
-    """What one rank does: `flops`, `passes[place]`, bytes read and written by all other operations, and
-    `transfers[place]`. place: "layer", or "rest" for all that is not in a block."""
+    """What one rank does: `flops`, `passes` and `transfers[place]`. place: "layer", or "rest" for all that is not in a
+    block."""
 
     def __init__(self, grid: Grid, rank: int):
         super().__init__()
         self.grid, self.rank = grid, rank
-        self.passes: Counter[str] = Counter()
         self.transfers: dict[str, list[Transfer]] = {"layer": [], "rest": []}
         self._leaving: Transfer | None = None
 
@@ -144,10 +140,6 @@ class Tally(counting.Tally):
         packet, flops = func.overloadpacket, self.flops.total() - before
         if packet is FLASH and self._leaving is not None:
             self._leaving.behind, self._leaving = flops, None
-        if not flops and not func.is_view and packet.__name__ not in FREE:
-            if packet is torch.ops.aten.copy_:  # does not read what it overwrites
-                tensors = tensors[1:]
-            self.passes[self.place] += sum(tensor.nbytes for tensor in tensors)
         return None
 
     def _transfer(self, name: str, args: Sequence[Any]) -> None:

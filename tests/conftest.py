@@ -6,13 +6,15 @@ import sys
 
 # One thread in each process: networks and frames are tiny, and threads of tests side by side would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Kernels of a GPU run on a CPU, by Triton's interpreter. It is asked for before anything imports Triton, as torch does.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # where torch came before
+
+# Kernels run on a CPU by Triton's interpreter, which is asked for before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A shell starts what it runs in the background with interrupts ignored, and so would all processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Kernels run on a CPU by Triton's interpreter, which tests/conftest.py asks for."""
+"""Kernels run on a GPU where there is one, else on a CPU, by Triton's interpreter, which tests/conftest.py asks for."""
 
 import numpy as np
 import pytest
@@ -26,3 +26,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", _converted)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

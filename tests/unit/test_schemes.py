@@ -19,7 +19,7 @@ from wan.models.encoders import load_text_encoder
 from wan.models.vae import WanVAE
 from wan.quant import products
 from wan.quant.linear import QuantEmbedding, QuantLinear
-from wan.quant.products import _product, round_tokens, scaled_product
+from wan.quant.products import _product, quantize_tokens, scaled_product
 from wan.quant.rounding import quantize_affine, quantize_channels, quantize_nvfp4
 from wan.weights.assign import check_weights, load_weights
 from wan.weights.block_floats import tiled
@@ -342,7 +342,7 @@ def test_product_in_8_bits(name, monkeypatch):
         made = _product(x, packed.blocks, packed.type, bias)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         pytest.skip(f"this torch has no such product on a CPU: {error}")
-    token_codes, token_scales = round_tokens(x, packed.type)
+    token_codes, token_scales = quantize_tokens(x, packed.type.name)
     exact = (token_codes.float() * token_scales) @ packed.dequantize().t() + bias.float()
     assert made.dtype == torch.bfloat16 and (made.float() - exact).abs().max() < 0.02 * exact.abs().max()
     plain = F.linear(x.float(), weights, bias.float())

@@ -18,12 +18,18 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention
 FLASH_CPU = aten._scaled_dot_product_flash_attention_for_cpu
+WORK = flop_registry | {aten._addmm_activation: flop_registry[aten.addmm]}  # operations whose work is counted in FLOPs
+# Allocations, and views that their schema does not call so: no pass over memory.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "alias"}
 
 
 class Tally(TorchDispatchMode):
     """Counts while it is open. Only tensors on the meta device count; those that were there before do not.
 
     flops: by (place, "matmul" or "attention"), where a convolution is a matmul; 2 for each multiply-add.
+    launches: operations that take a kernel, by place, those with FLOPs among them.
+    passes: bytes that all others read and write, by place.
+    uploads: how many of these read what lies on the host.
     live, peak: bytes of tensors that were made within and are not freed yet, now and at most.
     place: where it computes, "rest" but within `places`.
     """
@@ -31,7 +37,9 @@ class Tally(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops: Counter[tuple[str, str]] = Counter()
-        self.live = self.peak = 0
+        self.launches: Counter[str] = Counter()
+        self.passes: Counter[str] = Counter()
+        self.live = self.peak = self.uploads = 0
         self._places = ["rest"]
         self._storages: dict[int, weakref.ref] = {}
 
@@ -66,7 +74,7 @@ class Tally(TorchDispatchMode):
         if func is aten.scaled_dot_product_attention.default and args[0].is_meta:
             with self:  # by one kernel, which does not write the scores to memory
                 return FLASH_CPU(*args[:3], **kwargs)[0]
-        if func.overloadpacket not in flop_registry and _is_composite(func):
+        if func.overloadpacket not in WORK and _is_composite(func):
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -81,12 +89,19 @@ class Tally(TorchDispatchMode):
         if not all(tensor.is_meta for tensor in tensors):
             return
         packet = FLASH if func.overloadpacket is FLASH_CPU else func.overloadpacket
-        if packet in flop_registry:
+        if packet in WORK:
             kind = "attention" if packet is FLASH else "matmul"
-            self.flops[self.place, kind] += flop_registry[packet](*args, **kwargs, out_val=out)
+            self.flops[self.place, kind] += WORK[packet](*args, **kwargs, out_val=out)
         if func.is_view:
             return
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if packet.__name__ not in FREE:
+            self.launches[self.place] += 1
+            self.uploads += not all(tensor.is_meta for tensor in inputs)
+            if packet not in WORK:
+                read = inputs[1:] if packet is aten.copy_ else inputs  # does not read what it overwrites
+                self.passes[self.place] += sum(tensor.nbytes for tensor in (*read, *tensors))
+        given = {one.untyped_storage()._cdata for one in inputs}
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in given and storage._cdata not in self._storages:

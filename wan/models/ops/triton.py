@@ -52,7 +52,7 @@ class Triton(Gpu):
         return y.unflatten(0, x.shape[:-1])
 
     def rms_norm(self, x_BTHWC: Tensor, gamma_C: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
-        out = torch.empty_like(x_BTHWC) if out is None else out
+        out = x_BTHWC.new_empty(x_BTHWC.shape) if out is None else out
         return _rms_norm_(x_BTHWC.contiguous(), gamma_C, out, silu)
 
 
