@@ -2,6 +2,7 @@
 imported torch. `python -m tests.caching.quick_python SOCKET` is that process; `write_client` the stand-in.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -34,6 +35,7 @@ def serve(path: str) -> None:
     import wan.pipeline  # noqa: F401
 
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton tells of all that it still has
     with socket.create_server(path, family=socket.AF_UNIX) as server:
         while True:
             with server.accept()[0] as client:

@@ -5,10 +5,12 @@ import torch
 
 from wan import kernels
 from wan.models import ops as ops_module
+from wan.models import vae_blocks
 from wan.models.dit import WanModel
 from wan.models.ops import OPS, choose_ops
 from wan.models.ops.compare import compared, is_close
 from wan.models.ops.reference import Modulated, Reference
+from wan.models.vae import WanVAE
 
 CPU = torch.device("cpu")
 KERNELS = choose_ops("triton", CPU)
@@ -78,6 +80,18 @@ def network(device):
             return model(x, times, text, y=y, clip_fea=clip)
 
     return run
+
+
+def test_a_vae_of_kernels_is_that_of_formulas(monkeypatch, device):
+    """Both ways, in several chunks, each written behind the frames that it looks back at."""
+    torch.manual_seed(0)
+    vae = WanVAE(dim=8, z_dim=4, dim_mult=(1, 1, 2), num_res_blocks=1, temporal_downsample=(True, True)).to(device)
+    video = torch.randn(1, 3, 9, 8, 12, device=device)
+    wanted = vae.encode(video)
+    pixels = vae.decode(wanted)
+    monkeypatch.setattr(vae_blocks, "choose_ops", lambda name, device: KERNELS)
+    assert torch.allclose(vae.encode(video), wanted, atol=1e-4)
+    assert torch.allclose(vae.decode(wanted), pixels, atol=1e-4)
 
 
 # Where they are used
