@@ -50,11 +50,19 @@ def report(result: dict[str, Any], out: str | Path | None = None) -> None:
         Path(out).write_text(text + "\n", encoding="utf-8")
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result)."""
+def timed(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[float, Any]:
+    """(seconds, result), until `device` has done what it was given."""
+    finish(device)
     start = time.perf_counter()
     result = call()
+    finish(device)
     return time.perf_counter() - start, result
+
+
+def finish(device: torch.device | str) -> None:
+    """Wait for what a GPU still computes."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # Memory
@@ -146,14 +154,14 @@ class Products(TorchFunctionMode):
     def tflop(self) -> float:
         return sum(self.flops[key] * count for key, count in self.counts.items()) / 1e12
 
-    def measure(self, dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
+    def measure(self, dtype: torch.dtype, repeats: int = 3, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Runs each distinct product alone on random numbers: the floor in seconds, and by kind TFLOP and rate."""
         seconds, flops = Counter(), Counter()
         for key, count in self.counts.items():
             func, layouts, named = key
-            args = [_random(arg, dtype) for arg in layouts]
-            call = partial(func, *args, **{name: _random(arg, dtype) for name, arg in named})
-            runs = [timed(call)[0] for _ in range(1 + repeats)]
+            args = [_random(arg, dtype, device) for arg in layouts]
+            call = partial(func, *args, **{name: _random(arg, dtype, device) for name, arg in named})
+            runs = [timed(call, device)[0] for _ in range(1 + repeats)]
             seconds[_KINDS[func]] += count * min(runs[1:])
             flops[_KINDS[func]] += count * self.flops[key]
         kinds = {
@@ -180,5 +188,5 @@ def _layout(arg):
     return tuple(arg) if isinstance(arg, list) else arg
 
 
-def _random(arg, dtype: torch.dtype):
-    return torch.empty_strided(*arg, dtype=dtype).normal_() if isinstance(arg, _Layout) else arg
+def _random(arg, dtype: torch.dtype, device: torch.device | str):
+    return torch.empty_strided(*arg, dtype=dtype, device=device).normal_() if isinstance(arg, _Layout) else arg

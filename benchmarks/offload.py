@@ -18,7 +18,7 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.common import machine, report, timed
 from benchmarks.loading import anonymous_bytes, peak_anonymous, write
+from benchmarks.random_weights import RandomSource, inputs, on_meta
 from wan.command import Parser, run_command
 from wan.memory.experts import load_expert
 from wan.models.dit import WanModel
@@ -35,7 +36,7 @@ from wan.options import check_device
 from wan.plan import resident_indices
 from wan.quant.scratch import return_freed_memory
 from wan.tasks import load_task
-from wan.weights.source import Source, TensorInfo, open_source
+from wan.weights.source import Source, open_source
 
 WAYS = {
     "resident": {},
@@ -44,36 +45,6 @@ WAYS = {
     "phase": {"granularity": "phase"},
 }
 GPU_LATENT = (16, 21, 60, 104)  # 832x480, 81 frames: 32,760 tokens
-TEXT_LEN = 512
-
-
-class RandomSource(Source):
-    """bf16 weights for every parameter of a model: the same noise over and over."""
-
-    def __init__(self, model: torch.nn.Module):
-        infos = {name: TensorInfo(tuple(one.shape), torch.bfloat16) for name, one in model.state_dict().items()}
-        super().__init__([], infos)
-        self._noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-
-    def read(self, name: str, rows=None) -> torch.Tensor:
-        shape = self.info(name).shape
-        count = torch.Size(shape).numel()
-        return self._noise.repeat(-(-count // len(self._noise)))[:count].view(shape)
-
-    def describe(self) -> str:
-        return "random weights"
-
-
-def on_meta(config: dict[str, Any]) -> WanModel:
-    with torch.device("meta"):
-        return WanModel(**config)
-
-
-def inputs(config: dict[str, Any], latent: Sequence[int], device: torch.device) -> tuple:
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(1, *latent, generator=generator).to(device)
-    text = torch.randn(TEXT_LEN, config["text_dim"], generator=generator).to(device)
-    return noise, torch.tensor([500]), [text[: config["text_len"]]]
 
 
 def load(source: Source, config: dict[str, Any], way: dict[str, Any], device: torch.device) -> WanModel:
@@ -98,15 +69,16 @@ def measure(
     device: torch.device,
     loads: int,
     forwards: int,
+    ways: Mapping[str, dict[str, Any]] = WAYS,
 ) -> dict[str, dict[str, Any]]:
     """Every way by its name. Each is loaded so many times, in turns, and predicts so often each time; the first
     prediction, which finds no block on its way, does not count."""
-    found: dict[str, dict[str, Any]] = {name: {"all_seconds": [], "peak_bytes": 0} for name in WAYS}
+    found: dict[str, dict[str, Any]] = {name: {"all_seconds": [], "peak_bytes": 0} for name in ways}
     wanted = None
     for _ in range(loads):
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             seconds = []
-            with _memory(device) as peak:
+            with device_memory(device) as peak:
                 model = make(way)
                 for _ in range(forwards):
                     taken, out = timed(lambda model=model: _finish(model(*args), device))
@@ -133,7 +105,7 @@ def _finish(out: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
-def _memory(device: torch.device):
+def device_memory(device: torch.device):
     """Yields a list that holds the peak afterwards."""
     peak: list[int] = []
     if device.type == "cuda":
@@ -164,10 +136,15 @@ def gpu(device: torch.device, runs: int) -> dict[str, Any]:
     source = RandomSource(on_meta(config))
     args = inputs(config, GPU_LATENT, device)
     found = measure(lambda way: load(source, config, way, device), args, device, 1, runs + 1)
-    pinned, there = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True), torch.empty(1 << 28, device=device).byte()
-    rate = len(pinned) / min(timed(lambda: _copied(pinned, there))[0] for _ in range(5))
+    rate = transfer_rate(device)
     _add_floors(found, config, rate)
     return {"shape": "14B, 832x480, 81 frames", "transfer_rate": rate, "ways": found}
+
+
+def transfer_rate(device: torch.device) -> float:
+    """Bytes/s of copies of pinned memory to a GPU."""
+    pinned, there = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True), torch.empty(1 << 28, device=device).byte()
+    return len(pinned) / min(timed(lambda: _copied(pinned, there))[0] for _ in range(5))
 
 
 def _copied(pinned: torch.Tensor, there: torch.Tensor) -> None:
@@ -182,7 +159,7 @@ def cpu(gigabytes: float, tokens: int, runs: int) -> dict[str, Any]:
         side = 2 * round((tokens / 3) ** 0.5)
         args = inputs(config, (16, 3, side, side), device)
         found = measure(lambda way: load(open_source(path), config, way, device), args, device, runs, 2)
-        rate = path.stat().st_size / timed(lambda: _read_all(path))[0]
+        rate = path.stat().st_size / timed(lambda: read_all(path))[0]
         _add_floors(found, config, rate)
         size = path.stat().st_size
     return {"file_bytes": size, "layers": config["num_layers"], "read_rate": rate, "ways": found}
@@ -194,7 +171,7 @@ def _add_floors(found: dict[str, dict[str, Any]], config: dict[str, Any], rate: 
         row["transfer_floor"] = round(row["streamed_bytes"] / rate, 3)
 
 
-def _read_all(path: Path) -> None:
+def read_all(path: Path) -> None:
     buffer = bytearray(64 << 20)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):

@@ -99,17 +99,17 @@ def build_ours(part: str, config: dict[str, Any]) -> nn.Module:
         return (WanModel if part == "dit" else WanVAE)(**config).eval()
 
 
-def load(case: Case, side: str, folder: str) -> Callable[..., Tensor]:
+def load(case: Case, side: str, folder: str, device: str = "cpu") -> Callable[..., Tensor]:
     """One forward pass of a side, with the weights in `folder`, as a function of `inputs(case)`."""
     dtype = DTYPES[case.dtype]
     if side == "ours":
         model = build_ours(case.part, case.config)
-        load_weights(model, open_source(folder), "dit" if case.part == "dit" else "vae", dtype=dtype)
+        load_weights(model, open_source(folder), "dit" if case.part == "dit" else "vae", device=device, dtype=dtype)
     else:
         import diffusers
 
         cls = diffusers.WanTransformer3DModel if case.part == "dit" else diffusers.AutoencoderKLWan
-        model = cls.from_pretrained(folder, torch_dtype=dtype).eval()
+        model = cls.from_pretrained(folder, torch_dtype=dtype).eval().to(device)
     return forward(case, side, model)
 
 
@@ -163,31 +163,33 @@ def products(case: Case, side: str) -> Products:
     return counted
 
 
-def alternate(calls: dict[str, Callable[[], Tensor]], runs: int) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+def alternate(
+    calls: dict[str, Callable[[], Tensor]], runs: int, device: str = "cpu"
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Seconds of each run and the last result of each call. Who goes first changes from run to run."""
     seconds, results = {name: [] for name in calls}, {}
     for run in range(runs):
         for name in list(calls) if run % 2 == 0 else reversed(calls):
             results[name] = None  # freed before the next one is made
-            elapsed, results[name] = timed(calls[name])
+            elapsed, results[name] = timed(calls[name], device)
             seconds[name].append(elapsed)
     return seconds, results
 
 
-def compare(case: Case, runs: int = 3, memory: bool = True) -> dict[str, Any]:
-    """Everything about one case, as JSON data. Ratios are ours / diffusers."""
+def compare(case: Case, runs: int = 3, memory: bool = True, device: str = "cpu") -> dict[str, Any]:
+    """Everything about one case, as JSON data. Ratios are ours / diffusers. memory: on a CPU alone."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         torch.manual_seed(0)
         build_theirs(case.part, case.config).save_pretrained(folder)
         peaks = {side: in_fresh_process(peak_memory, case, side, folder) for side in SIDES} if memory else {}
-        calls = {side: load(case, side, folder) for side in SIDES}
+        calls = {side: load(case, side, folder, device) for side in SIDES}
         for call in calls.values():
-            call(*inputs(case, WARM_UP[case.part]))
-        args = inputs(case)
-        seconds, results = alternate({side: lambda call=calls[side]: call(*args) for side in SIDES}, runs)
+            call(*(one.to(device) for one in inputs(case, WARM_UP[case.part])))
+        args = [one.to(device) for one in inputs(case)]
+        seconds, results = alternate({side: lambda call=calls[side]: call(*args) for side in SIDES}, runs, device)
         del calls
         counted = {side: products(case, side) for side in SIDES}
-        floor = counted["ours"].measure(DTYPES[case.dtype])
+        floor = counted["ours"].measure(DTYPES[case.dtype], device=device)
     ours, theirs = results["ours"].float(), results["diffusers"].float()
     medians = {side: median(seconds[side]) for side in SIDES}
     result = {

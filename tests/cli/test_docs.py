@@ -179,6 +179,7 @@ def test_every_flag_is_named_and_no_other():
     ours |= FLAGS_OF["wan.prepare"] | FLAGS_OF["wan.batch"]
     assert {flag for flag in ours if flag.startswith("--")} - named == set()
     known = ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node"}
+    known |= flags_of("benchmarks.gpu")
     assert named - known == set()
 
 
