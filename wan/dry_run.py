@@ -9,7 +9,7 @@ from easydict import EasyDict
 
 from wan.command import put
 from wan.errors import SwanError, UsageError
-from wan.file_checks import faults
+from wan.file_checks import faults, settle_matmul
 from wan.memory.residency import attention_of
 from wan.models.attention import choose_attention
 from wan.options import Request, check_device
@@ -30,6 +30,9 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     notes = []
     if is_here:
         _, notes = choose_attention(*attention_of(request.load))
+    device = check_device(request.load.device) if is_here else machine.device
+    matmul, lines = settle_matmul(request.load.checkpoint, request.load.matmul, device)
+    request, notes = request.changed(matmul=matmul), notes + lines
     if is_here and request.sample.cache:
         check_device(request.sample.cache["cache_device"], "cache_device")
     check_phase_loras(request.sample.by_phase, request.sample.loras)

@@ -341,6 +341,7 @@ def _report(pipe: WanPipeline, request: Request, result: Result) -> dict[str, An
         "offload": pipe.placement.offload,
         "attention": pipe.attention,
         **({"gguf_mode": modes} if modes else {}),
+        **({"matmul": pipe.load.matmul} if pipe.load.matmul != "bf16" else {}),
         **({"cache": pipe.cache.telemetry.report()} if request.sample.cache else {}),
         # Of the frames; of several clips, of the hashes of theirs.
         "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),

@@ -17,6 +17,7 @@ from wan.models.vae import empty_vae
 from wan.options import Request
 from wan.options.names import LoraChoice
 from wan.plan.files import checkpoint_of
+from wan.quant.products import choose_products
 from wan.tasks.kinds import kind_of
 from wan.weights.assign import check_weights
 from wan.weights.checkpoint import Checkpoint
@@ -93,6 +94,18 @@ def _scale_notes(checkpoint: Checkpoint) -> list[str]:
         for name, config in configs.items()
         if "widths" in config
     ]
+
+
+def settle_matmul(checkpoint: Checkpoint, asked: str, device: str) -> tuple[str, list[str]]:
+    """What --matmul comes to with the transformers' files that are here, on a device, and lines to show: see
+    `choose_products`."""
+    if asked == "bf16":
+        return asked, []
+    stored = None
+    for source in (checkpoint.source(name) for name in checkpoint.files.dit if checkpoint.paths(name)):
+        kinds = ((source.block_type(name), source.info(name).shape) for name in source.keys())
+        stored = (stored or set()) | {(kind, shape) for kind, shape in kinds if kind}
+    return choose_products(asked, device, stored)
 
 
 def check_encodes(request: Request, spec: Any) -> None:

@@ -317,7 +317,11 @@ class WanPipeline(Residency):
     def decided(self, request: Request) -> Request:
         """The request with what was left to the plan as it has decided; a video stores it."""
         return request.changed(
-            dtype=self.load.dtype, auto_dtype=False, vae_tile_px=self._tile_px(request), checkpoint=None
+            dtype=self.load.dtype,
+            auto_dtype=False,
+            matmul=self.load.matmul,
+            vae_tile_px=self._tile_px(request),
+            checkpoint=None,
         )
 
     def _tile_px(self, request: Request) -> int:

@@ -120,6 +120,7 @@ ROWS = [
     *_vaes("fp32"),
     _row("offload", "time with streamed blocks to all resident (peak), by budget", "memory.offload", 90, _offload),
     _row("packed", "time with packed GGUF weights to bf16", "speed.packed", 15, _beside),
+    _row("matmul", "time with weights in fp8 and int8 to bf16", "speed.matmul", 25, _beside),
     _row("loading", "loading, and the swap of experts", "memory.loading", 30, _loading),
     _row("video", "A14B, four steps, 81 frames at 480p", "video.four_steps", 40, _seconds),
     _row("diffusers", "our time to diffusers', layers of 14B at 480p", "speed.diffusers", 60, _ratio),

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from benchmarks.common import timed
 from benchmarks.gpu.bench import BF16, Bench, Skip, tflop, tokens
 from wan.models.attention import get_attention
+from wan.quant.linear import multiply_in_8_bits
+from wan.quant.products import works
 
 # What the profiler calls an operation or kernel -> its kind, in this order.
 _KINDS = {
@@ -162,17 +164,42 @@ def vae(bench: Bench, direction: str, dtype_name: str) -> dict[str, Any]:
 
 def packed(bench: Bench) -> dict[str, Any]:
     """Packed GGUF weights beside bf16 in one run; of some layers of 14B at 480p."""
-    return _beside_bf16(bench, ["Q4_K", "Q8_0"])
+    return _beside_bf16(bench, {kind: (kind, "") for kind in ("Q4_K", "Q8_0")})
 
 
-def _beside_bf16(bench: Bench, kinds: list[str]) -> dict[str, Any]:
+def matmul(bench: Bench) -> dict[str, Any]:
+    """Weights in 8 bits, dequantised and multiplied as they are, beside bf16; the same layers. by_shape: products
+    alone, as `wan/quant/products.json` has them."""
+    names = [name for name in ("fp8", "int8") if works(name, bench.device)]
+    ways = {name: (name, "") for name in ("fp8", "int8")} | {f"--matmul {name}": (name, name) for name in names}
+    return _beside_bf16(bench, ways) | {"by_shape": {name: _by_shape(bench, name) for name in names}}
+
+
+def _by_shape(bench: Bench, name: str) -> dict[str, float]:
+    """Time of a product in 8 bits, rounding of the tokens included, to that with the weights dequantised."""
+    config, ratios = bench.config("14B", 1), {}
+    model = bench.model(config, name)
+    for layer in (model.blocks[0].self_attn.q, model.blocks[0].ffn["0"], model.blocks[0].ffn["2"]):
+        x = torch.randn(tokens(bench.shapes.latents["480p"]), layer.in_features, device=bench.device, dtype=BF16)
+        seconds = {}
+        for layer.in_8_bits in (True, False):
+            seconds[layer.in_8_bits] = min(bench.time(_warm(lambda layer=layer, x=x: layer(x)), 5)["all_seconds"])
+        ratios[f"{layer.out_features} x {layer.in_features}"] = seconds[True] / seconds[False]
+    return ratios
+
+
+def _beside_bf16(bench: Bench, ways: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """ways: by their names, how weights are stored and how they are multiplied ("" for dequantised)."""
     config = bench.config("14B", bench.shapes.few)
     args, found = bench.inputs(config, bench.shapes.latents["480p"]), {}
-    for kind in ("", *kinds):
+    for way, (kind, products) in {"bf16": ("", ""), **ways}.items():
         model = bench.model(config, kind)
         bench.attend(model, "auto")
+        if products:
+            multiply_in_8_bits(model, products)
         with bench.peak() as peak:
-            found[kind or "bf16"] = bench.time(_warm(lambda model=model: model(*args)), 3) | peak
+            found[way] = bench.time(_warm(lambda model=model: model(*args)), 3) | peak
+        bench.clear()
     for one in found.values():
         one["ratio_to_bf16"] = one["seconds"] / found["bf16"]["seconds"]
     return {"layers": config["num_layers"], "kinds": found}

@@ -17,9 +17,7 @@ from wan.errors import SwanError, UsageError
 from wan.models.dit import WanModel
 from wan.models.encoders import load_text_encoder
 from wan.models.vae import WanVAE
-from wan.quant import products
 from wan.quant.linear import QuantEmbedding, QuantLinear
-from wan.quant.products import _product, quantize_tokens, scaled_product
 from wan.quant.rounding import quantize_affine, quantize_channels, quantize_nvfp4
 from wan.weights.assign import check_weights, load_weights
 from wan.weights.block_floats import tiled
@@ -305,48 +303,6 @@ def test_no_infinities():
             quantise()
     with pytest.raises(ValueError, match="float16 cannot hold its scales"):
         quantize_affine(torch.randn(4, 64) * 1e6, 4, 32, torch.float16)
-
-
-# Products in 8 bits: of the arithmetic, on the CPU. No GPU runs here.
-
-
-@pytest.mark.parametrize("value, asked", [(None, False), ("0", False), ("", False), ("1", True)])
-def test_products_in_8_bits_are_off_unless_asked_for(monkeypatch, value, asked):
-    """On a GPU: what stands for one here says that it is one, and that its units work."""
-    monkeypatch.delenv("SWAN_SCALED_MM", raising=False)
-    if value is not None:
-        monkeypatch.setenv("SWAN_SCALED_MM", value)
-    monkeypatch.setattr(products, "_works", lambda name, device: True)
-    monkeypatch.setattr(products, "_product", lambda tokens, *_: tokens.new_ones(len(tokens), 48))
-    codes, scales = quantize_channels(torch.randn(48, 64), "int8")
-    packed = join_scales(DictSource({"x.weight": codes, "x.weight_scale": scales})).packed("x.weight")
-
-    class OnGpu(torch.Tensor):
-        device = torch.device("cuda")
-
-    x = torch.randn(32, 64, dtype=torch.bfloat16).as_subclass(OnGpu)
-    with torch.no_grad():
-        assert (scaled_product(x, packed, None) is not None) == asked
-
-
-@pytest.mark.parametrize("name", ["fp8", "int8"])
-def test_product_in_8_bits(name, monkeypatch):
-    monkeypatch.setenv("SWAN_SCALED_MM", "1")
-    weights, x = torch.randn(48, 64), torch.randn(32, 64, dtype=torch.bfloat16)
-    codes, scales = quantize_channels(weights, name)
-    source = join_scales(DictSource({"x.weight": codes, "x.weight_scale": scales}))
-    packed = source.packed("x.weight")
-    assert scaled_product(x, packed, None) is None  # on a CPU weights are dequantised
-    bias = torch.randn(48, dtype=torch.bfloat16)
-    try:
-        made = _product(x, packed.blocks, packed.type, bias)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        pytest.skip(f"this torch has no such product on a CPU: {error}")
-    token_codes, token_scales = quantize_tokens(x, packed.type.name)
-    exact = (token_codes.float() * token_scales) @ packed.dequantize().t() + bias.float()
-    assert made.dtype == torch.bfloat16 and (made.float() - exact).abs().max() < 0.02 * exact.abs().max()
-    plain = F.linear(x.float(), weights, bias.float())
-    assert (made.float() - plain).norm() < 0.06 * plain.norm()
 
 
 # Folders

@@ -15,7 +15,7 @@ from torch.distributed import DeviceMesh
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 from wan.errors import UsageError
-from wan.file_checks import check_encodes, check_files, open_loras
+from wan.file_checks import check_encodes, check_files, open_loras, settle_matmul
 from wan.memory.experts import Check, Experts, load_expert, read_ahead
 from wan.models.attention import choose_attention
 from wan.models.audio import load_audio_encoder
@@ -35,6 +35,7 @@ from wan.plan import (
     measure,
     resident_indices,
 )
+from wan.quant.linear import multiply_in_8_bits
 from wan.quant.scratch import free_scratch, return_freed_memory
 from wan.stage_checks import StageChecks
 from wan.weights.assign import load_weights
@@ -92,8 +93,9 @@ class Residency:
         choose_attention(*attention_of(load))
         checkpoint = Checkpoint(load.ckpt_dir, spec, load.files)
         notes = check_files(checkpoint)
-        pipe = cls(checkpoint, load, parallel)
-        pipe.notes += notes
+        matmul, lines = settle_matmul(checkpoint, load.matmul, load.device)
+        pipe = cls(checkpoint, replace(load, matmul=matmul), parallel)
+        pipe.notes += notes + lines
         if load.task_told:
             pipe.notes.insert(0, f"task: {load.task}, {load.task_told}")
         return pipe
@@ -135,7 +137,7 @@ class Residency:
 
         beside: bytes of other pipelines of this process, which count as free
         """
-        decided = ("device", "dtype", "auto_dtype", "checkpoint")
+        decided = ("device", "dtype", "auto_dtype", "matmul", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
         held_bytes = self.held_bytes() + beside
         held = Held(**{"ram" if self.device.type == "cpu" else "device": held_bytes})
@@ -309,6 +311,8 @@ class Residency:
             blocks_from=self.placement.blocks_from,
             check=lambda: (check(), self.check()),
         )
+        if self.load.matmul != "bf16":
+            multiply_in_8_bits(model, self.load.matmul)
         self._loaded[name] = model
         return model
 

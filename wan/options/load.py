@@ -14,6 +14,7 @@ from wan.options.machine import (
     check_budget,
     check_device_name,
     check_dtype,
+    check_matmul,
     check_offload,
     check_resident_blocks,
     check_t5_dtype,
@@ -62,6 +63,7 @@ class LoadOptions:
     ckpt_dir:    folder or hub id; ckpt_option: what the user gave (None: the embedded checkpoint)
     checkpoint:  what was found there, once it was looked for: a `wan.weights.checkpoint.Checkpoint`, or None
     dit ... wav2vec: single files given in place of the checkpoint's own, absolute, or None
+    matmul:      "bf16", "fp8", "int8" or "auto", which is decided once the files and the device are known
     dtype:       compute type of DiT and image encoder: bf16, fp16 or fp32; auto_dtype: it was not asked for, and the
                  plan may take another, see `wan.plan.settle_dtype`
     offload:     none (models stay), model (each is released after its stage), block, phase (parts of the DiT come as
@@ -147,6 +149,14 @@ class LoadOptions:
         f"attention back end: auto (default: by the GPU, type and packages), {', '.join(BACK_END_NAMES)}; several with"
         " commas between them: the first that can be used",
         lambda at, given: or_default(given, AUTO),
+    )
+    matmul: str = option(
+        "name",
+        _MACHINE,
+        "NAME",
+        "how fp8 and int8 weights of the DiT, a scale a row, are multiplied: bf16 (default: dequantised), fp8, int8"
+        " (activations are rounded too, by a CUDA device) or auto (so where that was measured to be faster)",
+        check_matmul,
     )
     offload: str = option(
         "name",
@@ -247,6 +257,7 @@ _NO_WISH = {
     "offload": "auto",
     "residency": "auto",
     "attention": AUTO,
+    "matmul": "auto",
 }  # beside None: left to whoever loads
 
 

@@ -20,6 +20,7 @@ from wan.options.names import (
     AREA_BELOW_720P,
     CACHE_FILES,
     DTYPE_NAMES,
+    MATMUL_NAMES,
     MAX_RANKS,
     OFFLOAD_NAMES,
     T5_DTYPE_NAMES,
@@ -140,6 +141,21 @@ def check_attention(asked: str, dtype: str) -> None:
             raise UsageError(f"unknown --attention {shown(name)}; choose one of: {known}, or several with commas")
     if dtype == "fp32" and {*names} <= {*BACK_END_NAMES} - {"sdpa"}:
         raise UsageError(f"--attention {asked} computes in bf16 and fp16, not in --dtype fp32; sdpa does")
+
+
+def check_matmul(at: Asked, given: Any) -> str:
+    """fp8 and int8 are for packed weights and activations in bf16 on a CUDA device."""
+    name = choice(given, "bf16", "matmul", MATMUL_NAMES)
+    if name not in ("fp8", "int8"):
+        return name
+    device, dtype = at.done["device"], at.done["dtype"]
+    if device not in ("auto", "cuda") and not device.startswith("cuda:"):
+        raise UsageError(f"--matmul {name} is for CUDA devices, not --device {device}")
+    if dtype != "bf16":
+        raise UsageError(f"--matmul {name} takes activations in bf16, not in --dtype {dtype}")
+    if at.done["gguf_mode"] == "resident":
+        raise UsageError(f"--matmul {name} multiplies weights as they are stored, and --gguf_mode resident does not")
+    return name
 
 
 def check_tile(value: Any, stride: int) -> int | None:

@@ -13,6 +13,7 @@ FILE_FLAGS = ("dit", "high", "low", "vae", "tae", "t5", "tokenizer", "clip", "wa
 GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": "t5"}  # -> the component they replace
 LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
 GGUF_MODES = ("auto", "resident", "stream")
+MATMUL_NAMES = ("bf16", "fp8", "int8", "auto")
 CACHE_FILES = ("cache_coefficients", "cache_trace")
 MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
 LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each

@@ -35,6 +35,7 @@ from wan.plan.weights import (
     lora_bytes,
     share,
 )
+from wan.quant.products import working_bytes
 from wan.solvers import solver_of
 from wan.tasks.kind import Kind
 from wan.tasks.kinds import kind_of
@@ -229,6 +230,10 @@ class Workload:
         wav2vec = runs.key(self.spec.get("wav2vec", {}))
         return runs.hearing(wav2vec, steps_of(self.request.sample.audio_samples))
 
+    def working_in_8_bits(self, matmul: str) -> int:
+        """What products in 8 bits take, of the widest input of a block's layers, on the rank that has most tokens."""
+        return working_bytes(self.tokens, max(self.spec.dit.dim, self.spec.dit.ffn_dim), matmul)
+
     def working_bytes(self, stage: str, device: str) -> int:
         """What a stage holds at most beside weights, where it computes."""
         request = self.request
@@ -375,7 +380,10 @@ class _Held:
         load, placement = self.load, self.placement
         mode = placement.packed.get(name, "")
         sizes = load.components[name].sizes(mode)
-        beside = sizes.unpacked + (load.lora_bytes(name) if mode == "stream" else 0)
+        matmul = load.request.load.matmul
+        in_8_bits = mode == "stream" and matmul in ("fp8", "int8")
+        unpacked = load.working_in_8_bits(matmul) if in_8_bits else sizes.unpacked
+        beside = unpacked + (load.lora_bytes(name) if mode == "stream" else 0)
         if placement.offload not in ("block", "phase"):
             whole = self._shared(name, sizes.total)
             return {"device": whole + self._gathered(name, sizes) + beside, "ram": 0}

@@ -194,6 +194,8 @@ def _packed_modes(
         component = load.components[part]
         where = "ram" if part == "t5" and text != "device" and machine.device != "cpu" else "device"
         modes[part] = request.load.gguf_mode if component.packed else ""
+        if modes[part] and part != "t5" and request.load.matmul in ("fp8", "int8"):
+            modes[part] = "stream"  # in which they are multiplied
         dense = component.dense.total
         if request.load.t5_fsdp if part == "t5" else request.load.dit_fsdp:
             dense = share(dense, request.load.grid.size)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.quant.packed import PackedTensor
-from wan.quant.products import scaled_product
+from wan.quant.products import Rounded, is_product, scaled_product
 
 
 class _Packed(nn.Module):
@@ -30,9 +30,11 @@ class _Packed(nn.Module):
 class QuantLinear(_Packed):
     """`nn.Linear` over packed blocks: the product with the weights dequantised to the type of the input.
 
-    It is bit for bit `F.linear` with the dequantised weights, unless SWAN_SCALED_MM=1, see products.py. branches:
-    modules whose results are added to that, called with the input and `product`, see `wan.weights.lora_formulas`.
+    It is bit for bit `F.linear` with the dequantised weights, but where `in_8_bits`, see products.py. branches: modules
+    whose results are added to that, called with the input and `product`, see `wan.weights.lora_formulas`.
     """
+
+    in_8_bits = False
 
     def __init__(self, weight: PackedTensor, bias: nn.Parameter | None = None):
         super().__init__(weight)
@@ -40,20 +42,34 @@ class QuantLinear(_Packed):
         self.bias = bias
         self.branches = nn.ModuleList()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features] -> [..., out_features]`, in the type of `x`."""
-        y = self.product(x, self.bias)
+    def forward(self, x: Tensor, rounded: Rounded | None = None) -> Tensor:
+        """`[..., in_features] -> [..., out_features]`, in the type of `x`; rounded: `x`, which others multiply too."""
+        y = self.product(x, self.bias, rounded)
         for branch in self.branches:
             y = y + branch(x, self.product)
         return y
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None, rounded: Rounded | None = None) -> Tensor:
         """The same without bias and branches."""
-        scaled = scaled_product(x, self.weight, bias)
-        if scaled is not None:
-            return scaled
+        if self.in_8_bits:
+            scaled = scaled_product(rounded or Rounded(x), self.weight, bias)
+            if scaled is not None:
+                return scaled
         weight = self.weight.dequantize(x.dtype, reuse=not torch.is_grad_enabled())  # autograd would keep it
         return F.linear(x, weight, bias)
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of one input, which is rounded once for those in 8 bits."""
+    rounded = Rounded(x)
+    return tuple(layer(x, rounded) if isinstance(layer, QuantLinear) else layer(x) for layer in layers)
+
+
+def multiply_in_8_bits(model: nn.Module, name: str) -> None:
+    """Have the packed layers of a model that can be multiplied as `name`, "fp8" or "int8", multiplied so."""
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.in_8_bits = is_product(layer.type, layer.shape, name)
 
 
 class QuantEmbedding(_Packed):

@@ -15,6 +15,7 @@ from wan.compat.lightx2v.given import Given
 from wan.compat.lightx2v.keys import LORA, PARALLEL
 from wan.compat.lightx2v.models import CLASSES
 from wan.models.attention_names import lightx2v_attention
+from wan.options.names import MATMUL_NAMES
 from wan.tasks import grid_px
 from wan.weights.locate import LIGHTX2V_FOLDERS
 
@@ -90,7 +91,15 @@ def schemes(at: Given, spec: EasyDict) -> dict[str, tuple[str, str]]:
             said[part] = f"{part}_quant_scheme", scheme
     if at("dit_quantized") and "dit" not in said:
         at.refuse("dit_quantized", "dit_quant_scheme must say how")
+    _tell_products(at, *said.get("dit", ("", "")))
     return said
+
+
+def _tell_products(at: Given, key: str, scheme: str) -> None:
+    """What follows a type in LightX2V's schemes, as fp8-vllm, is whose kernels multiply in 8 bits."""
+    name, _, kernels = scheme.partition("-")
+    if kernels and name in MATMUL_NAMES and at.ours.get("matmul") is None:
+        at.note(key, f"weights are dequantised; --matmul {name} multiplies in 8 bits, with kernels of torch")
 
 
 def _vae(at: Given, spec: EasyDict) -> Options:

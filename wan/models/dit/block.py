@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wan.models.dit.sequence import Sequence
 from wan.models.ops.reference import Modulated, Reference
+from wan.quant.linear import project
 
 CLIP_DIM = 1280
 CLIP_TOKENS = 257  # per image
@@ -44,9 +45,10 @@ class SelfAttention(nn.Module):
         return ops.norm_rope(x_BLC, norm.weight, norm.eps, self.head_dim, rope_LD)
 
     def forward(self, x_BLC: Tensor, sequence: Sequence) -> Tensor:
-        q_BLHD = self.normed(self.q(x_BLC), self.norm_q, sequence.ops, sequence.rope_LD)
-        k_BLHD = self.normed(self.k(x_BLC), self.norm_k, sequence.ops, sequence.rope_LD)
-        y_BLHD = sequence.attend(q_BLHD, k_BLHD, self.heads(self.v(x_BLC)))
+        q_BLC, k_BLC, v_BLC = project(x_BLC, self.q, self.k, self.v)
+        q_BLHD = self.normed(q_BLC, self.norm_q, sequence.ops, sequence.rope_LD)
+        k_BLHD = self.normed(k_BLC, self.norm_k, sequence.ops, sequence.rope_LD)
+        y_BLHD = sequence.attend(q_BLHD, k_BLHD, self.heads(v_BLC))
         return self.o(y_BLHD.flatten(2))
 
 
@@ -63,10 +65,11 @@ class CrossAttention(SelfAttention):
         text_BMC, image_BMC = context
         attention, ops = sequence.attention, sequence.ops
         q_BLHD = self.normed(self.q(x_BLC), self.norm_q, ops)
-        y = attention(q_BLHD, self.normed(self.k(text_BMC), self.norm_k, ops), self.heads(self.v(text_BMC)))
+        k_BMC, v_BMC = project(text_BMC, self.k, self.v)
+        y = attention(q_BLHD, self.normed(k_BMC, self.norm_k, ops), self.heads(v_BMC))
         if image_BMC is not None:
-            k_BMHD = self.normed(self.k_img(image_BMC), self.norm_k_img, ops)
-            y = y + attention(q_BLHD, k_BMHD, self.heads(self.v_img(image_BMC)))
+            k_BMC, v_BMC = project(image_BMC, self.k_img, self.v_img)
+            y = y + attention(q_BLHD, self.normed(k_BMC, self.norm_k_img, ops), self.heads(v_BMC))
         return self.o(y.flatten(2))
 
 
