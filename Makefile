@@ -32,6 +32,7 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.plan_memory
 	$(VENV)/bin/python -m benchmarks.expert_swap
 	$(VENV)/bin/python -m benchmarks.offload
+	$(VENV)/bin/python -m benchmarks.attention
 	$(VENV)/bin/python -m benchmarks.tiny_world_lora stripes
 	$(VENV)/bin/python -m benchmarks.tiny_world_lora distilled
 	$(VENV)/bin/python -m benchmarks.film_drift

@@ -29,7 +29,7 @@ def dry_run(request: Request, spec: EasyDict, as_json: bool, local_size: int) ->
     machine, is_here = _machine(request, spec, local_size)
     notes = []
     if is_here:
-        _, notes = choose_attention(*attention_of(request.load))
+        _, notes = choose_attention(*attention_of(request.load, spec))
     device = check_device(request.load.device) if is_here else machine.device
     matmul, lines = settle_matmul(request.load.checkpoint, request.load.matmul, device)
     request, notes = request.changed(matmul=matmul), notes + lines

@@ -167,9 +167,12 @@ class Bench:
 
     def attention(self, name: str) -> str:
         try:
-            return choose_attention(name, BF16, str(self.device))[0]
+            chosen, lines = choose_attention(name, BF16, str(self.device))
         except SwanError as error:
             raise Skip(str(error)) from error
+        if lines:
+            raise Skip(lines[0])
+        return chosen
 
 
 def stored(kind: str) -> GGMLType | Scheme | None:

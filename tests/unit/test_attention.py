@@ -4,14 +4,17 @@ Packages and GPUs are imitated: none of these kernels has run here.
 """
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from wan import Engine
 from wan.cli import main
 from wan.errors import SwanError, UsageError
+from wan.models import attention
 from wan.models.attention import BACK_ENDS, choose_attention, get_attention
 from wan.models.attention_names import BACK_END_NAMES, WITHOUT_BACK_END, lightx2v_attention
 from wan.options import build_load
@@ -37,9 +40,10 @@ VERSIONS = {"flash_attn": "2.8.3", "sageattention": "2.2.0"}
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """machine(major, packages): a GPU of that compute capability, and packages that are installed."""
+    """machine(major, packages, cudnn): a GPU of that compute capability, packages that are installed, torch's cuDNN."""
 
-    def make(major, *packages, versions=VERSIONS):
+    def make(major, *packages, versions=VERSIONS, cudnn=None):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: major > 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
         for name in packages:
@@ -77,6 +81,70 @@ def test_the_names_are_those_of_the_back_ends():
 def test_auto_goes_by_gpu_type_and_packages(machine, major, packages, dtype, device, chosen):
     machine(major, *packages)
     assert choose_attention("auto", dtype, device) == (chosen, [])
+
+
+@pytest.mark.parametrize(
+    "major, packages, cudnn, dtype, chosen",
+    [
+        (9, [], 91501, BF16, "cudnn"),
+        (9, [], 91002, BF16, "sdpa"),  # whose numbers are wrong for some lengths
+        (9, ["flash_attn_interface"], 91501, BF16, "flash_attn3"),
+        (9, [], 91501, torch.float32, "sdpa"),
+        (10, ["flash_attn/cute"], 91900, BF16, "cudnn"),
+        (10, ["flash_attn/cute"], 91002, BF16, "flash_attn4"),
+        (8, [], 91900, BF16, "sdpa"),
+    ],
+)
+def test_auto_takes_cudnn_where_it_is_new_enough(machine, major, packages, cudnn, dtype, chosen):
+    machine(major, *packages, cudnn=cudnn)
+    assert choose_attention("auto", dtype, "cuda", ring=2, head_dim=128) == (chosen, [])
+
+
+def test_cudnn_is_named_and_gives_what_a_ring_merges(machine, monkeypatch):
+    """What torch is asked for; this CPU has no cuDNN."""
+    machine(9, cudnn=91900)
+    asked, q = [], torch.randn(1, 5, 3, 64, dtype=BF16)
+    exact = get_attention("sdpa").with_lse(q, q, q)
+
+    def of_cudnn(q, k, v, bias, compute_log_sumexp):
+        assert bias is None and compute_log_sumexp
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, lse.unsqueeze(-1), None
+
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda back_end: asked.append(back_end) or nullcontext())
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", of_cudnn)
+    one = get_attention("cudnn")
+    assert torch.equal(one(q, q, q), get_attention("sdpa")(q, q, q)) and asked == [SDPBackend.CUDNN_ATTENTION]
+    assert all(torch.equal(*pair) for pair in zip(one.with_lse(q, q, q), exact, strict=True))
+
+
+def test_an_old_cudnn_is_told():
+    with pytest.raises(UsageError, match="'cudnn' needs cuDNN 9.15.1 or later, as torch has it, and a CUDA device"):
+        choose_attention("cudnn", BF16, "cuda")
+
+
+@pytest.mark.parametrize(
+    "asked, dtype, head_dim, reason",
+    [
+        ("flash_attn3", torch.float32, 128, "'flash_attn3' computes in bf16 and fp16, not float32"),
+        ("flash_attn3", BF16, 12, "'flash_attn3' takes heads of at most 256 numbers, a multiple of 8, not 12"),
+        ("cudnn,flash_attn3", BF16, 12, "'cudnn' takes heads of at most 128 numbers, a multiple of 8, not 12"),
+        ("sage_attn3,auto", torch.float32, 128, "'sage_attn3' computes in bf16 and fp16, not float32"),
+    ],
+)
+def test_what_a_back_end_cannot_take_goes_to_sdpa_with_a_line(machine, asked, dtype, head_dim, reason):
+    machine(9, "flash_attn_interface", cudnn=91900)
+    name, lines = choose_attention(asked, dtype, "cuda", head_dim=head_dim)
+    assert name == "sdpa"
+    assert lines[0] == f"warning: --attention {asked}: attention back end {reason}; sdpa is used"
+    assert choose_attention("auto", dtype, "cuda", head_dim=head_dim) == ("sdpa", [])  # not asked for: no line
+
+
+def test_heads_of_a_part_that_a_back_end_cannot_take(machine):
+    """As those of an adapter may be, beside blocks whose heads it takes."""
+    machine(9, "flash_attn_interface")
+    q = torch.randn(1, 5, 3, 12, dtype=BF16)
+    assert torch.equal(get_attention("flash_attn3")(q, q, q), get_attention("sdpa")(q, q, q))
 
 
 def test_auto_passes_over_a_package_that_does_not_work(machine, tmp_path):
@@ -137,7 +205,7 @@ def test_version_4_alone_is_not_version_2(machine):
     assert BACK_ENDS["flash_attn4"].is_installed() and not BACK_ENDS["flash_attn2"].is_installed()
 
 
-@pytest.mark.parametrize("name", [name for name in BACK_END_NAMES if name != "sdpa"])
+@pytest.mark.parametrize("name", [name for name in BACK_END_NAMES if BACK_ENDS[name].package])
 def test_packages_are_called_as_they_want_to_be(machine, name):
     """The result has our axes, whatever theirs."""
     machine(9, BACK_ENDS[name].package.replace(".", "/"))
@@ -187,9 +255,9 @@ def test_processes_attend_alike():
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--attention", "warp"], 2, "unknown --attention 'warp'; choose one of: auto, sdpa, flash_attn2"),
+        (["--attention", "warp"], 2, "unknown --attention 'warp'; choose one of: auto, sdpa, cudnn, flash_attn2"),
         (["--attention", "sdpa,"], 2, "unknown --attention ''; choose one of"),
-        (["--attention", "sage_attn3"], 2, "--attention sage_attn3 computes in bf16 and fp16, not in --dtype fp32"),
+        (["--attention", "sage_attn3"], 0, "'sage_attn3' computes in bf16 and fp16, not float32; sdpa is used"),
         (["--attention", "radial_attn"], 2, "attention 'radial_attn' leaves out part"),
         (["--attention", "radial_attn,sdpa"], 0, "--attention radial_attn,sdpa: attention 'radial_attn' leaves out"),
     ],

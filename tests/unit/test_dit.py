@@ -348,22 +348,18 @@ def test_a_package_that_does_not_work_is_said_before_anything_is_loaded(monkeypa
     with pytest.raises(
         SwanError, match=r"^the package flash_attn cannot be used: undefined symbol: _ZN3c10 more; inst"
     ):
-        attention.check_attention("flash_attn2", torch.bfloat16, "cuda")
+        attention.check_attention("flash_attn2", "cuda")
     with pytest.raises(UsageError, match="needs a CUDA device, not cpu"):
-        attention.check_attention("flash_attn2", torch.bfloat16, "cpu")
+        attention.check_attention("flash_attn2", "cpu")
 
 
 @pytest.mark.parametrize("name", ["flash_attn2", "flash_attn3", "sage_attn2"])
-def test_kernels_of_16_bits_refuse_fp32(monkeypatch, name):
+def test_kernels_of_16_bits_leave_fp32_to_sdpa(monkeypatch, name):
     monkeypatch.setattr(attention.BackEnd, "is_installed", lambda self: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    wanted = f"attention back end '{name}' computes in bf16 and fp16, not float32"
-    with pytest.raises(UsageError, match=wanted):
-        attention.check_attention(name, torch.float32, "cuda")
-    q = torch.zeros(1, 2, 3, 8)
-    for run in (attention.get_attention(name), attention.get_attention(name).with_lse):
-        with pytest.raises(UsageError, match=wanted):
-            run(q, q, q)
+    q, one, sdpa = torch.randn(1, 2, 3, 8), attention.get_attention(name), attention.get_attention("sdpa")
+    assert torch.equal(one(q, q, q), sdpa(q, q, q))
+    assert all(torch.equal(*pair) for pair in zip(one.with_lse(q, q, q), sdpa.with_lse(q, q, q)))
 
 
 def test_sdpa_is_softmax_attention():

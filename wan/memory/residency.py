@@ -90,7 +90,7 @@ class Residency:
         Raises UsageError or SwanError, one line, before any work is done.
         """
         load = replace(load, device=check_device(load.device))
-        choose_attention(*attention_of(load))
+        choose_attention(*attention_of(load, spec))
         checkpoint = Checkpoint(load.ckpt_dir, spec, load.files)
         notes = check_files(checkpoint)
         matmul, lines = settle_matmul(checkpoint, load.matmul, load.device)
@@ -147,7 +147,7 @@ class Residency:
         return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
 
     def _choose_attention(self) -> None:
-        self.attention, notes = choose_attention(*attention_of(self.load))
+        self.attention, notes = choose_attention(*attention_of(self.load, self.spec))
         chosen = sorted(set(self.parallel.gather_objects(self.attention)))
         if len(chosen) > 1:
             raise UsageError(
@@ -322,9 +322,9 @@ class Residency:
         return lambda model, blocks: shard_model(model, blocks, self._meshes[device.type])
 
 
-def attention_of(load: LoadOptions) -> tuple[str, torch.dtype, str, int]:
+def attention_of(load: LoadOptions, spec: Any) -> tuple[str, torch.dtype, str, int, int]:
     """What `choose_attention` is asked."""
-    return load.attention, DTYPES[load.dtype], load.device, load.grid.ring
+    return load.attention, DTYPES[load.dtype], load.device, load.grid.ring, spec.dit.dim // spec.dit.num_heads
 
 
 def empty_cache() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan.errors import SwanError, UsageError, one_line
 from wan.models.attention_names import AUTO, WITHOUT_BACK_END, split_names
@@ -27,9 +28,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class BackEnd:
-    """package: what it needs beside torch; oldest: its first version that will do; function: what is called of it;
-    proof: what else such a version has; majors: of CUDA's compute capability, (): any; run_with_lse: None where the
-    package does not give these."""
+    """needs_cuda: it computes on a CUDA device, in 16 bits; package: what it needs beside torch; oldest: its first
+    version that will do; function: what is called of it; proof: what else such a version has; majors: of CUDA's compute
+    capability, (): any; widths: of heads, (largest, a multiple of), None: any; run_with_lse: None where the package
+    does not give these."""
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     run_with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None
@@ -38,24 +40,35 @@ class BackEnd:
     function: str = "flash_attn_func"
     proof: str = ""
     majors: tuple[int, ...] = ()
+    widths: tuple[int, int] | None = None
+    needs_cuda: bool = True
 
     def __call__(self, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-        self.check_dtype(q_BLHD.dtype)
-        return self.run(q_BLHD, k_BMHD, v_BMHD)
+        """By sdpa where it cannot take these."""
+        run = _sdpa if self.unfit(q_BLHD.dtype, q_BLHD.shape[-1]) else self.run
+        return run(q_BLHD, k_BMHD, v_BMHD)
 
     def with_lse(self, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_dtype(q_BLHD.dtype)
-        return self.run_with_lse(q_BLHD, k_BMHD, v_BMHD)
+        """By sdpa where it cannot take these."""
+        run = _sdpa_lse if self.unfit(q_BLHD.dtype, q_BLHD.shape[-1]) else self.run_with_lse
+        return run(q_BLHD, k_BMHD, v_BMHD)
 
     @property
     def name(self) -> str:
         return next(name for name, one in BACK_ENDS.items() if one is self)
 
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        """Raises UsageError for a type that it does not compute in."""
-        if self.package is not None and dtype not in HALF:
-            kind = str(dtype).removeprefix("torch.")
-            raise UsageError(f"attention back end '{self.name}' computes in bf16 and fp16, not {kind}; sdpa does")
+    @property
+    def needs(self) -> str:
+        return f"the package {self.package}" + (f" (version {self.oldest} or later)" if self.oldest else "")
+
+    def unfit(self, dtype: torch.dtype, head_dim: int | None = None) -> str:
+        """Why it cannot take that type, or heads of that width; "" where it can."""
+        if self.needs_cuda and dtype not in HALF:
+            return f"computes in bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+        if self.widths and head_dim is not None and (head_dim > self.widths[0] or head_dim % self.widths[1]):
+            largest, multiple = self.widths
+            return f"takes heads of at most {largest} numbers, a multiple of {multiple}, not {head_dim}"
+        return ""
 
     def check_package(self) -> None:
         """Raises SwanError where the package is there, but does not work."""
@@ -81,6 +94,19 @@ class BackEnd:
         return version is None or int(version[0]) >= self.oldest
 
 
+class _OfTorch(BackEnd):
+    """cuDNN, as torch comes with it. `oldest`: as cuDNN counts, 9.15.1 is 91501."""
+
+    @property
+    def needs(self) -> str:
+        return (
+            f"cuDNN {self.oldest // 10_000}.{self.oldest // 100 % 100}.{self.oldest % 100} or later, as torch has it,"
+        )
+
+    def is_installed(self) -> bool:
+        return (torch.backends.cudnn.version() or 0) >= self.oldest
+
+
 def _function(package: str, name: str) -> Callable:
     try:
         return getattr(importlib.import_module(package), name)
@@ -100,9 +126,9 @@ def _sdpa_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, T
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
     if q.device.type in ("cpu", "meta"):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.device.type == "cuda" and q.dtype != torch.float32:
+    elif q.device.type == "cuda" and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    elif q.device.type == "cuda":  # pads its second result
+    elif q.device.type == "cuda" and q.shape[-1] % 8 == 0:  # pads its second result
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
         lse = lse[..., : q.shape[2]]
     else:
@@ -110,6 +136,17 @@ def _sdpa_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, T
         lse = torch.logsumexp(scores, -1)
         out = torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype) @ v
     return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _cudnn(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q_BLHD, k_BMHD, v_BMHD)
+
+
+def _cudnn_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return out.transpose(1, 2), lse.reshape(q.shape[:3]).transpose(1, 2)  # it may have a last axis of one
 
 
 def _flash_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
@@ -179,46 +216,67 @@ def _sparge_attn(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
 _SPARGE_TOKENS = 128
 _CUDA_SAGE2 = "sageattn_qk_int8_pv_fp16_cuda"  # which version 1 has not
 BACK_ENDS: dict[str, BackEnd] = {
-    "sdpa": BackEnd(_sdpa, _sdpa_lse),
-    "flash_attn2": BackEnd(_flash_attn2, _flash_attn2_lse, "flash_attn", 2),
-    "flash_attn3": BackEnd(_flash_attn3, _flash_attn3_lse, "flash_attn_interface", majors=(8, 9)),
-    "flash_attn4": BackEnd(_flash_attn4, _flash_attn4_lse, "flash_attn.cute", majors=(9, 10, 11)),
-    "sage_attn2": BackEnd(_sage_attn2, _sage_attn2_lse, "sageattention", 2, "sageattn", _CUDA_SAGE2),
-    "sage_attn3": BackEnd(_sage_attn3, None, "sageattn3", 0, "sageattn3_blackwell", majors=(10, 12)),
+    "sdpa": BackEnd(_sdpa, _sdpa_lse, needs_cuda=False),
+    # Before 9.15.1 it fails for lengths that are no multiple of 128, as ours are (pytorch/pytorch#169849).
+    "cudnn": _OfTorch(_cudnn, _cudnn_lse, None, 91501, majors=(8, 9, 10, 11, 12), widths=(128, 8)),
+    "flash_attn2": BackEnd(_flash_attn2, _flash_attn2_lse, "flash_attn", 2, widths=(256, 8)),
+    "flash_attn3": BackEnd(_flash_attn3, _flash_attn3_lse, "flash_attn_interface", majors=(8, 9), widths=(256, 8)),
+    "flash_attn4": BackEnd(_flash_attn4, _flash_attn4_lse, "flash_attn.cute", majors=(9, 10, 11), widths=(128, 8)),
+    "sage_attn2": BackEnd(_sage_attn2, _sage_attn2_lse, "sageattention", 2, "sageattn", _CUDA_SAGE2, widths=(128, 8)),
+    "sage_attn3": BackEnd(_sage_attn3, None, "sageattn3", 0, "sageattn3_blackwell", majors=(10, 12), widths=(128, 64)),
     "sparge_attn": BackEnd(_sparge_attn, None, "spas_sage_attn", 0, "spas_sage2_attn_meansim_topk_cuda"),
 }
-# What `auto` takes where it is installed, by the major compute capability: exact ones that are faster than sdpa, whose
-# own kernel is FlashAttention 2. All others round or leave out more, which is for the user to say.
-_BEST = {9: "flash_attn3", 10: "flash_attn4", 11: "flash_attn4"}
+# What `auto` takes, the first that is here, by the major compute capability: exact ones that are faster than sdpa,
+# whose own kernel is FlashAttention 2 unless torch prefers cuDNN itself (from 2.11 on, by the same version of it).
+# Published rates on an H100 are 632 TFLOP/s for FlashAttention 3, 631 for cuDNN, 329 for sdpa (pytorch/pytorch#142132);
+# on a B200 cuDNN took 0.50 to 0.81 of FlashAttention 4's time at Wan's sizes (sgl-project/sglang#33655). Not ours.
+_BEST = {9: ("flash_attn3", "cudnn"), 10: ("cudnn", "flash_attn4"), 11: ("flash_attn4",)}
 
 
-def choose_attention(asked: str, dtype: torch.dtype, device: str, ring: int = 1) -> tuple[str, list[str]]:
+def choose_attention(
+    asked: str, dtype: torch.dtype, device: str, ring: int = 1, head_dim: int | None = None
+) -> tuple[str, list[str]]:
     """The back end for what is asked, names or "auto" with commas between, and a line for each that cannot be used.
 
-    ring: processes that keys go round. Raises UsageError or SwanError, one line, where none of them can be used.
+    ring: processes that keys go round; head_dim: numbers of a head. What cannot take these, or the type, gives way to
+    sdpa. Raises UsageError or SwanError, one line, where none of them can be used.
     """
-    names, lines = split_names(asked), []
+    names, lines, is_unfit = split_names(asked), [], False
     for name in names:
         if name == AUTO:
-            name = _best(dtype, device, ring)
+            name = _best(dtype, device, ring, head_dim)
+        if name in BACK_ENDS and (reason := BACK_ENDS[name].unfit(dtype, head_dim)):
+            lines.append(f"attention back end '{name}' {reason}")
+            is_unfit = True
+            continue
         try:
-            check_attention(name, dtype, device, ring)
+            check_attention(name, device, ring)
         except SwanError as error:
             if len(names) == 1:
                 raise
             lines.append(one_line(error))
         else:
-            return name, [f"warning: --attention {asked}: {line}; {name} is used" for line in lines]
+            return name, _gave_way(asked, lines, name)
+    if is_unfit:
+        return "sdpa", _gave_way(asked, lines, "sdpa")
     raise UsageError(f"--attention {asked}: none of these can be used: {'; '.join(lines)}")
 
 
-def _best(dtype: torch.dtype, device: str, ring: int) -> str:
-    name = _BEST.get(_major(device)) if dtype in HALF and _is_cuda(device) and torch.cuda.is_available() else None
-    try:
-        check_attention(name or "sdpa", dtype, device, ring)
-    except SwanError:
+def _gave_way(asked: str, lines: list[str], name: str) -> list[str]:
+    return [f"warning: --attention {asked}: {line}; {name} is used" for line in lines]
+
+
+def _best(dtype: torch.dtype, device: str, ring: int, head_dim: int | None) -> str:
+    if not (_is_cuda(device) and torch.cuda.is_available()):
         return "sdpa"
-    return name or "sdpa"
+    for name in _BEST.get(_major(device), ()):
+        try:
+            check_attention(name, device, ring)
+        except SwanError:
+            continue
+        if not BACK_ENDS[name].unfit(dtype, head_dim):
+            return name
+    return "sdpa"
 
 
 def _is_cuda(device: str) -> bool:
@@ -230,9 +288,9 @@ def _major(device: str) -> int:
 
 
 def available() -> list[str]:
-    """Back ends that can run on this machine (all but `sdpa` need their package and a CUDA device)."""
+    """Back ends that can run on this machine (all but `sdpa` need a CUDA device)."""
     cuda = torch.cuda.is_available()
-    return [name for name, one in BACK_ENDS.items() if one.package is None or (cuda and one.is_installed())]
+    return [name for name, one in BACK_ENDS.items() if not one.needs_cuda or (cuda and one.is_installed())]
 
 
 def get_attention(name: str) -> BackEnd:
@@ -244,20 +302,17 @@ def get_attention(name: str) -> BackEnd:
     if name not in BACK_ENDS:
         raise UsageError(f"unknown attention back end '{name}'; known: {', '.join(BACK_ENDS)}")
     one = BACK_ENDS[name]
-    if one.package is not None and not (torch.cuda.is_available() and one.is_installed()):
-        package = f"{one.package} (version {one.oldest} or later)" if one.oldest else one.package
+    if one.needs_cuda and not (torch.cuda.is_available() and one.is_installed()):
         raise UsageError(
-            f"attention back end '{name}' needs the package {package} and a CUDA device; "
-            f"available here: {', '.join(available())}"
+            f"attention back end '{name}' needs {one.needs} and a CUDA device; available here: {', '.join(available())}"
         )
     return BACK_ENDS[name]
 
 
-def check_attention(name: str, dtype: torch.dtype, device: str, ring: int = 1) -> None:
-    """Raises UsageError or SwanError, one line, where a model of `dtype` on `device` cannot use it. Before loading."""
+def check_attention(name: str, device: str, ring: int = 1) -> None:
+    """Raises UsageError or SwanError, one line, where a model on `device` cannot use it. Before loading."""
     one = get_attention(name)
-    one.check_dtype(dtype)
-    if one.package is not None and not _is_cuda(device):
+    if one.needs_cuda and not _is_cuda(device):
         raise UsageError(f"attention back end '{name}' needs a CUDA device, not {device}; sdpa runs everywhere")
     if one.run_with_lse is None and ring > 1:
         raise UsageError(f"attention back end '{name}' cannot merge the parts that --ring_size {ring} makes")

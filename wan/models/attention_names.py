@@ -8,8 +8,9 @@ the ones before it.
 from __future__ import annotations
 
 AUTO = "auto"
-# All that their packages may need: see `wan.models.attention`.
-BACK_END_NAMES = ("sdpa", "flash_attn2", "flash_attn3", "flash_attn4", "sage_attn2", "sage_attn3", "sparge_attn")
+# All that they may need: see `wan.models.attention`.
+BACK_END_NAMES = ("sdpa", "cudnn", "flash_attn2", "flash_attn3", "flash_attn4")
+BACK_END_NAMES += ("sage_attn2", "sage_attn3", "sparge_attn")
 _SPARSE = "leaves out part of the attention, and is not part of Swan"
 _ELSEWHERE = "is for accelerators that are not supported"
 # Name -> why there is no back end of that name.

@@ -148,7 +148,7 @@ class LoadOptions:
         "NAME",
         f"attention back end: auto (default: by the GPU, type and packages), {', '.join(BACK_END_NAMES)}; several with"
         " commas between them: the first that can be used",
-        lambda at, given: or_default(given, AUTO),
+        lambda at, given: check_attention(or_default(given, AUTO)),
     )
     matmul: str = option(
         "name",
@@ -241,9 +241,6 @@ class LoadOptions:
             stored=False,
         ),
     }
-
-    def __post_init__(self):
-        check_attention(self.attention, self.dtype)
 
     @property
     def files(self) -> dict[str, str]:
