@@ -44,6 +44,7 @@ def machine(monkeypatch, tmp_path):
 
     def make(major, *packages, versions=VERSIONS, cudnn=None):
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        monkeypatch.setattr(attention, "attend", lambda *_: None)  # sdpa is torch's, to the bit
         monkeypatch.setattr(torch.cuda, "is_available", lambda: major > 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
         for name in packages:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan.errors import SwanError, UsageError, one_line
 from wan.models.attention_names import AUTO, WITHOUT_BACK_END, split_names
+from wan.models.attention_native import attend
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -117,12 +118,16 @@ def _function(package: str, name: str) -> Callable:
 
 
 def _sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+    if (attended := attend(q_BLHD, k_BMHD, v_BMHD)) is not None:
+        return attended.out
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _sdpa_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
     """By the kernels behind `scaled_dot_product_attention`, which does not hand out what they know."""
+    if (attended := attend(q_BLHD, k_BMHD, v_BMHD)) is not None:
+        return attended
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
     if q.device.type in ("cpu", "meta"):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,11 +40,11 @@ _COMPILE_SECONDS = 30  # it takes one or two
 _loaded: list[BinaryIO] = []
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """There are no kernels; the message says why."""
 
 
-class _Stuck(_Unusable):
+class _Stuck(Unusable):
     """The compiler does not end."""
 
 
@@ -61,6 +62,17 @@ def dequantize_native(blocks: Tensor, type: GGMLType, out: Tensor) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no compiler or its code does not give the right numbers."""
+    return library_of(SOURCE, _check, "packed weights are dequantised by torch, slower", _opened)
+
+
+def library_of(
+    source: Path, check: Callable[[str], None], otherwise: str, opened: Callable[[str], ctypes.CDLL] = ctypes.CDLL
+) -> ctypes.CDLL | None:
+    """A C source, compiled; None, with a warning, where there is no compiler or its code is not right.
+
+    check: raises Unusable or OSError for a path whose library is not right; otherwise: what is done without it; opened:
+    a library with the types of its functions.
+    """
     if os.environ.get("SWAN_NATIVE") == "0":
         return None
     compiler = os.environ.get("CC", "").strip() or "cc"
@@ -70,33 +82,36 @@ def _library() -> ctypes.CDLL | None:
         try:
             if openmp:
                 ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-            return _opened(_compiled(compiler, openmp))
-        except (OSError, _Unusable) as error:
+            return opened(_compiled(compiler, openmp, source, check))
+        except (OSError, Unusable) as error:
             reason = one_line(error)
             if isinstance(error, _Stuck):
                 break
-    warnings.warn(f"no compiled kernels: {reason}; packed weights are dequantised by torch, slower", stacklevel=2)
+    warnings.warn(f"no compiled {source.stem}: {reason}; {otherwise}", stacklevel=3)
     return None
 
 
-def _compiled(compiler: str, openmp: bool) -> str:
-    """The shared library for this source, compiler and processor, checked; from the cache, or compiled and kept there.
+def _compiled(
+    compiler: str, openmp: bool, source: Path | None = None, check: Callable[[str], None] | None = None
+) -> str:
+    """The shared library for a source, compiler and processor, checked; from the cache, or compiled and kept there.
 
     compiler: a command, which may have arguments. Returns the path to load it by, in this process only. Raises
-    _Unusable or OSError.
+    Unusable or OSError.
     """
+    source, check = source or SOURCE, check or _check
     command = _find(compiler)
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((command, flags, _processor())).encode()).hexdigest()[:24]
-    prefix = f"kernels-{key}-"
+    key = hashlib.sha256(source.read_bytes() + repr((command, flags, _processor())).encode()).hexdigest()[:24]
+    prefix = f"{source.stem}-{key}-"
     if (data := kept(prefix)) is not None:
-        with contextlib.suppress(OSError, _Unusable):  # made where other things are installed
+        with contextlib.suppress(OSError, Unusable):  # made where other things are installed
             path = _in_memory(data)
-            _check(path)
+            check(path)
             return path
-    data = _compile(command, flags)
+    data = _compile(command, flags, source)
     path = _in_memory(data)
-    _check(path)
+    check(path)
     keep(prefix, data)
     return path
 
@@ -105,27 +120,28 @@ def _find(compiler: str) -> list[str]:
     try:
         name, *arguments = shlex.split(compiler)
     except ValueError as error:
-        raise _Unusable(f"CC={compiler} is no command: {error}") from None
+        raise Unusable(f"CC={compiler} is no command: {error}") from None
     path = shutil.which(name)
     if path is None:
-        raise _Unusable(f"there is no C compiler {name}")
+        raise Unusable(f"there is no C compiler {name}")
     return [os.path.abspath(path), *arguments]
 
 
-def _compile(command: list[str], flags: list[str]) -> bytes:
+def _compile(command: list[str], flags: list[str], source: Path | None = None) -> bytes:
     """The bytes of the library."""
+    source = source or SOURCE
     with tempfile.TemporaryDirectory(prefix="swan-", ignore_cleanup_errors=True) as work:
         parts = [str(Path(work) / name) for name in ("kernels.o", "kernels.so")]
         # Linked without -fopenmp: its functions are found in the runtime that is loaded already.
         for arguments in (
-            [*flags, "-c", str(SOURCE.absolute()), "-o", parts[0]],
+            [*flags, "-c", str(source.absolute()), "-o", parts[0]],
             ["-shared", parts[0], "-o", parts[1]],
         ):
-            _run([*command, *arguments], work)
+            _run([*command, *arguments], work, source.name)
         return Path(parts[1]).read_bytes()
 
 
-def _run(command: list[str], folder: str) -> None:
+def _run(command: list[str], folder: str, what: str) -> None:
     """A command whose output nobody wants, ended in time together with all that it started."""
     nothing = subprocess.DEVNULL
     process = subprocess.Popen(
@@ -142,7 +158,7 @@ def _run(command: list[str], folder: str) -> None:
             raise _Stuck(f"{command[0]} has not ended after {_COMPILE_SECONDS} s") from None
         raise
     if status:
-        raise _Unusable(f"{command[0]} cannot compile {SOURCE.name}: it ended with status {status}")
+        raise Unusable(f"{command[0]} cannot compile {what}: it ended with status {status}")
 
 
 def _in_memory(data: bytes) -> str:
@@ -167,15 +183,21 @@ def _in_memory(data: bytes) -> str:
 def _opened(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     if not hasattr(library, "dequantize"):
-        raise _Unusable(f"{SOURCE.name} was compiled to something else")
+        raise Unusable(f"{SOURCE.name} was compiled to something else")
     library.dequantize.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
     return library
 
 
 def _check(path: str) -> None:
-    """Raises _Unusable where the numbers are not right, OSError where it is no library."""
+    """Raises Unusable where the numbers are not right, OSError where it is no library."""
     if not _is_exact(_opened(path)):
-        raise _Unusable(f"{SOURCE.name} gives wrong numbers when compiled")
+        raise Unusable(f"{SOURCE.name} gives wrong numbers when compiled")
+
+
+def cpu_flags() -> set[str]:
+    """Units of the processor, as Linux tells them; none where nothing does."""
+    match = re.search(r"^flags\s*:(.*)$", _proc("/proc/cpuinfo"), re.MULTILINE)
+    return set(match[1].split()) if match else set()
 
 
 def _processor() -> str:
