@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch
 from benchmarks.gpu.bench import BF16, Bench, Skip, fill, relative
 from benchmarks.random_weights import on_meta
 from wan.models.dit import WanModel
-from wan.models.ops import OPS
+from wan.models.ops import OPS, choose_ops
+from wan.models.ops.compare import compared, is_close
+from wan.quant.blocks import UNPACK
+from wan.quant.dequantize import dequantize
+from wan.quant.ggml import BY_NAME, random_blocks
+from wan.quant.products import quantize_tokens
 
 _DTYPES = {"fp32": torch.float32, "bf16": BF16, "fp16": torch.float16}
 _WIDTHS = {"a width of 256": 256, "an odd width": 264}  # in two heads
@@ -21,8 +27,37 @@ _SAME_DB = 30.0  # videos of one seed drift apart by rounding; other content has
 
 @torch.inference_mode()
 def ops(bench: Bench) -> dict[str, Any]:
-    """Small transformers with each set of ops, and with those chosen for the device, beside `reference` in fp32 on the
-    CPU. A set is right where it is off by no more than 1.5 times what `reference` is off in the same type there."""
+    """Each op of those chosen for the device beside its formula; dequantisation and rounding beside the CPU's;
+    then small transformers with each set, beside `reference` in fp32 on the CPU: right where they are off by no more
+    than 1.5 times what `reference` is off in the same type on the device."""
+    rows, wrong = {}, []
+    for dtype_name, dtype in _DTYPES.items():
+        for width in (104,) if bench.tiny else (104, 5120):
+            for name, made, wanted in compared(choose_ops(None, bench.device), dtype, bench.device, width):
+                case = f"{name}, {dtype_name}, width {width}"
+                rows[case] = relative(made, wanted)
+                wrong += [] if is_close(made, wanted) else [case]
+    for case, made, wanted in _unpacked(bench.device):
+        rows[case] = relative(made, wanted)
+        wrong += [] if torch.equal(made.cpu(), wanted) else [case]
+    models, wrong_models = _models(bench)
+    return {"cases": len(rows) + len(models), "wrong": wrong + wrong_models, "errors": rows | models}
+
+
+def _unpacked(device: torch.device) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Weights of each type, dequantised there and on the CPU; the same bits are wanted."""
+    for name in UNPACK:
+        blocks = random_blocks(BY_NAME[name], 64)
+        for dtype in (torch.float32, BF16):
+            made, wanted = (dequantize(one, BY_NAME[name], dtype) for one in (blocks.to(device), blocks))
+            yield f"{name} to {dtype}", made, wanted
+    for kind in ("fp8", "int8"):
+        tokens = torch.randn(64, 5120, generator=torch.Generator().manual_seed(0)).to(BF16)
+        made, wanted = (quantize_tokens(one, kind)[0].float() for one in (tokens.to(device), tokens))
+        yield f"tokens to {kind}", made, wanted
+
+
+def _models(bench: Bench) -> tuple[dict[str, dict[str, float]], list[str]]:
     rows, wrong = {}, []
     for label, width in _WIDTHS.items():
         config = bench.shapes.dit["5B"] | {"dim": width, "ffn_dim": 512, "num_heads": 2, "num_layers": 2}
@@ -36,11 +71,11 @@ def ops(bench: Bench) -> dict[str, Any]:
                     name or "chosen": _error(exact, config, name, dtype, args, wanted, bench.device)
                     for name in (*OPS, None)
                 }
-                case = f"{label}, {dtype_name}, {times}"
+                case = f"a model, {label}, {dtype_name}, {times}"
                 rows[case] = errors
                 limit = max(_LEAST, _MARGIN * errors["reference"])
                 wrong += [f"{name}: {case}" for name, error in errors.items() if not error <= limit]
-    return {"cases": len(rows), "wrong": wrong, "errors": rows}
+    return rows, wrong
 
 
 def _small_inputs(config: dict[str, Any], times: str) -> tuple:

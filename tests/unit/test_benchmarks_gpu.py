@@ -40,7 +40,8 @@ def test_every_row_runs(results):
 
 def test_rows_measure_what_they_say(results):
     found = {name: read_row(results, name).get("result") for name in NAMES}
-    assert found["ops"]["cases"] == 12 and found["ops"]["wrong"] == []
+    assert found["ops"]["cases"] > 100 and found["ops"]["wrong"] == []
+    assert sum(name.startswith("a model, ") for name in found["ops"]["errors"]) == 12
     assert found["tiny-world"]["psnr_db"] == 99  # the same device twice
     forward = found["forward-14B-480p-sdpa"]
     assert forward["share_of_products"] == pytest.approx(
@@ -199,7 +200,7 @@ def test_the_table_is_made_of_the_json_alone(results, tmp_path):
     assert page.read_text() == f"before\n{table._BEGIN}\n{made}\n{table._END}after\n"
     lines = {line.split(" | ")[0].strip("| "): line for line in made.splitlines()[2:]}
     assert len(lines) == len(ROWS)
-    assert lines["ops beside their reference"].endswith("| 12 cases right |")
+    assert lines["ops beside their reference"].endswith(" cases right |")
     assert "needs the package flash_attn_interface" in lines["attention of 14B at 480p and 720p, flash_attn3"]
     assert lines["our time to diffusers', layers of 14B at 480p"].endswith("| not run |")
     assert "TINY SHAPES" in made.splitlines()[0]
