@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.bench import Bench
 
 _BROKEN = 3  # exit code of a process whose device is of no more use
+_LONG, _LEAST_LONG = 8, 60.0  # of the seconds that a row is thought to take; whatever it is
 NO_TIME = "time"
 
 
@@ -28,30 +29,44 @@ Start = Callable[[list[str], str, float], subprocess.Popen]
 def supervise(rows: Sequence[Row], folder: Path, minutes: float, start: Start) -> None:
     """Run rows until all have ended or time is up.
 
-    start(names, run, deadline): a process that calls `work`. A row in whose middle it dies has failed; the next process
-    goes on behind it. Raises SwanError where one dies before its first row.
+    start(names, run, deadline): a process that calls `work`. A row in whose middle it dies, or stays for long, has
+    failed; the next process goes on behind it. Raises SwanError where one dies before its first row.
     """
     run, deadline = uuid.uuid4().hex, time.time() + 60 * minutes
     left = list(rows)
-    while left and (seconds := deadline - time.time()) > 0:
-        process, is_late = start([row.name for row in left], run, deadline), False
+    while left and time.time() < deadline:
+        process = start([row.name for row in left], run, deadline)
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            is_late = True
+            reason = _wait(process, left, folder, run, deadline)
         finally:
             process.kill()
             code = process.wait()
         begun = {row: found for row in left if (found := read_row(folder, row.name)).get("run") == run}
         for row, found in begun.items():
             if found["state"] == RUNNING:
-                ended = NO_TIME if is_late else f"its process ended with exit code {code}"
-                write_row(folder, row.name, NOT_RUN if is_late else FAILED, ended, run=run)
-        if not begun and not is_late:
+                ended = reason or f"its process ended with exit code {code}"
+                write_row(folder, row.name, NOT_RUN if reason == NO_TIME else FAILED, ended, run=run)
+        if not begun and not reason:
             raise SwanError(f"the process that measures ended with exit code {code}")
         left = [row for row in left if row not in begun]
     for row in left:
         write_row(folder, row.name, NOT_RUN, NO_TIME, run=run)
+
+
+def _wait(process: subprocess.Popen, rows: Sequence[Row], folder: Path, run: str, deadline: float) -> str:
+    """Until a process ends: "". Else why it must be ended."""
+    while True:
+        try:
+            process.wait(0.5)
+            return ""
+        except subprocess.TimeoutExpired:
+            pass
+        if time.time() > deadline:
+            return NO_TIME
+        for row in rows:
+            found, limit = read_row(folder, row.name), _LONG * row.seconds + _LEAST_LONG
+            if found.get("run") == run and found["state"] == RUNNING and time.time() > found["started"] + limit:
+                return f"it had not ended after {limit:.0f} s"
 
 
 def work(rows: Sequence[Row], folder: Path, bench: Bench, run: str = "") -> int:
@@ -67,7 +82,7 @@ def work(rows: Sequence[Row], folder: Path, bench: Bench, run: str = "") -> int:
             write_row(folder, row.name, NOT_RUN, NO_TIME, run=run)
             continue
         print(f"{row.name} ...", file=sys.stderr, flush=True)
-        write_row(folder, row.name, RUNNING, run=run)
+        write_row(folder, row.name, RUNNING, run=run, started=time.time())
         started, result, state, reason = time.time(), None, DONE, ""
         try:
             result = row.measure(bench)

@@ -40,7 +40,7 @@ def test_every_row_runs(results):
 
 def test_rows_measure_what_they_say(results):
     found = {name: read_row(results, name).get("result") for name in NAMES}
-    assert found["ops"]["cases"] > 100 and found["ops"]["wrong"] == []
+    assert found["ops"]["cases"] > 60 and found["ops"]["wrong"] == []
     assert sum(name.startswith("a model, ") for name in found["ops"]["errors"]) == 12
     assert found["tiny-world"]["psnr_db"] == 99  # the same device twice
     forward = found["forward-14B-480p-sdpa"]
@@ -128,7 +128,7 @@ from pathlib import Path
 from benchmarks.gpu.results import write_row
 folder, run, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 for name in names:
-    write_row(folder, name, "running", run=run)
+    write_row(folder, name, "running", run=run, started=time.time())
     if name == "kills":
         os.kill(os.getpid(), 9)
     if name == "hangs":
@@ -158,6 +158,14 @@ def test_time_ends_a_row(tmp_path):
     rows = [row(name, dict) for name in ("hangs", "b")]
     run.supervise(rows, tmp_path, 0.02, starter(tmp_path, []))
     assert [read_row(tmp_path, one.name)["reason"] for one in rows] == ["time", "time"]
+
+
+def test_a_row_that_stays_ends_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_LEAST_LONG", 0.5)
+    rows, started = [row(name, dict) for name in ("hangs", "b")], []
+    run.supervise(rows, tmp_path, 5, starter(tmp_path, started))
+    assert [read_row(tmp_path, one.name)["state"] for one in rows] == ["failed", "done"]
+    assert read_row(tmp_path, "hangs")["reason"] == "it had not ended after 0 s"
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
