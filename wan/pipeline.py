@@ -26,13 +26,14 @@ from wan.conditioning.film import Film, Made
 from wan.conditioning.sizes import latent_shape
 from wan.denoise import OnStep, boundary_of, denoise, experts_of
 from wan.distributed.parallel import Parallel
-from wan.memory.residency import DTYPES, Residency, empty_cache
+from wan.memory.residency import Residency, empty_cache
 from wan.models.dit import WanModel
 from wan.models.dit.sequence import Times
 from wan.models.vae_base import VideoVAE
 from wan.options import LoadOptions, Request
 from wan.options.load import check_built
 from wan.options.phases import check_phase_loras
+from wan.plan.runs import DTYPES
 from wan.quant.scratch import freed_memory_kept
 from wan.solvers import solver_of
 from wan.tasks.kinds import kind_of
@@ -97,7 +98,10 @@ class WanPipeline(Residency):
             self.set_loras(**wanted)
         check_phase_loras(request.sample.by_phase, self.asked_loras)
         handled = sys.exc_info()[1]  # by the caller, and none of ours
-        with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"):
+        with (
+            torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"),
+            _threads(self.plan.get("threads")),
+        ):
             try:
                 return self._run(request, progress, cache, on_clean, on_clip, made or Made())
             except BaseException as error:
@@ -320,6 +324,8 @@ class WanPipeline(Residency):
             dtype=self.load.dtype,
             auto_dtype=False,
             matmul=self.load.matmul,
+            t5_dtype=self.load.t5_dtype,
+            auto_t5_dtype=False,
             vae_tile_px=self._tile_px(request),
             checkpoint=None,
         )
@@ -336,6 +342,20 @@ class WanPipeline(Residency):
         """What `use` makes with the VAE or TAE that decodes."""
         with self._model(self.checkpoint.decoder) as vae, torch.inference_mode():
             return use(vae)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """While this is open, so many threads at most compute; None: as many as before."""
+    before = torch.get_num_threads()
+    if count is None or count >= before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _as_pixels(video: Tensor) -> np.ndarray:

@@ -24,9 +24,9 @@ def without_bf16(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "CPUINFO", path)
 
 
-@pytest.mark.parametrize("flags, made", [((), "fp32"), (("--dtype", "bf16"), "bf16")])
-def test_auto_is_fp32_on_a_cpu_without_units_for_bf16(without_bf16, tmp_path, monkeypatch, capsys, flags, made):
-    """Told once, and stored in the video; the text encoder stays small."""
+@pytest.mark.parametrize("flags, made", [((), "mixed"), (("--dtype", "bf16", "--t5_dtype", "bf16"), "bf16")])
+def test_auto_is_mixed_on_a_cpu_without_units_for_bf16(without_bf16, tmp_path, monkeypatch, capsys, flags, made):
+    """Told once, and stored in the video."""
     spec = shrunk("t2v-1.3B")
     checkpoint = write_checkpoint(tmp_path / "checkpoint", spec)
     monkeypatch.setattr("wan.options.load_task", lambda name: spec)
@@ -35,7 +35,7 @@ def test_auto_is_fp32_on_a_cpu_without_units_for_bf16(without_bf16, tmp_path, mo
     monkeypatch.setattr(
         residency,
         "load_text_encoder",
-        lambda *args, **kwargs: types.update(t5=kwargs["dtype"]) or real(*args, **kwargs),
+        lambda *args, **kwargs: types.update(t5=(kwargs["dtype"], kwargs["kept"])) or real(*args, **kwargs),
     )
     monkeypatch.setattr(residency, "load_expert", _noting(residency.load_expert, types))
     run = ["--task", "t2v-1.3B", "--ckpt_dir", checkpoint, "--prompt", "a", "--size", "64*32", "--frame_num", 5]
@@ -43,14 +43,15 @@ def test_auto_is_fp32_on_a_cpu_without_units_for_bf16(without_bf16, tmp_path, mo
     assert main(list(map(str, run))) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "no units for bf16" in line]
     assert len(lines) == 1 and lines[0].startswith("warning: " if flags else "this CPU")
-    assert types == {"t5": torch.bfloat16, "dit": residency.DTYPES[made]}
+    wanted = (torch.float32, torch.bfloat16) if made == "mixed" else (torch.bfloat16, None)
+    assert types == {"t5": wanted, "dit": wanted}
     stored = read_settings(tmp_path / "a.mp4")
-    assert stored["dtype"] == made and stored["t5_dtype"] == "bf16"
+    assert stored["dtype"] == stored["t5_dtype"] == made
 
 
 def _noting(real, types):
     def load(model, source, **options):
-        types["dit"] = options["dtype"]
+        types["dit"] = options["dtype"], options["kept"]
         return real(model, source, **options)
 
     return load
@@ -92,25 +93,40 @@ def plan(tmp_path, ram_gb, has_bf16=False, **options):
 
 
 @pytest.mark.parametrize(
-    "ram_gb, options, made, told",
+    "ram_gb, options, dit, t5, told",
     [
-        (64, {}, "fp32", "no units for bf16"),
-        (64, {"has_bf16": True}, "bf16", ""),
-        (64, {"dtype": "bf16"}, "bf16", "warning: "),
-        (64, {"convert_model_dtype": True}, "bf16", "warning: "),
-        (64, {"dtype": "bf16", "has_bf16": True}, "bf16", ""),
-        (64, {"dtype": "fp32"}, "fp32", ""),
-        (64, {"dtype": "fp16"}, "fp16", ""),
-        (19, {"vae_tile_px": 256, "offload": "none"}, "bf16", "fp32 does not fit into 19.0 GB"),
-        (23, {"vae_tile_px": 256, "offload": "none"}, "fp32", "no units for bf16"),
-        (9, {"vae_tile_px": 256}, "fp32", "no units for bf16"),  # the text encoder does not fit in any case
+        (64, {}, "mixed", "mixed", ["--dtype and --t5_dtype auto are mixed"]),
+        (64, {"has_bf16": True}, "bf16", "bf16", []),
+        (64, {"dtype": "bf16"}, "bf16", "mixed", ["--t5_dtype auto is mixed", "--dtype bf16 is what was asked for"]),
+        (64, {"convert_model_dtype": True, "t5_dtype": "bf16"}, "bf16", "bf16", ["--dtype and --t5_dtype bf16 are"]),
+        (64, {"dtype": "bf16", "has_bf16": True}, "bf16", "bf16", []),
+        (64, {"dtype": "fp32"}, "fp32", "mixed", ["--t5_dtype auto is mixed"]),
+        (64, {"dtype": "fp16", "t5_dtype": "fp32"}, "fp16", "fp32", []),
+        (64, {"dtype": "mixed", "has_bf16": True}, "mixed", "bf16", []),
+        (19, {"vae_tile_px": 256, "offload": "none"}, "bf16", "mixed", ["t5_dtype auto is", "not fit into 19.0 GB"]),
+        (9, {"vae_tile_px": 256}, "mixed", "mixed", ["auto are mixed"]),  # the text encoder does not fit in any case
     ],
 )
-def test_what_the_plan_makes_of_auto(tmp_path, ram_gb, options, made, told):
+def test_what_the_plan_makes_of_auto(tmp_path, ram_gb, options, dit, t5, told):
     found = plan(tmp_path, ram_gb, **options)
     notes = [note for note in found["notes"] if "bf16" in note and "units" in note]
-    assert found["dtypes"] == {"dit": made, "t5": "bf16", "vae": "fp32"}
-    assert len(notes) == bool(told) and all(told in note for note in notes)
+    assert found["dtypes"] == {"dit": dit, "t5": t5, "vae": "fp32"}
+    assert len(notes) == len(told) and all(one in note for one, note in zip(told, notes))
+    assert all(note.startswith("warning: ") != (" mixed: " in note) for note in notes)
+
+
+def test_a_vae_in_bf16_is_warned_of(tmp_path):
+    notes = plan(tmp_path, 64, vae_dtype="bf16")["notes"]
+    assert any(note.startswith("warning: ") and "--vae_dtype bf16 is what was asked for" in note for note in notes)
+
+
+def test_mixed_takes_the_memory_of_bf16_for_weights(tmp_path):
+    """And of fp32 for what is computed; with the largest matrix widened."""
+    found = {name: plan(tmp_path, 64, True, dtype=name, t5_dtype=name) for name in ("bf16", "mixed", "fp32")}
+    rows = {name: {row["component"]: row["bytes"] for row in one["weights"]} for name, one in found.items()}
+    peak = {name: one["memory_bytes"]["encode_text"]["ram"] for name, one in found.items()}
+    assert rows["mixed"]["t5"] < 1.001 * rows["bf16"]["t5"] and rows["mixed"]["model"] < 1.01 * rows["bf16"]["model"]
+    assert peak["bf16"] + 4 * 4096 * 10240 < peak["mixed"] < 0.6 * peak["fp32"]
 
 
 def test_fp32_for_the_transformer_does_not_double_the_text_encoder(tmp_path):

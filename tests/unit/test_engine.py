@@ -338,3 +338,12 @@ def _own_bytes():
 
 def _no_space(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_a_small_model_computes_in_one_thread(engine, two_threads):
+    """Threads of kernels that take microseconds wait for each other. What came before is as it was."""
+    seen = set()
+    assert engine.plan(**QUICK)["threads"] == 1
+    wide = engine.plan(**QUICK, size="256*256")
+    quick(engine, on_event=lambda event: seen.add(torch.get_num_threads()))
+    assert wide["threads"] is None and seen >= {1} and torch.get_num_threads() == 2

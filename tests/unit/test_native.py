@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from wan.quant import native
+from wan.quant.dequantize import dequantize_scheme
 from wan.quant.ggml import BY_NAME, random_blocks
+from wan.quant.schemes import Scheme, dequantize_rows, random_rows
 
 REPO = Path(__file__).parents[2]
 CC = shutil.which("cc")
@@ -273,3 +275,22 @@ def test_first_uses_at_once(place):
     ]
     assert [one.communicate(timeout=120)[0] for one in both] == ["True\n"] * 2
     assert len(list((place / "new" / "swan").iterdir())) == 1
+
+
+@pytest.mark.parametrize("scheme", native._SCHEMES, ids=lambda scheme: f"{scheme.name}-{scheme.group}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_schemes_are_dequantised_by_a_kernel(scheme, dtype):
+    """Bit for bit as schemes.py has it, for rows of one number and of several chunks."""
+    for columns in {max(scheme.rotation, 64), 3 * max(scheme.rotation, 192)}:
+        rows = random_rows(scheme, 5, columns, seed=1)
+        wanted, out = dequantize_rows(rows, scheme, columns, dtype), torch.empty(5, columns, dtype=dtype)
+        assert native.dequantize_rows_native(rows, scheme, columns, out)
+        assert torch.allclose(out, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_no_kernel_reads_is_left_to_torch():
+    scheme = Scheme("int8", torch.int8, 1 << 40, rotation=16384)
+    rows = random_rows(scheme, 1, 16384)
+    assert not native.dequantize_rows_native(rows, scheme, 16384, torch.empty(1, 16384))
+    assert not native.dequantize_rows_native(rows, scheme, 16384, torch.empty(1, 16384, dtype=torch.float16))
+    assert dequantize_scheme(rows, scheme, 16384).isfinite().all()

@@ -23,16 +23,17 @@ from wan.compat.transformer import WanTransformerGGUF, diffusers_config, warn_of
 from wan.distributed.parallel import Parallel
 from wan.errors import UsageError
 from wan.memory.experts import Check, Experts
-from wan.memory.residency import DTYPE_NAMES
 from wan.models.encoders import TextEncoder
 from wan.models.text import PromptTokenizer
 from wan.models.vae_base import VideoVAE
 from wan.options import LoadOptions, Request, check_device
 from wan.options.names import MAX_SEED
 from wan.pipeline import Progress, WanPipeline
+from wan.plan.runs import DTYPES, KEPT
 from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
 
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in KEPT}
 # Options of build_request -> arguments of a call, for messages.
 _NAMES = {
     "sample_guide_scale": "guidance_scale",

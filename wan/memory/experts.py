@@ -146,6 +146,7 @@ def load_expert(
     device: torch.device,
     compute_device: torch.device,
     dtype: torch.dtype,
+    kept: torch.dtype | None = None,
     packed: bool,
     loras: Sequence[tuple[Lora, float]] = (),
     shard: Shard | None = None,
@@ -154,13 +155,13 @@ def load_expert(
     blocks_from: str = "ram",
     check: Check = lambda: None,
 ) -> WanModel:
-    """Fill a transformer that was built on the meta device. packed: quantised weights stay so.
+    """Fill a transformer that was built on the meta device. packed: quantised weights stay so; kept: of `load_weights`.
 
     granularity: "block" or "phase" to stream the blocks to `device`, see `offload`, from "ram" or "disk", but for those
     of the indices `resident_blocks`. compute_device: where LoRAs are merged. check: called before each weight.
     """
     share = shard and (lambda model: shard(model, list(model.units().values())))
-    weights = ModelWeights(model, source, "dit", dtype=dtype, stream=packed, shard=share)
+    weights = ModelWeights(model, source, "dit", dtype=dtype, kept=kept, stream=packed, shard=share)
     units = streamed_modules(model.units(), granularity, resident_blocks) if granularity else {}
     stream_to = make_device(device) if units else None
     prefixes = tuple(f"{path}." for path in units)

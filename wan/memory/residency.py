@@ -35,6 +35,7 @@ from wan.plan import (
     measure,
     resident_indices,
 )
+from wan.plan.runs import DTYPES, KEPT
 from wan.quant.linear import multiply_in_8_bits
 from wan.quant.scratch import free_scratch, return_freed_memory
 from wan.stage_checks import StageChecks
@@ -46,8 +47,6 @@ from wan.weights.lora import Lora, set_loras
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 STAGE_OF = {  # by model
     "t5": "encode_text",
     "wav2vec": "encode_audio",
@@ -117,7 +116,8 @@ class Residency:
         """
         plan = self.planned(request)
         placement, before = Placement(**plan["placement"]), self.placement
-        self.load = replace(self.load, dtype=plan["dtypes"]["dit"], auto_dtype=False)
+        types = {"dtype": plan["dtypes"]["dit"], "t5_dtype": plan["dtypes"]["t5"]}
+        self.load = replace(self.load, **types, auto_dtype=False, auto_t5_dtype=False)
         if before is None:
             self._choose_attention()
         self.plan, self.placement, self.checks.load = plan, placement, self.load
@@ -137,7 +137,7 @@ class Residency:
 
         beside: bytes of other pipelines of this process, which count as free
         """
-        decided = ("device", "dtype", "auto_dtype", "matmul", "checkpoint")
+        decided = ("device", "dtype", "auto_dtype", "t5_dtype", "auto_t5_dtype", "matmul", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
         held_bytes = self.held_bytes() + beside
         held = Held(**{"ram" if self.device.type == "cpu" else "device": held_bytes})
@@ -270,13 +270,15 @@ class Residency:
             text_len=self.spec.dit.text_len,
             device=device,
             dtype=DTYPES[self.load.t5_dtype],
+            kept=KEPT.get(self.load.t5_dtype),
             stream=self.placement.packed["t5"] == "stream",
             shard=self._shard(device) if self.load.t5_fsdp else None,
             stream_to=self.device if where == "stream" else None,
         )
 
     def _load_clip(self):
-        return load_clip_encoder(self.checkpoint.source("clip"), device=self.device, dtype=DTYPES[self.load.dtype])
+        types = {"dtype": DTYPES[self.load.dtype], "kept": KEPT.get(self.load.dtype)}
+        return load_clip_encoder(self.checkpoint.source("clip"), device=self.device, **types)
 
     def _load_wav2vec(self):
         return load_audio_encoder(self.checkpoint.source("wav2vec"), device=self.device, dtype=torch.float32)
@@ -303,6 +305,7 @@ class Residency:
             device=device,
             compute_device=self.device,
             dtype=DTYPES[self.load.dtype],
+            kept=KEPT.get(self.load.dtype),
             packed=self.placement.packed[name] == "stream",
             loras=self.loras[name],
             shard=self._shard(self.device) if self.load.dit_fsdp else None,

@@ -64,6 +64,18 @@ class TextEncoder(nn.Module):
         return [row[:length] for row, length in zip(out_BLD, lengths)]
 
 
+class _FeedForward(nn.Module):
+    """UMT5's, which transformers rounds to the type of its last matrix, as if nothing were kept narrower than it
+    computes."""
+
+    def __init__(self, theirs: nn.Module):
+        super().__init__()
+        self.wi_0, self.wi_1, self.wo, self.act = theirs.wi_0, theirs.wi_1, theirs.wo, theirs.act
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return self.wo(self.act(self.wi_0(x_BLD)) * self.wi_1(x_BLD))
+
+
 class ClipEncoder(nn.Module):
     """Images -> tokens of the CLIP image encoder, taken before its last block."""
 
@@ -97,21 +109,22 @@ def load_text_encoder(
     text_len: int = 512,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    kept: torch.dtype | None = None,
     stream: bool = False,
     shard: Shard | None = None,
     stream_to: torch.device | str | None = None,
 ) -> TextEncoder:
     """UMT5 from an official `.pth`, a transformers checkpoint or a GGUF file of any size; shapes come from the file.
 
-    dtype None keeps the type of the file; stream: as in `load_weights`; shard: called with the model and its blocks, to
-    share their weights out among ranks, see `distributed.fsdp`; stream_to: see TextEncoder. Raises SwanError if
-    `source` is no T5 encoder or the folder has no tokenizer, or that of another one.
+    dtype None keeps the type of the file; kept, stream: as in `load_weights`; shard: called with the model and its
+    blocks, to share their weights out among ranks, see `distributed.fsdp`; stream_to: see TextEncoder. Raises SwanError
+    if `source` is no T5 encoder or the folder has no tokenizer, or that of another one.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     model = empty_text_encoder(source)
     check_tokenizer(tokenizer_folder, len(model.shared.weight))
     share = shard and (lambda model: shard(model, model.encoder.block))
-    load_weights(model, source, "t5", device=device, dtype=dtype, stream=stream, shard=share)
+    load_weights(model, source, "t5", device=device, dtype=dtype, kept=kept, stream=stream, shard=share)
     return TextEncoder(model, tokenizer, text_len, stream_to)
 
 
@@ -158,6 +171,8 @@ def text_model(
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     model.encoder.set_input_embeddings(model.shared)  # one table; not every version ties it by itself
+    for block in model.encoder.block:
+        block.layer[1].DenseReluDense = _FeedForward(block.layer[1].DenseReluDense)
     return model
 
 
@@ -167,13 +182,15 @@ def load_clip_encoder(
     num_heads: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    kept: torch.dtype | None = None,
 ) -> ClipEncoder:
     """CLIP's image encoder from an official open-clip `.pth` or a transformers checkpoint.
 
-    num_heads: not visible in the shapes; default from a config.json beside the file, else from ViT-H's head width.
+    kept: as in `load_weights`; num_heads: not visible in the shapes; default from a config.json beside the file, else
+    from ViT-H's head width.
     """
     model = empty_clip_encoder(source, num_heads)
-    load_weights(model, source, "clip", device=device, dtype=dtype)
+    load_weights(model, source, "clip", device=device, dtype=dtype, kept=kept)
     return ClipEncoder(model)
 
 

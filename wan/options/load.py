@@ -64,8 +64,9 @@ class LoadOptions:
     checkpoint:  what was found there, once it was looked for: a `wan.weights.checkpoint.Checkpoint`, or None
     dit ... wav2vec: single files given in place of the checkpoint's own, absolute, or None
     matmul:      "bf16", "fp8", "int8" or "auto", which is decided once the files and the device are known
-    dtype:       compute type of DiT and image encoder: bf16, fp16 or fp32; auto_dtype: it was not asked for, and the
-                 plan may take another, see `wan.plan.settle_dtype`
+    dtype:       compute type of DiT and image encoder: bf16, fp16, fp32 or mixed; t5_dtype: of the text encoder;
+                 auto_dtype, auto_t5_dtype: it was not asked for, and the plan may take another, see
+                 `wan.plan.settle_dtype`
     offload:     none (models stay), model (each is released after its stage), block, phase (parts of the DiT come as
                  they are used too), or auto: what fits, but for none
     may_offload: whether none, where it does not fit, gives way to what does: the default on several processes
@@ -121,8 +122,8 @@ class LoadOptions:
         "name",
         _MACHINE,
         "NAME",
-        f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or fp32 on a CPU without units for"
-        " bf16",
+        f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or on a CPU without units for bf16"
+        " mixed: weights in bf16, products in fp32",
         lambda at, given: check_dtype(at.spec, given, at.get["convert_model_dtype"])[0],
     )
     auto_dtype: bool = derived(
@@ -133,8 +134,9 @@ class LoadOptions:
         _MACHINE,
         "NAME",
         f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
-        lambda at, given: check_t5_dtype(at.spec, given),
+        lambda at, given: check_t5_dtype(at.spec, given)[0],
     )
+    auto_t5_dtype: bool = derived(lambda at: check_t5_dtype(at.spec, at.get["t5_dtype"])[1], compare=False)
     vae_dtype: str = option(
         "name",
         _MACHINE,
@@ -263,7 +265,7 @@ def check_built(wanted: LoadOptions, has: LoadOptions) -> None:
     component takes the one there is."""
     for one in fields(LoadOptions):
         asked, there = getattr(wanted, one.name), getattr(has, one.name)
-        is_open = asked is None or asked == _NO_WISH.get(one.name) or (one.name == "dtype" and wanted.auto_dtype)
+        is_open = asked is None or asked == _NO_WISH.get(one.name) or getattr(wanted, f"auto_{one.name}", False)
         if one.compare and asked != there and not is_open and one.name not in ("may_offload", "ckpt_option"):
             told = "that of the checkpoint" if there is None else there
             raise UsageError(

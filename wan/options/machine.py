@@ -125,11 +125,12 @@ def check_dtype(spec: EasyDict, value: Any, convert: bool | None) -> tuple[str, 
     return spec.get("dtype", "bf16"), "dtype" not in spec
 
 
-def check_t5_dtype(spec: EasyDict, value: Any) -> str:
-    """The text encoder's type. "auto" is the task's own, or else bf16, whatever the DiT's is: fp32 takes 22 GB for
-    UMT5-XXL, whose weights are released in bf16, and fp16 cannot hold its activations."""
+def check_t5_dtype(spec: EasyDict, value: Any) -> tuple[str, bool]:
+    """The text encoder's type, and whether the plan may take another. "auto" is the task's own, or else bf16, whatever
+    the DiT's is: fp32 takes 22 GB for UMT5-XXL, whose weights are released in bf16, and fp16 cannot hold its
+    activations."""
     dtype = choice(value, "auto", "t5_dtype", T5_DTYPE_NAMES)
-    return spec.get("dtype", "bf16") if dtype == "auto" else dtype
+    return (spec.get("dtype", "bf16"), "dtype" not in spec) if dtype == "auto" else (dtype, False)
 
 
 def check_attention(asked: str) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_SETS = 300  # of changes that are tried, a few milliseconds each
 _MOST_TOLD = 3
+_NO_UNITS = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
 _WHERE = {"device": "GPU memory", "ram": "memory"}
 
 
@@ -43,22 +44,37 @@ def measure(
 
 
 def settle_dtype(request: Request, spec: EasyDict, machine: Machine) -> tuple[Request, tuple[str, ...]]:
-    """`request` with its type decided, and notes on why. All else is planned for that type.
+    """`request` with its types decided, and notes on why. All else is planned for them.
 
-    On a CPU without units for bf16, where fp32 is several times faster, auto is fp32 if that fits, or lacks no more
-    than bf16 does.
+    On a CPU without units for bf16, where fp32 is several times faster, auto is mixed: the weights stay in bf16, and
+    are widened one layer at a time. Where what fp32 takes besides does not fit, and bf16 does, it is bf16.
     """
-    settled = request.changed(auto_dtype=False)
-    if machine.device != "cpu" or machine.has_bf16 or request.load.dtype != "bf16":
+    settled, load = request.changed(auto_dtype=False, auto_t5_dtype=False), request.load
+    if machine.device != "cpu" or machine.has_bf16:
         return settled, ()
-    slow = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
-    if not request.load.auto_dtype:
-        return settled, (f"warning: {slow}: --dtype bf16 is what was asked for, --dtype auto or fp32 is faster",)
-    wide = settled.changed(dtype="fp32")
-    if _lacking(wide, spec, machine) <= _lacking(settled, spec, machine):
-        return wide, (f"{slow}: --dtype auto is fp32",)
-    none = f"{slow}, and fp32 does not fit into {gigabytes(machine.ram_bytes)}"
-    return settled, (f"warning: {none}: --dtype auto is bf16",)
+    narrow = [name for name in ("dtype", "t5_dtype", "vae_dtype") if getattr(load, name) == "bf16"]
+    mixed, asked, slow = [], [], []
+    for name in narrow:
+        tried = settled.changed(**{name: "mixed"})
+        if not getattr(load, f"auto_{name}", False):
+            asked.append(name)
+        elif _lacking(tried, spec, machine) <= _lacking(settled, spec, machine):
+            mixed.append(name)
+            settled = tried
+        else:
+            slow.append(name)
+    size = gigabytes(machine.ram_bytes)
+    told = (
+        (mixed, "auto {be} mixed: weights in bf16, products in fp32"),
+        (asked, "bf16 {be} what was asked for"),
+        (slow, f"auto {{be}} bf16, for what fp32 takes does not fit into {size}"),
+    )
+    notes = []
+    for names, what in told:
+        if names:
+            flags, be = " and ".join(f"--{name}" for name in names), "is" if len(names) == 1 else "are"
+            notes.append(f"{'' if names is mixed else 'warning: '}{_NO_UNITS}: {flags} {what.format(be=be)}")
+    return settled, tuple(notes)
 
 
 def _lacking(request: Request, spec: EasyDict, machine: Machine) -> set[str]:

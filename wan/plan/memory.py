@@ -69,7 +69,7 @@ class Workload:
         """The same with other fields of the request, but for those that name files, and with some components as GGUF
         files that are not there yet: name -> type. No file is looked into again."""
         other = Workload(self.request.changed(**fields), self.spec)
-        if "dtype" in fields:
+        if fields.keys() & {"dtype", "t5_dtype"}:
             return other
         known = dict(self.components)
         if "vae_dtype" in fields:
@@ -301,7 +301,7 @@ class _Held:
         else:
             names = [{"encode_audio": "wav2vec", "decode": load.decoder}.get(stage, "vae")]
             names += ["clip"] * (stage == "encode_image" and "clip" in load.components and self.encodes["clip"])
-            sizes = [load.components[name].dense.total for name in names]
+            sizes = [one.total + one.unpacked for one in (load.components[name].dense for name in names)]
             stay = [size for name, size in zip(names, sizes) if name not in self.placement.released]
             own = {"device": max(sum(stay), max(sizes)), "ram": 0}
             work += min(HEAP_BYTES, work) if self.on_cpu else 0  # no more than there was to free

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from wan.errors import UsageError
 from wan.plan.machine import CONTEXT_BYTES, CUDA_PROCESS_BYTES, PROCESS_BYTES, Machine
 from wan.plan.memory import Workload, memory_by_stage
+from wan.plan.runs import KEPT
 from wan.plan.text import gigabytes
 from wan.plan.weights import Component, expert_names, share
 
@@ -203,7 +204,7 @@ def _packed_modes(
             is_streamed = part != "t5" and name in ("block", "phase")
             fits = RESIDENT_MARGIN * dense <= free[where]
             dtype = request.load.t5_dtype if part == "t5" else request.load.dtype
-            stays = is_streamed or all_packed[part != "t5"] or not fits
+            stays = is_streamed or dtype in KEPT or all_packed[part != "t5"] or not fits
             modes[part] = "stream" if stays else "resident"
             notes.append(_mode_note(component, dtype, dense, free[where], modes[part], is_streamed))
         if name == "none":
@@ -215,6 +216,8 @@ def _mode_note(component: Component, dtype: str, dense: int, free: float, mode: 
     reason = f"{dtype} weights would take {gigabytes(dense)} of {gigabytes(max(free, 0))} free"
     if is_streamed:
         reason = "blocks are streamed"
+    elif dtype in KEPT:
+        reason = f"they would take {gigabytes(dense)} in fp32, which {dtype} computes in"
     return f"{component.describe()}: {reason}, so gguf_mode is {mode}"
 
 

@@ -22,6 +22,10 @@ from wan.plan.text import format_plan, start_lines
 from wan.plan.transfers import transfers
 from wan.plan.weights import expert_names, parameters
 
+# Of a forward. Threads of so small a network, whose kernels take microseconds, spin for each other: where anything else
+# runs on the machine, for as long as the system gives the other one no core, and a run takes ten times as long.
+_SMALL_FLOPS = 4e9
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,6 +56,12 @@ class Plan:
         """By stage and in all."""
         return stage_seconds(self.load, self.machine, self.placement)
 
+    @property
+    def threads(self) -> int | None:
+        """That compute on a CPU; None: as many as torch has."""
+        is_small = self.load.forward_flops.total < _SMALL_FLOPS
+        return 1 if self.machine.device == "cpu" and is_small else None
+
     @cached_property
     def _data(self) -> dict[str, Any]:
         request, spec, load = self.request, self.load.spec, self.load
@@ -78,6 +88,7 @@ class Plan:
             | {"total": flops.total / 1e12},
             "tflop_total": load.forwards * flops.total / 1e12,
             "parameters": parameters(spec, load.vae_configs),
+            "threads": self.threads,
             "blocks": len(load.components[load.experts[0]].dense.blocks),
             "machine": asdict(self.machine),
             "placement": asdict(self.placement) | {"released": list(self.placement.released)},

@@ -31,7 +31,9 @@ from wan.models.vae import empty_vae
 from wan.plan.tally import Tally
 from wan.solvers import make_solver
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# By the names of the options: what is computed in, and what matrices are kept in where that is less.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "mixed": torch.float32}
+KEPT = {"mixed": torch.bfloat16}
 PARTS = ("self_attn", "cross_attn", "ffn")  # of a block, in the order of their use
 _BLOCKS, _STEPS = 2, 3  # the second block holds the first one's input, the third step the results of two
 _CHUNKS = 3  # of the VAE, of which later ones keep no more

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
@@ -21,8 +22,9 @@ from wan.models.dit import WanModel
 from wan.models.encoders import empty_clip_encoder, empty_text_encoder
 from wan.options import Request
 from wan.plan.files import checkpoint_of, size_of, vae_names
-from wan.plan.runs import DTYPES, build, in_type, key
+from wan.plan.runs import DTYPES, KEPT, build, in_type, key
 from wan.quant.linear import QuantLinear
+from wan.quant.wide import WideLinear, keep_narrow
 from wan.weights.assign import ModelWeights
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.infer import vae_config
@@ -48,7 +50,7 @@ class Sizes:
     """Bytes of a component in memory.
 
     blocks: of the matrices of each block, and of what adapters put after it, by part; unpacked: of the largest matrix
-    once dequantised, for packed ones, one at a time.
+    once dequantised, or widened, where that is done as they are used, one at a time.
     """
 
     total: int
@@ -201,13 +203,15 @@ def share(size: int, ranks: int) -> int:
 @lru_cache(maxsize=64)
 def _as_released(kind: str, config: str, dtype: str) -> tuple[Sizes, Reading]:
     model = in_type(build(kind, json.loads(config)), dtype)
+    if dtype in KEPT:
+        keep_narrow(model, KEPT[dtype])
     counts = [one.numel() for one in model.parameters()]
     return _sizes(model, dtype), Reading(2 * sum(counts), 0, max(one.nbytes for one in model.parameters()))
 
 
 def _prepared(model: nn.Module, source: Source, kind: str, dtype: str, stream: bool) -> tuple[Sizes, Reading]:
     """Of a model that would be filled from a file. Raises SwanError for one that does not fit."""
-    weights = ModelWeights(model, source, kind, dtype=DTYPES[dtype], stream=stream)
+    weights = ModelWeights(model, source, kind, dtype=DTYPES[dtype], kept=KEPT.get(dtype), stream=stream)
     held = read = most = largest = heap = 0
     for stored, size in weights.reads():
         passes = stored if stored != size else 0  # it is read as it is stored, and becomes another
@@ -229,9 +233,16 @@ def _sizes(model: nn.Module, dtype: str) -> Sizes:
             blocks.append(streamed)
     elif layers := getattr(getattr(model, "encoder", None), "block", None):
         blocks = [{"layer": _bytes(layer.parameters())} for layer in layers]
-    packed = [math.prod(one.shape) for one in model.modules() if isinstance(one, QuantLinear)]
-    unpacked = max(packed, default=0) * DTYPES[dtype].itemsize
-    return Sizes(_bytes(model.parameters()), tuple(blocks), unpacked)
+    counts = (_made_anew(one, DTYPES[dtype]) for one in model.modules())
+    return Sizes(_bytes(model.parameters()), tuple(blocks), max(counts) * DTYPES[dtype].itemsize)
+
+
+def _made_anew(layer: nn.Module, dtype: torch.dtype) -> int:
+    """Weights that a layer makes of those that it keeps, at each use."""
+    if isinstance(layer, QuantLinear):
+        return math.prod(layer.shape)
+    is_wide = isinstance(layer, WideLinear) and layer.weight.dtype != dtype
+    return layer.weight.numel() if is_wide else 0
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

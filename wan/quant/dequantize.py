@@ -15,7 +15,8 @@ from torch import Tensor
 from wan import kernels
 from wan.quant.blocks import UNPACK, dequantize_blocks
 from wan.quant.ggml import BY_NAME, GGMLType, random_blocks
-from wan.quant.native import dequantize_native
+from wan.quant.native import dequantize_native, dequantize_rows_native
+from wan.quant.schemes import Scheme, dequantize_rows
 
 _SLICE_WEIGHTS = 1 << 17  # 512 KiB in fp32
 
@@ -40,6 +41,17 @@ def dequantize(blocks: Tensor, type: GGMLType, dtype: torch.dtype = torch.float3
         for start in range(0, len(flat), step):
             weights[start : start + step] = dequantize_blocks(flat[start : start + step], type.name)
     return out
+
+
+def dequantize_scheme(
+    blocks: Tensor, scheme: Scheme, columns: int, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """uint8 [rows, bytes a row] of a scheme -> `dtype` [rows, columns] on the same device; into `out`, where given."""
+    if out is None:
+        out = torch.empty(len(blocks), columns, dtype=dtype, device=blocks.device)
+    if dequantize_rows_native(blocks, scheme, columns, out):
+        return out
+    return dequantize_rows(blocks, scheme, columns, dtype, out)
 
 
 def _by_gguf(blocks: Tensor, type: GGMLType) -> Tensor:

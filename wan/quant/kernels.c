@@ -1,5 +1,5 @@
-/* Blocks of ggml -> weights, in one pass over memory. Compiled at run time by wan/quant/native.py; blocks.py says the
- * same in torch and is what this file is checked against.
+/* Blocks of ggml, and rows of codes and scales, -> weights, in one pass over memory. Compiled at run time by
+ * wan/quant/native.py; blocks.py and schemes.py say the same in torch and are what this file is checked against.
  *
  * Every weight is computed as scale * q + offset in fp32, each step rounded (no contraction), so that the result is bit
  * for bit that of the `gguf` package. Layout of the blocks: ggml-common.h of ggml. The inner loops have constant lengths
@@ -370,4 +370,112 @@ int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
         CASE(iq4_xs, 23, 256, 136)
     }
     return 0;
+}
+
+/* Rows of codes and scales: weight = code * scale (* row scale) (+ offset), see schemes.py. Where the parts of a row
+ * begin, in bytes, or -1 for one that it does not have. `codes` and `scales`: the number that each byte, or code of
+ * fewer bits, stands for. */
+enum { LOOKED_UP = 0, SIGNED = 1, UNSIGNED = 2 };            /* codes of 8 bits */
+enum { SCALE_LOOKED_UP = 0, SCALE_FP32, SCALE_BF16, SCALE_FP16 }; /* scales and offsets */
+typedef struct {
+    int64_t columns, row_bytes, bits, code_kind, group, scale_kind, scales_at, offsets_at, row_scale_at, rotation;
+    const float *codes, *scales;
+} layout;
+enum { CHUNK = 256, MOST = 4096 }; /* columns that are computed at a time; that may be rotated together */
+
+INLINE void round_any(const float *restrict w, int count, uint16_t *restrict out) { /* NaN stays one */
+    EACH(count) {
+        uint32_t bits;
+        memcpy(&bits, w + j, 4);
+        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        out[j] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+}
+
+INLINE void numbers(const layout *f, bytes row, int64_t first, int count, weights w) {
+    const float *restrict codes = f->codes;
+    bytes b = row + first * f->bits / 8;
+    if (f->bits == 4) {
+        EACH(count / 2) {
+            w[2 * j] = codes[b[j] & 15];
+            w[2 * j + 1] = codes[b[j] >> 4];
+        }
+    } else if (f->bits == 6) {
+        EACH(count / 4) {
+            uint32_t four = b[3 * j] | (uint32_t)b[3 * j + 1] << 8 | (uint32_t)b[3 * j + 2] << 16;
+            for (int k = 0; k < 4; k++) w[4 * j + k] = codes[four >> (6 * k) & 63];
+        }
+    } else if (f->code_kind == SIGNED) {
+        EACH(count) w[j] = (float)(int8_t)b[j];
+    } else if (f->code_kind == UNSIGNED) {
+        EACH(count) w[j] = (float)b[j];
+    } else {
+        EACH(count) w[j] = codes[b[j]];
+    }
+}
+
+INLINE float scale_of(const layout *f, bytes part, int64_t group) {
+    float value;
+    uint32_t bits;
+    switch (f->scale_kind) {
+        case SCALE_FP32: memcpy(&value, part + 4 * group, 4); return value;
+        case SCALE_FP16: return half(part + 2 * group);
+        case SCALE_BF16:
+            bits = (uint32_t)part[2 * group] << 16 | (uint32_t)part[2 * group + 1] << 24;
+            memcpy(&value, &bits, 4);
+            return value;
+    }
+    return f->scales[part[group]];
+}
+
+/* `body` for the columns of each group that lie in the chunk; `value` is its number in `part`. */
+#define EACH_GROUP(part, body)                                                                                         \
+    for (int at = 0, end; at < count; at = end) {                                                                      \
+        int64_t group = (first + at) / f->group, stop = (group + 1) * f->group - first;                                \
+        float value = scale_of(f, part, group);                                                                        \
+        end = stop < count ? (int)stop : count;                                                                        \
+        for (int j = at; j < end; j++) body;                                                                           \
+    }
+
+INLINE void unrotate(weights w, int count, int64_t rotation) {
+    for (int step = 1; step < rotation; step *= 4)
+        for (int start = 0; start < count; start += 4 * step)
+            for (int j = start; j < start + step; j++) {
+                float a = w[j], b = w[j + step], c = w[j + 2 * step], d = w[j + 3 * step];
+                float mean = ((a + b) + (c + d)) * 0.5f;
+                w[j] = mean - d;
+                w[j + step] = mean - c;
+                w[j + 2 * step] = mean - b;
+                w[j + 3 * step] = mean - a;
+            }
+}
+
+INLINE void chunk_of(const layout *f, bytes row, int64_t first, int count, weights w) {
+    numbers(f, row, first, count, w);
+    EACH_GROUP(row + f->scales_at, w[j] *= value)
+    if (f->row_scale_at >= 0) {
+        float value;
+        memcpy(&value, row + f->row_scale_at, 4);
+        EACH(count) w[j] *= value;
+    }
+    if (f->offsets_at >= 0) EACH_GROUP(row + f->offsets_at, w[j] += value)
+    if (f->rotation) unrotate(w, count, f->rotation);
+}
+
+/* Returns 0 for a layout that this cannot read. */
+int dequantize_rows(const layout *f, bytes in, int64_t rows, void *out, int format) {
+    int64_t size = f->rotation > CHUNK ? f->rotation : CHUNK;
+    if (size > MOST || (f->bits != 4 && f->bits != 6 && f->bits != 8)) return 0;
+    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < rows; i++) {
+        float w[MOST];
+        for (int64_t first = 0; first < f->columns; first += size) {
+            int count = (int)(f->columns - first < size ? f->columns - first : size);
+            chunk_of(f, in + i * f->row_bytes, first, count, w);
+            if (format == FP32)
+                memcpy((float *)out + i * f->columns + first, w, 4 * (size_t)count);
+            else
+                round_any(w, count, (uint16_t *)out + i * f->columns + first);
+        }
+    }
+    return 1;
 }

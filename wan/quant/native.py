@@ -29,9 +29,27 @@ from wan.errors import one_line
 from wan.quant.blocks import UNPACK, dequantize_blocks
 from wan.quant.ggml import BY_NAME, GGMLType, random_blocks
 from wan.quant.kernel_cache import keep, kept
+from wan.quant.schemes import FLOAT8, Scheme, byte_values, code_values, dequantize_rows, random_rows, split_rows
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_CODE_KINDS = {torch.int8: 1, torch.uint8: 2}  # others are looked up
+_SCALE_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_ROTATIONS = (0, 4, 16, 64, 256, 1024, 4096)
+# What the kernels are checked with: every way through them.
+_SCHEMES = (
+    *(Scheme("fp8", kind, 1 << 40) for kind in FLOAT8),
+    Scheme("fp8", FLOAT8[0], 128, torch.bfloat16),
+    Scheme("int8", torch.int8, 1 << 40),
+    Scheme("int8", torch.int8, 1 << 40, rotation=64),
+    Scheme("int8", torch.int8, 1 << 40, rotation=1024),
+    Scheme("affine4", torch.uint8, 32, torch.bfloat16, 4, has_offsets=True),
+    Scheme("affine8", torch.uint8, 64, torch.float16, has_offsets=True),
+    Scheme("nvfp4", torch.uint8, 16, torch.float8_e4m3fn, 4, minifloat=(2, 1), has_row_scale=True),
+    Scheme("mxfp4", torch.uint8, 32, torch.uint8, 4, minifloat=(2, 1)),
+    Scheme("mxfp6", torch.uint8, 32, torch.uint8, 6, minifloat=(3, 2)),
+    Scheme("mxfp8", torch.float8_e4m3fn, 32, torch.uint8),
+)
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fPIC"]
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")
@@ -57,6 +75,55 @@ def dequantize_native(blocks: Tensor, type: GGMLType, out: Tensor) -> bool:
     if not (blocks.is_contiguous() and out.is_contiguous() and out.numel() == count * type.block_weights):
         raise ValueError("blocks and weights must be contiguous and of the same number")
     return bool(library.dequantize(type.id, blocks.data_ptr(), count, out.data_ptr(), FORMATS[out.dtype]))
+
+
+def dequantize_rows_native(blocks: Tensor, scheme: Scheme, columns: int, out: Tensor) -> bool:
+    """The same for the rows of a scheme [rows, bytes a row]: `out` is [rows, columns]."""
+    library = _library() if out.dtype in FORMATS and blocks.device.type == "cpu" else None
+    if library is None or scheme.rotation not in _ROTATIONS:
+        return False
+    if not (blocks.is_contiguous() and out.is_contiguous() and out.shape == (len(blocks), columns)):
+        raise ValueError("rows and weights must be contiguous and of the same number")
+    return _rows_to(library, blocks, scheme, columns, out)
+
+
+class _Layout(ctypes.Structure):
+    """As in kernels.c."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("columns", "row_bytes", "bits", "code_kind", "group", "scale_kind", "scales_at", "offsets_at")
+            + ("row_scale_at", "rotation")
+        ),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    ]
+
+
+def _rows_to(library: ctypes.CDLL, blocks: Tensor, scheme: Scheme, columns: int, out: Tensor) -> bool:
+    layout, _tables = _layout(scheme, columns)
+    return bool(
+        library.dequantize_rows(
+            ctypes.byref(layout), blocks.data_ptr(), len(blocks), out.data_ptr(), FORMATS[out.dtype]
+        )
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(scheme: Scheme, columns: int) -> tuple[_Layout, tuple[Tensor, ...]]:
+    """And the tables that it points to."""
+    row = torch.empty(1, scheme.row_bytes(columns), dtype=torch.uint8)
+    _, *parts = split_rows(row, scheme, columns)
+    scales_at, offsets_at, row_scale_at = (-1 if one is None else one.data_ptr() - row.data_ptr() for one in parts)
+    with torch.inference_mode(False):  # they outlive the mode that they are first needed in
+        tables = [code_values(scheme)]
+        if scheme.scale_dtype.itemsize == 1:
+            tables.append(byte_values(scheme.scale_dtype))
+    kind = 0 if scheme.minifloat else _CODE_KINDS.get(scheme.code_dtype, 0)
+    places = scales_at, offsets_at, row_scale_at
+    sizes = columns, row.shape[1], scheme.bits, kind, scheme.group, _SCALE_KINDS.get(scheme.scale_dtype, 0)
+    return _Layout(*sizes, *places, scheme.rotation, tables[0].data_ptr(), tables[-1].data_ptr()), tuple(tables)
 
 
 @functools.cache
@@ -182,9 +249,11 @@ def _in_memory(data: bytes) -> str:
 
 def _opened(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
-    if not hasattr(library, "dequantize"):
+    if not (hasattr(library, "dequantize") and hasattr(library, "dequantize_rows")):
         raise Unusable(f"{SOURCE.name} was compiled to something else")
-    library.dequantize.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+    rest = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    library.dequantize.argtypes = (ctypes.c_int, *rest)
+    library.dequantize_rows.argtypes = (ctypes.POINTER(_Layout), *rest)
     return library
 
 
@@ -224,7 +293,7 @@ def _proc(path: str) -> str:
 
 
 def _is_exact(library: ctypes.CDLL) -> bool:
-    """Whether every type gives, on random blocks, what blocks.py says, bit for bit."""
+    """Whether every type gives, on random blocks, what blocks.py and schemes.py say, bit for bit."""
     for name in UNPACK:
         blocks = random_blocks(BY_NAME[name], 9)
         for dtype, format in FORMATS.items():
@@ -233,4 +302,17 @@ def _is_exact(library: ctypes.CDLL) -> bool:
             library.dequantize(BY_NAME[name].id, blocks.data_ptr(), len(blocks), out.data_ptr(), format)
             if not torch.equal(out, expected):
                 return False
+    return all(_is_exact_for(library, scheme) for scheme in _SCHEMES)
+
+
+def _is_exact_for(library: ctypes.CDLL, scheme: Scheme, rows: int = 3) -> bool:
+    columns = max(scheme.rotation, 320)  # more than one chunk, and the last group may be cut short
+    blocks = random_rows(scheme, rows, columns)
+    for dtype in FORMATS:
+        expected = dequantize_rows(blocks, scheme, columns, dtype)
+        out = torch.empty_like(expected)
+        if not _rows_to(library, blocks, scheme, columns, out):
+            return False
+        if not torch.equal(torch.nan_to_num(out, nan=1e30), torch.nan_to_num(expected, nan=1e30)):
+            return False
     return True

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.quant.dequantize import dequantize
+from wan.quant.dequantize import dequantize, dequantize_scheme
 from wan.quant.ggml import GGMLType
-from wan.quant.schemes import Scheme, dequantize_rows
+from wan.quant.schemes import Scheme
 from wan.quant.scratch import scratch
 
 
@@ -43,5 +43,5 @@ class PackedTensor:
         if reuse and self.device.type == "cpu":
             out = scratch(len(self.blocks), math.prod(self.shape) // len(self.blocks), dtype)
         if isinstance(self.type, Scheme):
-            return dequantize_rows(self.blocks, self.type, self.shape[-1], dtype, out).view(self.shape)
+            return dequantize_scheme(self.blocks, self.type, self.shape[-1], dtype, out).view(self.shape)
         return dequantize(self.blocks, self.type, dtype, out).view(self.shape)

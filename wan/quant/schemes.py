@@ -181,12 +181,36 @@ def unrotate(weights: Tensor, group: int) -> Tensor:
     return turned.view(weights.shape)
 
 
+def random_rows(scheme: Scheme, rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Rows of random codes, with scales and offsets that are finite."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (rows, scheme.row_bytes(columns)), dtype=torch.uint8, generator=generator)
+    _, *numbers = split_rows(blocks, scheme, columns)
+    for part in numbers:
+        if part is not None:
+            values = torch.rand(part.shape, generator=generator) - 0.3
+            part.copy_(values * 30 + 120 if part.dtype == torch.uint8 else values)
+    return blocks
+
+
 def scale_values(scales: Tensor) -> Tensor:
     """Scales as fp32; of bytes, E8M0, where 255 is NaN and becomes infinite."""
     if scales.dtype != torch.uint8:
         return scales.float()
     exponents = scales.int()
     return torch.where(exponents > 0, exponents << 23, 1 << 22).view(torch.float32)  # 2^-127 has no exponent of its own
+
+
+def byte_values(dtype: torch.dtype) -> Tensor:
+    """fp32 [256]: what each byte stands for as a number of `dtype` of 8 bits, or as a scale, see `scale_values`."""
+    return scale_values(torch.arange(256, dtype=torch.uint8).view(dtype))
+
+
+def code_values(scheme: Scheme) -> Tensor:
+    """fp32: what each code stands for, of as many as its bits can tell."""
+    if scheme.minifloat:
+        return _minifloat_values(*scheme.minifloat, torch.device("cpu"))
+    return torch.arange(1 << scheme.bits, dtype=torch.uint8).view(scheme.code_dtype).float()
 
 
 def _numbers(codes: Tensor, scheme: Scheme) -> Tensor:

@@ -19,6 +19,7 @@ from wan.quant.ggml import GGMLType
 from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
+from wan.quant.wide import is_narrow, keep_narrow
 from wan.weights.infer import looks_like, our_names, tensor_info
 from wan.weights.names import Rows
 from wan.weights.scaled import check_scales
@@ -45,22 +46,24 @@ def load_weights(
     *,
     device: Place = "cpu",
     dtype: torch.dtype | None = None,
+    kept: torch.dtype | None = None,
     stream: bool = False,
     shard: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """`ModelWeights(...).fill(device)`: the parameters and persistent buffers of `model`. Returns `model`."""
-    return ModelWeights(model, source, component, dtype=dtype, stream=stream, shard=shard).fill(device)
+    return ModelWeights(model, source, component, dtype=dtype, kept=kept, stream=stream, shard=shard).fill(device)
 
 
 class ModelWeights:
     """The weights of a model, built on the meta device, in a file: each by its name in the model and as it has it.
 
     component: "dit", "vae", "t5", "clip" or "wav2vec". Parameters become `dtype` (None: as in the file),
-    except where the model has a method `keep_fp32(name) -> bool` that says True. Buffers keep their own dtype, and
-    buffers that are not in files must hold their values already (build them with device="cpu"). Quantised tensors are
-    dequantised; with `stream`, those of linear layers and embeddings stay packed and the layers become QuantLinear and
-    QuantEmbedding. shard: called with the model, still on the meta device, to share its parameters out among ranks, see
-    `distributed.fsdp`; each rank then reads its own rows.
+    except where the model has a method `keep_fp32(name) -> bool` that says True. kept: the type of matrices that are
+    not quantised where it is narrower than `dtype`, which is fp32 then: layers widen them, see `quant.wide`. Buffers
+    keep their own dtype, and buffers that are not in files must hold their values already (build them with
+    device="cpu"). Quantised tensors are dequantised; with `stream`, those of linear layers and embeddings stay packed
+    and the layers become QuantLinear and QuantEmbedding. shard: called with the model, still on the meta device, to
+    share its parameters out among ranks, see `distributed.fsdp`; each rank then reads its own rows.
 
     Making one checks everything and reads nothing. Raises SwanError, one line, naming the tensors that are missing,
     unexpected or mis-shaped.
@@ -73,12 +76,15 @@ class ModelWeights:
         component: str,
         *,
         dtype: torch.dtype | None = None,
+        kept: torch.dtype | None = None,
         stream: bool = False,
         shard: Callable[[nn.Module], None] | None = None,
     ):
         names = our_names(source, component)
         groups = _slots(model)
         _check(model, groups, names, source)
+        if kept is not None:
+            keep_narrow(model, kept)
         self._model, self._source, self._is_sharded = model, source, shard is not None
         self._slots = [_prepare(model, aliases, names, source, dtype, stream) for aliases in groups]
         self._by_name = {alias: slot for slot in self._slots for alias in slot.aliases}
@@ -136,6 +142,7 @@ def _prepare(
     name = next(alias for alias in aliases if alias in names)
     old, stored = _get(model, name), names[name]
     keeps_fp32 = getattr(model, "keep_fp32", lambda name: False)(name)
+    is_quantised = source.block_type(stored if isinstance(stored, str) else stored.name) is not None
     block_type = source.block_type(stored) if isinstance(stored, str) else None
     row_bytes = _row_bytes(block_type, old.shape) if stream and not keeps_fp32 else None
     if row_bytes is not None:
@@ -148,7 +155,7 @@ def _prepare(
             return _Slot([f"{path}.blocks" for path in paths], stored, torch.uint8, packed=True)
     target = old.dtype
     if isinstance(old, nn.Parameter):
-        if old.is_floating_point():
+        if old.is_floating_point() and (is_quantised or not is_narrow(model, name)):
             target = torch.float32 if keeps_fp32 else dtype or tensor_info(source, stored).dtype
         # Not by empty_like, which on the meta device imports sympy: a third of a second.
         empty = nn.Parameter(torch.empty(old.shape, dtype=target, device="meta"), requires_grad=False)
