@@ -3,7 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from wan.distributed.fsdp import shard_model, weight_mesh
 
+from tests.dist.processes import run
 from tests.unit.tiny_checkpoint import clip_state, dit_state, shrunk, t5_state, write_tokenizer
 from wan.memory.experts import load_expert
 from wan.models.dit import WanModel
@@ -102,6 +104,23 @@ def test_quantised_weights_are_not_rounded_again(tmp_path, spec):
     packed, dense = (dit(spec, source, packed=packed, **TYPES) for packed in (True, False))
     assert dense.get_parameter(name).dtype == torch.float32
     assert torch.equal(predict(packed, spec), predict(dense, spec))
+
+
+def predict_shared(path):
+    spec, mesh = shrunk("t2v-1.3B"), weight_mesh("cpu", 2)
+    with torch.inference_mode():
+        model = dit(spec, open_source(path), **TYPES, shard=lambda model, units: shard_model(model, units, mesh))
+        kept = sum(one.to_local().nbytes for one in model.parameters())
+        return {"made": predict(model, spec), "kept": kept}
+
+
+@pytest.mark.dist
+def test_shared_out_among_ranks(tmp_path, spec):
+    source = in_file(tmp_path / "a.safetensors", dit_state(spec))
+    whole = dit(spec, source, **TYPES)
+    wanted, total = predict(whole, spec), sum(one.nbytes for one in whole.parameters())
+    for one in run(2, predict_shared, tmp_path, tmp_path / "a.safetensors"):
+        assert torch.equal(one["made"], wanted) and one["kept"] < 0.55 * total
 
 
 def test_encoders(tmp_path, spec):
