@@ -5,6 +5,7 @@
  * for bit that of the `gguf` package. Layout of the blocks: ggml-common.h of ggml. The inner loops have constant lengths
  * and one output, of which compilers make vector code. To bf16 it is written out for AVX-512, several times as fast.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __SSE2__
@@ -478,4 +479,57 @@ int dequantize_rows(const layout *f, bytes in, int64_t rows, void *out, int form
         }
     }
     return 1;
+}
+
+/* RMS norm over the channels of each row, times `gamma`, and with `silu` x / (1 + exp(-x)): bf16 to bf16, computed in
+ * fp32 and rounded once. The sum is taken in another order than torch's, and exp is exact to 2^-22 or so, so that one
+ * number in some thousands rounds to the neighbour. See RMSNorm in wan/models/vae_blocks.py. */
+
+enum { LANES = 16 };
+
+INLINE float from_bf16(uint16_t b) {
+    uint32_t bits = (uint32_t)b << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float silu_of(float x) { /* 2^t by its whole part, to the exponent, and a polynomial for the rest in [-1/2, 1/2] */
+    float t = x * -1.44269504f;
+    t = t > 126.0f ? 126.0f : t < -126.0f ? -126.0f : t; /* NaN stays one */
+    float whole = (t + 12582912.0f) - 12582912.0f, f = t - whole; /* 1.5 * 2^23 rounds to whole numbers */
+    float p = 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &p, 4);
+    bits += (int32_t)whole * (1 << 23);
+    memcpy(&p, &bits, 4);
+    return x / (1.0f + p);
+}
+
+void norm_silu(const uint16_t *restrict x, const float *restrict gamma, int64_t rows, int64_t channels,
+               uint16_t *restrict out, int silu) {
+    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < rows; i++) {
+        const uint16_t *restrict row = x + i * channels;
+        float sums[LANES] = {0}, sum = 0, w[CHUNK];
+        int64_t whole = channels / LANES * LANES;
+        for (int64_t first = 0; first < whole; first += LANES) EACH(LANES) {
+                float value = from_bf16(row[first + j]);
+                sums[j] += value * value;
+            }
+        for (int64_t j = whole; j < channels; j++) sum += from_bf16(row[j]) * from_bf16(row[j]);
+        EACH(LANES) sum += sums[j];
+        float norm = sqrtf(sum), scale = 1.0f / (norm < 1e-12f ? 1e-12f : norm);
+        for (int64_t first = 0; first < channels; first += CHUNK) {
+            int count = (int)(channels - first < CHUNK ? channels - first : CHUNK);
+            EACH(count) w[j] = from_bf16(row[first + j]) * scale * gamma[first + j];
+            if (silu) EACH(count) w[j] = silu_of(w[j]);
+            round_any(w, count, out + i * channels + first);
+        }
+    }
 }

@@ -87,6 +87,16 @@ def dequantize_rows_native(blocks: Tensor, scheme: Scheme, columns: int, out: Te
     return _rows_to(library, blocks, scheme, columns, out)
 
 
+def norm_silu_native(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> bool:
+    """RMS norm of the rows of bf16 `x` [rows, C], times fp32 `gamma` [C], perhaps SiLU, to `out`. False: no kernel."""
+    if not (x.dtype == out.dtype == torch.bfloat16 and x.device.type == out.device.type == "cpu"):
+        return False
+    if not (x.is_contiguous() and out.is_contiguous()) or (library := _library()) is None:
+        return False
+    library.norm_silu(x.data_ptr(), gamma.data_ptr(), *x.shape, out.data_ptr(), silu)
+    return True
+
+
 class _Layout(ctypes.Structure):
     """As in kernels.c."""
 
@@ -249,11 +259,13 @@ def _in_memory(data: bytes) -> str:
 
 def _opened(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
-    if not (hasattr(library, "dequantize") and hasattr(library, "dequantize_rows")):
+    if not all(hasattr(library, name) for name in ("dequantize", "dequantize_rows", "norm_silu")):
         raise Unusable(f"{SOURCE.name} was compiled to something else")
     rest = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     library.dequantize.argtypes = (ctypes.c_int, *rest)
     library.dequantize_rows.argtypes = (ctypes.POINTER(_Layout), *rest)
+    library.norm_silu.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *rest[1:])
+    library.norm_silu.restype = None
     return library
 
 
@@ -293,7 +305,7 @@ def _proc(path: str) -> str:
 
 
 def _is_exact(library: ctypes.CDLL) -> bool:
-    """Whether every type gives, on random blocks, what blocks.py and schemes.py say, bit for bit."""
+    """Whether every type gives, on random blocks, what blocks.py and schemes.py say, bit for bit; and the norm."""
     for name in UNPACK:
         blocks = random_blocks(BY_NAME[name], 9)
         for dtype, format in FORMATS.items():
@@ -302,7 +314,17 @@ def _is_exact(library: ctypes.CDLL) -> bool:
             library.dequantize(BY_NAME[name].id, blocks.data_ptr(), len(blocks), out.data_ptr(), format)
             if not torch.equal(out, expected):
                 return False
-    return all(_is_exact_for(library, scheme) for scheme in _SCHEMES)
+    return all(_is_exact_for(library, scheme) for scheme in _SCHEMES) and _normalises(library)
+
+
+def _normalises(library: ctypes.CDLL) -> bool:
+    """To a bf16's last place."""
+    generator = torch.Generator().manual_seed(0)
+    x, gamma = torch.randn(7, 300, generator=generator).bfloat16(), torch.randn(300, generator=generator)
+    out = torch.empty_like(x)
+    library.norm_silu(x.data_ptr(), gamma.data_ptr(), *x.shape, out.data_ptr(), 1)
+    y = x.float() / x.float().norm(dim=1, keepdim=True) * gamma
+    return torch.allclose(out.float(), torch.nn.functional.silu(y), rtol=2**-7, atol=0)
 
 
 def _is_exact_for(library: ctypes.CDLL, scheme: Scheme, rows: int = 3) -> bool:

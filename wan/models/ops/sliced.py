@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.models.ops.reference import Reference
+from wan.quant.native import norm_silu_native
 
 CPU_ELEMENTS, GPU_ELEMENTS = 1 << 17, 1 << 24  # 512 KiB and 64 MiB in fp32
 
@@ -91,12 +92,15 @@ class Gpu(Reference):
         gamma_C = gamma_C.float() * math.sqrt(x_BTHWC.shape[-1])
         # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
         for source, target in zip(x_BTHWC.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
-            for part in self._slices(source):
-                y = source[part].to(torch.float32, copy=True)
-                norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
-                y.mul_(norm.reciprocal_()).mul_(gamma_C)
-                target[part].copy_(F.silu(y, inplace=True) if silu else y)
+            self._rms(source, gamma_C, target, silu)
         return out
+
+    def _rms(self, x_NC: Tensor, gamma_C: Tensor, out_NC: Tensor, silu: bool) -> None:
+        for part in self._slices(x_NC):
+            y = x_NC[part].to(torch.float32, copy=True)
+            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
+            y.mul_(norm.reciprocal_()).mul_(gamma_C)
+            out_NC[part].copy_(F.silu(y, inplace=True) if silu else y)
 
     def _slices(self, x: Tensor, copies: int = 1) -> Iterator[slice]:
         """Rows of `x`; copies: in fp32, at once."""
@@ -121,6 +125,11 @@ class Cpu(Gpu):
 
     def _norm(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x_NC, x_NC.shape[-1:], weight_C, bias_C, eps)
+
+    def _rms(self, x_NC: Tensor, gamma_C: Tensor, out_NC: Tensor, silu: bool) -> None:
+        """In bf16 by a compiled kernel, where there is one: in fp32 the bits are torch's."""
+        if not norm_silu_native(x_NC, gamma_C, out_NC, silu):
+            super()._rms(x_NC, gamma_C, out_NC, silu)
 
 
 def _frames(x: Tensor) -> list[Tensor]:
