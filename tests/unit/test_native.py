@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wan.models.ops import OPS
 from wan.quant import native
 from wan.quant.dequantize import dequantize_scheme
 from wan.quant.ggml import BY_NAME, random_blocks
@@ -294,3 +295,19 @@ def test_what_no_kernel_reads_is_left_to_torch():
     assert not native.dequantize_rows_native(rows, scheme, 16384, torch.empty(1, 16384))
     assert not native.dequantize_rows_native(rows, scheme, 16384, torch.empty(1, 16384, dtype=torch.float16))
     assert dequantize_scheme(rows, scheme, 16384).isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 24, 384, 700])
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_norm_of_a_vae_in_bf16(channels, silu):
+    """To the last place of bf16, of rows of zeros too; what is not finite stays so. fp32 is left to torch."""
+    x, gamma = torch.randn(50, channels).mul(20).bfloat16(), torch.randn(channels) * channels**0.5
+    x[7] = 0
+    wanted, out = x.new_empty(1, 1, 1, *x.shape), torch.empty_like(x)
+    OPS["reference"].rms_norm(x[None, None, None], gamma / channels**0.5, wanted, silu)
+    assert native.norm_silu_native(x, gamma, out, silu)
+    assert torch.allclose(out.float(), wanted[0, 0, 0].float(), rtol=2**-7, atol=1e-30)
+    x[3, 0] = float("nan")
+    assert native.norm_silu_native(x, gamma, out, silu) and out[3].isnan().all() and out[4:].isfinite().all()
+    assert not native.norm_silu_native(x.float(), gamma, out.float(), silu)
+    assert not native.norm_silu_native(x, gamma, torch.empty(channels, 50, dtype=x.dtype).t(), silu) or channels == 1

@@ -483,7 +483,7 @@ int dequantize_rows(const layout *f, bytes in, int64_t rows, void *out, int form
 
 /* RMS norm over the channels of each row, times `gamma`, and with `silu` x / (1 + exp(-x)): bf16 to bf16, computed in
  * fp32 and rounded once. The sum is taken in another order than torch's, and exp is exact to 2^-22 or so, so that one
- * number in some thousands rounds to the neighbour. See RMSNorm in wan/models/vae_blocks.py. */
+ * number in some thousands rounds to the neighbour. See rms_norm in wan/models/ops/sliced.py. */
 
 enum { LANES = 16 };
 
