@@ -10,6 +10,7 @@ from wan.cache.options import check_coefficients, check_options
 
 from wan.errors import UsageError
 from wan.options import build_request
+from wan.options.replay import replay_options
 from wan.tasks import load_task, task_names
 
 ROWS = [
@@ -77,6 +78,9 @@ def test_what_does_not_go_together(flags, message):
 def test_a_request_takes_it_by_its_own_steps_and_solver():
     request = build_request({"cache": "auto"})
     assert request.sample.cache["teacache"] and any("--cache auto, medium" in line for line in request.warnings)
-    assert "cache" not in request.settings() and request.settings()["teacache"] is True
+    stored = request.settings()
+    assert "cache" not in stored and stored["teacache"] is True
+    replayed = build_request(replay_options(stored, {"cache": "auto", "cache_quality": "high"}))
+    assert replayed.sample.cache["teacache_thresh"] < request.sample.cache["teacache_thresh"]
     with pytest.raises(UsageError, match="nobody has measured t2v-tiny at 12 steps of unipc"):
         build_request({"cache": "auto", "sample_steps": 12})

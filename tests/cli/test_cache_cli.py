@@ -79,9 +79,6 @@ def test_auto_is_replayed_as_what_it_chose(generate):
     assert settings["teacache"] is True and not {"cache", "cache_quality"} & settings.keys()
     code, again, _ = generate("--quiet", "--replay", "a.mp4", "--save_file", "b.mp4")
     assert code == 0 and again["sha256"] == first["sha256"] and again["cache"]["model"]["cond"]["skipped"] > 0
-    flags = ["--cache", "auto", "--cache_quality", "high"]
-    code, _, _ = generate("--quiet", "--replay", "a.mp4", *flags, "--save_file", "c.mp4")
-    assert code == 0 and read_settings("c.mp4")["teacache_thresh"] < settings["teacache_thresh"]
 
 
 def test_coefficients_from_a_file(generate, folder):
