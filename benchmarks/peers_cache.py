@@ -69,15 +69,9 @@ class Theirs(nn.Module):
         return self.transformer.blocks
 
     def forward(
-        self,
-        x: Tensor,
-        times: Any,
-        texts: Sequence[Tensor],
-        y: Tensor | None = None,
-        *,
-        ctx: StepContext,
-        cache: NoCache,
+        self, x: Tensor, times: Any, texts: Sequence[Tensor], *, ctx: StepContext, cache: NoCache, y=None, clip_fea=None
     ) -> Tensor:
+        """What `WanModel` computes; the step is told by `ctx`."""
         context = torch.stack([nn.functional.pad(text, (0, 0, 0, self.text_len - len(text))) for text in texts])
         x = x if y is None else torch.cat([x, y], 1)
         return self.transformer(x, torch.tensor([ctx.timestep]), context, return_dict=False)[0]

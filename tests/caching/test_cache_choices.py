@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from wan.cache.choices import QUALITIES, TABLE
@@ -13,6 +14,7 @@ from wan.options import build_request
 from wan.options.replay import replay_options
 from wan.tasks import load_task, task_names
 
+REPO = Path(__file__).resolve().parents[2]
 ROWS = [
     pytest.param(model, row, id=f"{model} {row['steps']} {row['quality']}")
     for model, rows in json.loads(TABLE.read_text())["models"].items()
@@ -29,6 +31,14 @@ def test_every_row_can_be_run_and_keeps_its_word(model, row):
     check_coefficients(options, model, tuple(load_task(model).get("experts", ["model"])))
     assert note.startswith(f"--cache auto, {row['quality']}: --") and f"{row['compute']:.0%} of the compute" in note
     assert all(f"--{name}" in note for name in row["options"]) and row["psnr_db"] >= QUALITIES[row["quality"]]
+
+
+@pytest.mark.parametrize("model, row", ROWS)
+def test_every_row_was_measured(model, row):
+    measured = json.loads((REPO / row["source"]).read_text())
+    assert (measured["task"], measured["steps"], measured["solver"]) == (model, row["steps"], row["solver"])
+    figures = {row["psnr_db"], row["compute"], *row["options"].values()} - {True, "polynomial"}
+    assert any(figures <= {*one.values()} for one in measured["policies"]) and measured["clips"] == row["clips"]
 
 
 def test_medium_is_the_default_and_costs_less():
