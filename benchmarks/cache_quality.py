@@ -22,7 +22,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -96,19 +96,19 @@ class Made(NamedTuple):
     compute: float
 
 
-def policies(names: Sequence[str], per_series: int) -> list[Setting]:
-    """Every series by every predictor at the first of its thresholds."""
+def policies(names: Sequence[str], per_series: int, predictors: Sequence[str] = PREDICTORS) -> list[Setting]:
+    """Every series of these by each predictor, at the first of its thresholds."""
     return [
         Setting(name, {**flags, flag: threshold, "cache_predictor": predictor}, threshold, predictor)
         for name, (flags, flag, thresholds) in SERIES.items()
-        for predictor in PREDICTORS
+        for predictor in predictors
         for threshold in thresholds[:per_series]
         if name in names
     ]
 
 
-def fewer_steps(steps: int) -> list[Setting]:
-    return [Setting(f"{n} steps", {"sample_steps": n}) for n in range(max(1, steps // 4), steps)]
+def fewer_steps(counts: Iterable[int]) -> list[Setting]:
+    return [Setting(f"{n} steps", {"sample_steps": n}) for n in counts]
 
 
 class Maker:
@@ -140,7 +140,8 @@ class Maker:
         uncached = []
         for number, case in enumerate(cases, 1):
             started = time.perf_counter()
-            self.make(case, {})  # warms up
+            if number == 1:
+                self.make(case, {})  # warms up
             reference, before = self.make(case, {})
             mine = [(*self.make(case, setting.flags), *self._compute(setting)) for setting in settings]
             after = self.make(case, {})[1]
@@ -238,12 +239,17 @@ def pareto(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure(
-    task: str, count: int, names: Sequence[str], per_series: int, steps: int | None, ckpt_dir: str | None
+    task: str,
+    count: int,
+    cached: Sequence[Setting],
+    steps: int | None = None,
+    fewer: Sequence[int] | None = None,
+    ckpt_dir: str | None = None,
 ) -> dict[str, Any]:
-    """The JSON."""
+    """The JSON, of these settings. fewer: numbers of steps without a cache; None: all from a quarter of `steps` on."""
     with tempfile.TemporaryDirectory() as folder:
         maker = Maker(task, steps, ckpt_dir, folder)
-        cached, plain = policies(names, per_series), fewer_steps(maker.steps)
+        plain = fewer_steps(fewer or range(max(1, maker.steps // 4), maker.steps))
         cases = tiny_cases(task, 0, count, folder)
         made, uncached = maker.run(cases, [*cached, *plain])
         rows = [row(setting, clips) for setting, clips in zip([*cached, *plain], made)]
@@ -379,10 +385,12 @@ def _main(argv: Sequence[str] | None) -> int:
     add("--task", choices=TASKS, default=TASKS[0], help=f"default {TASKS[0]}")
     add("--prompts", type=int, default=16, choices=range(1, CASES_PER_HALF + 1), metavar="N", help="clips; default 16")
     add("--series", action="append", metavar="NAME", help=f"only these; may be repeated; of: {', '.join(SERIES)}")
+    add("--predictors", nargs="+", choices=PREDICTORS, default=PREDICTORS, help="only these; default: all")
     add(
         "--thresholds", type=int, default=most, choices=range(1, most + 1), metavar="N", help="only the first N of each"
     )
     add("--steps", type=int, metavar="N", help="sampling steps of the uncached run; default: the task's")
+    add("--fewer", nargs="+", type=int, metavar="N", help="steps without a cache; default: all from a quarter of it on")
     add("--ckpt_dir", metavar="DIR", help="other weights of the same shape; default: the embedded ones")
     add("--out", metavar="FILE", help="write the JSON here")
     add("--picture", metavar="FILE", help="write a picture (PNG): PSNR over compute")
@@ -392,8 +400,9 @@ def _main(argv: Sequence[str] | None) -> int:
     for path in filter(None, (args.out, args.picture)):
         if not Path(path).absolute().parent.is_dir():
             raise UsageError(f"no folder {Path(path).absolute().parent}")
-    names = args.series or list(SERIES)
-    result = measure(args.task, args.prompts, names, args.thresholds, args.steps, args.ckpt_dir)
+    settings = policies(args.series or list(SERIES), args.thresholds, args.predictors)
+    fewer = sorted(set(args.fewer)) if args.fewer else None
+    result = measure(args.task, args.prompts, settings, args.steps, fewer, args.ckpt_dir)
     print(table(result))
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers dit|vae [--runs N] [--dtypes bf16 fp32] [--out FILE]
     python -m benchmarks.peers gguf ...    # quantised weights, see peers_gguf.py
+    python -m benchmarks.peers cache ...   # caches, see peers_cache.py
 
 Both load the same folder, written by diffusers, each with its own loader. Times are taken in one process, in turns.
 Peak memory is taken in a process of its own for each side, as the rise of the resident set over one call after the
@@ -12,6 +13,7 @@ attentions of our forward pass when each runs alone, measured in the same proces
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -215,12 +217,10 @@ def compare(case: Case, runs: int = 3, memory: bool = True, device: str = "cpu")
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["gguf"]:
-        from benchmarks import peers_gguf
-
-        return peers_gguf.main(argv[1:])
+    if argv[:1] in (["gguf"], ["cache"]):
+        return importlib.import_module(f"benchmarks.peers_{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=[*CASES, "gguf"], help="gguf takes options of its own: gguf --help")
+    parser.add_argument("what", choices=[*CASES, "gguf", "cache"], help="gguf and cache have a --help of their own")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default 3)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: bf16 fp32 for dit, bf16 for vae")
     parser.add_argument("--out", help="also write the JSON there, e.g. benchmarks/results/cpu/peers_dit.json")

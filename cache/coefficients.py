@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "cache-coefficients-1"
-_SHIPPED = Path(__file__).with_name("data")
+_SHIPPED = [Path(__file__).with_name("data") / f"{name}.json" for name in ("published", "tiny")]
 
 
 def load_coefficients(model: str | None, path: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def load_coefficients(model: str | None, path: str | os.PathLike | None = None) 
         if model in models or len(models) == 1:
             return models[model] if model in models else next(iter(models.values()))
         raise ValueError(f"{path}: holds coefficients of {', '.join(models) or 'no model'}, not of {model}")
-    for file in sorted(_SHIPPED.glob("*.json")):
+    for file in _SHIPPED:
         if model in (models := read_coefficients(file)):
             return models[model]
     return {}

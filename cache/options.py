@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from wan.cache.choices import QUALITIES, choose
 from wan.cache.coefficients import load_coefficients
 from wan.cache.policies import POLICIES
 from wan.cache.policies.teacache import RESCALES
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
 
 MIN_STEPS = 10
 MOST_NUMBERS = 1000  # of one option
-PREDICTORS = ("zero", "first")
+PREDICTORS = ("zero", "first", "damped")
 
 COMMON = {
     "cache_max_skips": count(5, "at most N skips in a row", 1),
     "cache_predictor": Option(
         "name",
         "zero",
-        "a skipped step adds the last residual (zero, default) or extrapolates two (first)",
-        "zero, first",
+        "a skipped step adds the last residual (zero, default), or extrapolates two on a line (first) or with a slope"
+        " that fades (damped)",
+        ", ".join(PREDICTORS),
     ),
     "cache_device": Option(
         "name", "auto", "where residuals are kept: auto (default: with the model), cpu, cuda, cuda:N"
@@ -36,15 +38,30 @@ OPTIONS: dict[str, Option] = {}
 for _policy in POLICIES.values():
     OPTIONS |= {_policy.name: Option("flag", False, _policy.help), **_policy.flags}
 OPTIONS |= COMMON
+OPTIONS |= {
+    "cache": Option("name", None, "auto: the cache that we measured to be best for the model and its steps", "auto"),
+    "cache_quality": Option(
+        "name",
+        None,
+        "of --cache auto, how near to the video without a cache: "
+        + ", ".join(f"{name} ({db} dB)" for name, db in QUALITIES.items())
+        + "; default medium",
+        ", ".join(QUALITIES),
+    ),
+}
 
 
-def check_options(given: Mapping[str, Any], steps: int) -> tuple[dict[str, Any], list[str]]:
+def check_options(
+    given: Mapping[str, Any], steps: int, *, model: str | None = None, solver: str = ""
+) -> tuple[dict[str, Any], list[str]]:
     """(all options of the cache that is on, warnings) of what was given (None: not). {} if no cache is on.
 
+    model: under which it was measured; solver: what --cache auto goes by, beside the steps.
     Raises ValueError, one line that names the flag and what is allowed.
     """
     flags = {name for name, option in OPTIONS.items() if option.kind == "flag"}
     given = {name: value for name, value in given.items() if value is not None and (value or name not in flags)}
+    given, warnings = choose(given, model, solver, steps)
     on = [name for name in POLICIES if name in given]
     used = {*on, *(flag for name in on for flag in POLICIES[name].flags), *(COMMON if on else ())}
     for name in on:
@@ -61,7 +78,6 @@ def check_options(given: Mapping[str, Any], steps: int) -> tuple[dict[str, Any],
     if steps < MIN_STEPS and not given.get("cache_force"):
         raise ValueError(f"--{on[0]} harms a run of {steps} steps, each of which changes much; --cache_force allows it")
     options = {name: _value(name, given.get(name)) for name in OPTIONS if name in used}
-    warnings = []
     if len(on) == 2:
         warnings.append("--fbcache and --teacache: fbcache, which measures the change, decides alone")
     rescale = options.get("teacache_policy", "linear")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-
-PREDICTORS = ("zero", "first")
 
 
 class Residuals:
     """The residuals of one expert and branch, and their extrapolation in sigma.
 
     order "zero": the last one. "first": on the line through the last two, in physical time (arXiv 2503.06923, whose
-    order 1 in Newton form is exact for uneven steps). device: where they are kept; None: where they were made.
+    order 1 in Newton form is exact for uneven steps). "damped": along that line at first, and by one interval of it in
+    all, as forecasts by a damped trend (Gardner and McKenzie 1985): t intervals ahead, by 1 - exp(-t).
+    device: where they are kept; None: where they were made.
     """
 
     def __init__(self, order: str = "zero", device: torch.device | str | None = None):
@@ -42,7 +44,10 @@ class Residuals:
         if len(self._kept) < 2 or self._kept[0][0] == newest:
             return last
         older, first = self._kept[0]
-        return torch.lerp(first.to(like.device), last, (sigma - older) / (newest - older))
+        weight = (sigma - older) / (newest - older)  # 1: the last one, 2: one interval ahead
+        if self.order == "damped":
+            weight = 2 - math.exp(1 - weight)
+        return torch.lerp(first.to(like.device), last, weight)
 
     def to(self, device: torch.device | str) -> None:
         if self.device is None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from wan.cache import NO_CACHE, CacheManager
 from wan.cache.coefficients import load_coefficients
-from wan.cache.options import check_coefficients, check_options, make_manager
+from wan.cache.options import PREDICTORS, check_coefficients, check_options, make_manager
 from wan.cache.policies.teacache import TeaCache
 from wan.cache.policy import Lifecycle, PlannedPolicy
 from wan.cache.predictor import Residuals
@@ -319,7 +319,7 @@ def long_runs(name):
     return {"mag_K": 100} if name == "magcache" else {"cache_max_skips": 100}
 
 
-@pytest.mark.parametrize("predictor", ["zero", "first"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_11_moving_what_is_kept_changes_nothing(models, name, predictor):
     kept = []
@@ -417,7 +417,7 @@ class Constant(Stack):
         return h + 0.25 * (last - first)
 
 
-@pytest.mark.parametrize("predictor", ["zero", "first"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_12_a_constant_residual_is_exact(name, predictor):
     manager = make(name, cache_predictor=predictor, **{THRESHOLDS[name.split()[0]]: 1e9})

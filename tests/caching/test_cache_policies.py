@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from wan.cache import NO_CACHE, CacheManager
-from wan.cache.options import check_coefficients, check_options, make_manager
+from wan.cache.options import PREDICTORS, check_coefficients, check_options, make_manager
 from wan.cache.policies.magcache import nearest
 from wan.cache.policy import POLICIES, Lifecycle, Policy, register
 from wan.cache.predictor import Residuals
@@ -310,8 +310,18 @@ def test_first_order_predictor_is_exact_for_a_linear_residual(name, dtype, toler
     assert errors["first"] < tolerance < errors["zero"]
 
 
-def test_coinciding_steps_are_not_extrapolated():
-    residuals = Residuals("first")
+@pytest.mark.parametrize("ahead, share", [(0.01, 0.01), (0.5, 0.393), (1, 0.632), (2, 0.865), (50, 1)])
+def test_a_damped_slope_fades(ahead, share):
+    """Near the last step it is that of the line; far off, the residual has moved by one more interval."""
+    residuals = Residuals("damped")
+    residuals.add(0.9, torch.zeros(3))
+    residuals.add(0.8, torch.ones(3))
+    assert residuals.predict(0.8 - 0.1 * ahead, torch.zeros(3)).tolist() == pytest.approx([1 + share] * 3, abs=1e-3)
+
+
+@pytest.mark.parametrize("order", PREDICTORS)
+def test_coinciding_steps_are_not_extrapolated(order):
+    residuals = Residuals(order)
     for value in (1.0, 2.0):
         residuals.add(0.5, torch.full((2,), value))
     assert residuals.predict(0.4, torch.zeros(2)).tolist() == [2, 2]

@@ -71,6 +71,16 @@ def test_replay(generate):
     assert code == 0 and "fbcache" not in read_settings("d.mp4") and read_settings("d.mp4")["easycache"] is True
 
 
+def test_auto_is_replayed_as_what_it_chose(generate):
+    small = [*SMALL, "--sample_steps", "20"]
+    code, first, lines = generate(*small, "--cache", "auto", "--save_file", "a.mp4")
+    assert code == 0 and [line for line in lines if "--cache auto, medium: --teacache" in line]
+    settings = read_settings("a.mp4")
+    assert settings["teacache"] is True and not {"cache", "cache_quality"} & settings.keys()
+    code, again, _ = generate("--quiet", "--replay", "a.mp4", "--save_file", "b.mp4")
+    assert code == 0 and again["sha256"] == first["sha256"] and again["cache"]["model"]["cond"]["skipped"] > 0
+
+
 def test_coefficients_from_a_file(generate, folder):
     write_coefficients("c.json", {"any": {"magcache": {"ratios": {"model": [1.0] * 12}}}}, "")
     flags = ["--magcache", "--cache_coefficients", "c.json", "--mag_K", "2", "--save_file", "a.mp4"]
@@ -104,6 +114,8 @@ WRONG = [
     (["--fbcache", "--cache_trace", "."], " is a folder"),
     (["--fbcache", "--cache_trace", "no/t.jsonl"], "--cache_trace: no folder "),
     (["--fbcache", "--cache_trace", "a.mp4", "--save_file", "a.mp4"], "--cache_trace and --save_file both name a.mp4"),
+    (["--cache", "auto", "--sample_steps", "19"], "nobody has measured t2v-tiny at 19 steps of unipc"),
+    ([*A14B, "--cache", "auto"], "nobody has measured wan2.2-t2v-A14B at 40 steps of unipc"),
     (["--magcache", "--cache_coefficients", "none.json"], "none.json: not a coefficients file"),
     (
         [*A14B, "--teacache", "--teacache_policy", "polynomial"],

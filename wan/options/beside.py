@@ -36,7 +36,7 @@ def left_beside(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
             left.pop("sample_shift", None)
     for flag in GGUF_FLAGS.keys() & given:
         left.pop(GGUF_FLAGS[flag], None)
-    if any(given.get(name) and not left.get(name) for name in CACHES):  # another cache, with its own settings
+    if any(given.get(name) and not left.get(name) for name in ("cache", *CACHES)):  # another, with its own settings
         left = {name: value for name, value in left.items() if name not in CACHE_OPTIONS}
     return left
 

@@ -175,8 +175,9 @@ def check_cache(at: Asked, steps: int, area: int, from_image: bool) -> tuple[dic
     if area > AREA_BELOW_720P and "coefficients_720p" in spec:
         key = "coefficients_720p"
     try:
-        options, notes = check_options({name: at.get[name] for name in CACHE_OPTIONS}, steps)
-        found = check_coefficients(options, spec.get(key), tuple(spec.get("experts", ["model"]))) if options else {}
+        given, model = {name: at.get[name] for name in CACHE_OPTIONS}, spec.get(key)
+        options, notes = check_options(given, steps, model=model, solver=at.done["solver"])
+        found = check_coefficients(options, model, tuple(spec.get("experts", ["model"]))) if options else {}
     except ValueError as error:
         raise UsageError(str(error)) from error
     if options and "|" in (at.done["phases"] or ""):
