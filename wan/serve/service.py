@@ -229,6 +229,7 @@ class Service:
             told |= {"stage": progress.stage, "seconds_left": progress.left}
         if job.state == "completed":
             told["inference_time_s"] = round(sum(job.report["seconds"].values()), 3)
+            told |= {"revised_prompt": job.report["prompt"]} if "prompt" in job.report else {}
         return told
 
     def content(self, id: str, variant: str = "video") -> FileResponse:

@@ -19,6 +19,7 @@ from typing import Any
 from wan.engine import Event
 from wan.engines import Engines
 from wan.errors import Cancelled, SwanError, UsageError, one_line
+from wan.media import read_settings
 from wan.options import Request, build_load, check_device
 from wan.plan.machine import look_with_torch
 from wan.serve.child import Inbox
@@ -68,6 +69,9 @@ def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.E
             options, folder / "video", on_event=tell, cancel=stop, preview_every=every, is_private=True
         )
         write_pictures(path, folder)
+        settings = read_settings(path)
+        if settings.get("extended_from"):
+            report = {**report, "prompt": settings["prompt"]}
         return {"done": path.name, "report": report}
     except Cancelled:
         return {"cancelled": True}

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from wan.errors import SwanError
 from wan.serve.child import Child, Message
 from wan.serve.metrics import Metrics
 from wan.serve.models import Model
@@ -122,8 +123,10 @@ class Workers:
             job = self.store.first_queued()
             if job is None:
                 return
-            if job.model not in self.models:
-                self._ended(self.store.fail(job.id, "model_not_found", f"there is no model {job.model} any more"))
+            try:
+                options = self.models[job.model].merged(self.store.options(job))
+            except (KeyError, SwanError):  # of a server that was started with others
+                self._ended(self.store.fail(job.id, "model_not_found", f"there is no such model {job.model} any more"))
                 continue
             worker = max(free, key=lambda one: job.model in one.models)
             self.store.start(job)
@@ -131,7 +134,6 @@ class Workers:
             worker.models.add(job.model)
             self.progress[job.id] = Progress(job.facts.get("expected_seconds", 0.0))
             self.metrics.began(job)
-            options = {**self.models[job.model].options, **self.store.options(job)}
             folder = str(self.store.folder_of(job.id))
             worker.child.tell({"job": job.id, "options": options, "folder": folder, "preview_every": job.preview_every})
             self._publish(job.id, {"event": "started"})
@@ -286,7 +288,7 @@ class Workers:
                 raise Refused(503, "the server is not ready yet", "not_ready", retry_s=10) from error
             number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
             self._checking = (number, answer)
-            message = {"check": number, "options": {**model.options, **options}, "machine": self._machine}
+            message = {"check": number, "options": model.merged(options), "machine": self._machine}
             self._checker.tell(message)
             try:
                 told = await asyncio.wait_for(answer, CHECK_S)
