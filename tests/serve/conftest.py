@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from tests.serve.servers import Server
@@ -16,3 +18,13 @@ def make_server(tmp_path_factory):
     yield make
     for server in made:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(make_server, tmp_path_factory):
+    """One that anybody on this machine may ask, with two models: t2v-tiny and, as "pictures", i2v-tiny."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {"t2v-tiny": {"task": "t2v-tiny"}, "pictures": {"task": "i2v-tiny", "sample_steps": 2}}
+    (folder / "models.json").write_text(json.dumps(models))
+    (folder / "loras").mkdir()
+    return make_server("--models", folder / "models.json", "--lora_dir", folder / "loras")

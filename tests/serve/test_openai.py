@@ -16,15 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def server(make_server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    models = {"t2v-tiny": {"task": "t2v-tiny"}, "pictures": {"task": "i2v-tiny", "sample_steps": 2}}
-    (folder / "models.json").write_text(json.dumps(models))
-    (folder / "loras").mkdir()
-    return make_server("--models", folder / "models.json", "--lora_dir", folder / "loras")
-
-
-@pytest.fixture(scope="module")
 def client(server):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

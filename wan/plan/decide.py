@@ -38,9 +38,10 @@ def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
 def check_fits(request: Request, spec: EasyDict, machine: Machine) -> None:
     """Raises UsageError, which names what would fit, for a video that is too large for a machine. Offered is what
     belongs to the video: that the models be loaded otherwise is not for whoever asks for it to say."""
-    load = Workload(settle_dtype(request, spec, machine)[0], spec)
+    request = settle_dtype(request, spec, machine)[0].changed(vram_bytes=None, ram_bytes=None)  # the machine has them
+    load = Workload(request, spec)
     if fitting(load, machine) is None:
-        told = "; ".join(_lacks(load.request, machine, least(load, machine)))
+        told = "; ".join(_lacks(request, machine, least(load, machine)))
         raise UsageError(f"{told}; {_advice(load, machine, _OF_VIDEO)}")
 
 

@@ -52,9 +52,17 @@ class Guard:
             self._check_size(headers)
         except Refused as error:
             self._on_refused(error.status)
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            headers = {**error.headers, "Connection": "close"}
+            await JSONResponse(error.body, error.status, headers)(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        body = _Body(receive, self._most_bytes)
+
+        async def answer(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start" and not body.has_ended:  # what is still to come is not read
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, body, answer)
 
     def _check_key(self, headers: Headers) -> None:
         kind, _, key = headers.get("authorization", "").partition(" ")
@@ -75,31 +83,33 @@ class Guard:
     def _check_size(self, headers: Headers) -> None:
         size = headers.get("content-length", "0")
         if not size.isdigit() or int(size) > self._most_bytes:
-            raise self._too_large()
+            raise _too_large(self._most_bytes)
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"a request has at most {self._most_bytes:,} bytes", "too_large")
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Raises Refused to whoever reads on."""
-        got, has_ended, deadline = 0, False, time.monotonic() + BODY_ALL_S
+class _Body:
+    """What a request sends, in parts. Raises Refused to whoever reads on, where that is too much or too slow."""
 
-        async def limited() -> dict[str, Any]:
-            nonlocal got, has_ended
-            if has_ended:  # waits for the client to leave
-                return await receive()
-            left = min(BODY_WAIT_S, deadline - time.monotonic())
-            try:
-                message = await asyncio.wait_for(receive(), left)
-            except asyncio.TimeoutError as error:
-                raise Refused(408, "the request comes too slowly", "too_slow") from error
-            got += len(message.get("body", b""))
-            has_ended = not message.get("more_body", False)
-            if got > self._most_bytes:
-                raise self._too_large()
-            return message
+    def __init__(self, receive: Receive, most_bytes: int):
+        self._receive, self._most_bytes, self._left = receive, most_bytes, most_bytes
+        self._deadline = time.monotonic() + BODY_ALL_S
+        self.has_ended = False
 
-        return limited
+    async def __call__(self) -> dict[str, Any]:
+        if self.has_ended:  # waits for the client to leave
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), min(BODY_WAIT_S, self._deadline - time.monotonic()))
+        except asyncio.TimeoutError as error:
+            raise Refused(408, "the request comes too slowly", "too_slow") from error
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _too_large(self._most_bytes)
+        self.has_ended = not message.get("more_body", False)
+        return message
+
+
+def _too_large(most_bytes: int) -> Refused:
+    return Refused(413, f"a request has at most {most_bytes:,} bytes", "too_large")
 
 
 def _name(host: str) -> str:

@@ -137,6 +137,7 @@ class Workers:
             folder = str(self.store.folder_of(job.id))
             worker.child.tell({"job": job.id, "options": options, "folder": folder, "preview_every": job.preview_every})
             self._publish(job.id, {"event": "started"})
+            self._say(f"{job.id} is made by process {worker.child.pid}")
 
     def cancel(self, id: str) -> None:
         """That nobody works on a job whose row is gone, or says that it is over. Its end is told by on_free, at once
@@ -222,6 +223,7 @@ class Workers:
     def _heard(self, worker: Worker, message: Message) -> None:
         if "ready" in message:
             worker.is_ready = True
+            self._say(f"worker {worker.number} is ready (process {worker.child.pid})")
             self._machine = message["ready"]
             self._can_check.set()
             self.give_out()
