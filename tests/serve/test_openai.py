@@ -1,9 +1,12 @@
 """The `openai` client against a server of ours: what its users write, works."""
 
 import base64
+import contextlib
+import http.client
 import io
 import json
 import warnings
+from urllib.parse import urlsplit
 
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
@@ -183,6 +186,25 @@ def test_a_lora_is_one_of_the_servers_folder(server, client):
     assert made[0] == made[1] != made[2]
     for name in ("../stripes", str(lora), "stripes/../stripes", "none", ["stripes", "strong"], {"scale": 1}):
         assert server.refused(lora=name)["param"] == "lora"
+
+
+def test_a_connection_is_kept(server):
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(server.url).netloc)) as connection:
+        for headers in ({}, {"Content-Length": "0"}):
+            connection.request("GET", "/v1/models", headers=headers)
+            answer = connection.getresponse()
+            assert answer.read() and answer.getheader("Connection") is None
+
+
+def test_pages_of_elsewhere_may_not_ask(server):
+    """Without keys this machine alone may: not a page in its browser, nor a name that stands for it by now."""
+    port = urlsplit(server.url).port
+    own = {"Host": f"localhost:{port}"}
+    assert server.ask("GET", "/v1/models", headers={**own, "Origin": f"http://localhost:{port}"})[0] == 200
+    for headers in ({"Host": "evil.example"}, {**own, "Origin": "http://evil.example"}, {**own, "Origin": "null"}):
+        status, told, answered = server.ask("POST", "/v1/videos", {"prompt": RED}, headers)
+        assert (status, told["error"]["type"]) == (403, "permission_error")
+        assert "Access-Control-Allow-Origin" not in answered
 
 
 def test_metrics(server):

@@ -55,7 +55,7 @@ class Guard:
             headers = {**error.headers, "Connection": "close"}
             await JSONResponse(error.body, error.status, headers)(scope, receive, send)
             return
-        body = _Body(receive, self._most_bytes)
+        body = _Body(receive, headers, self._most_bytes)
 
         async def answer(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start" and not body.has_ended:  # what is still to come is not read
@@ -89,10 +89,10 @@ class Guard:
 class _Body:
     """What a request sends, in parts. Raises Refused to whoever reads on, where that is too much or too slow."""
 
-    def __init__(self, receive: Receive, most_bytes: int):
+    def __init__(self, receive: Receive, headers: Headers, most_bytes: int):
         self._receive, self._most_bytes, self._left = receive, most_bytes, most_bytes
         self._deadline = time.monotonic() + BODY_ALL_S
-        self.has_ended = False
+        self.has_ended = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
 
     async def __call__(self) -> dict[str, Any]:
         if self.has_ended:  # waits for the client to leave

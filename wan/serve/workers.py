@@ -88,13 +88,16 @@ class Workers:
         self._checking: tuple[int, asyncio.Future[Message]] | None = None
         self._numbers = itertools.count()
         self._check_turn = asyncio.Lock()
-        self._can_check, self._machine = asyncio.Event(), None  # the latter: what plans are made for
+        # Requests can be checked once the checker is there, and a worker has told what there is to plan with.
+        self._can_check, self._is_looking, self._machine = asyncio.Event(), False, None
         self._watchers: dict[str, set[asyncio.Queue[Message]]] = {}
         self._is_closing = False
 
     def start(self) -> None:
-        """The checker, which tells how many GPUs there are, and with it the workers."""
+        """The checker, which tells how many GPUs there are, and with it the workers, for which CPUs need not wait."""
         self._start_checker()
+        if all(model.options.get("device") == "cpu" for model in self.models.values()):
+            self._start_workers(0)
 
     def close(self) -> None:
         """End all processes; what runs is queued again."""
@@ -194,9 +197,9 @@ class Workers:
 
     def _start_workers(self, gpus: int) -> None:
         count = self._count or max(1, gpus)
-        for number in range(count):
-            self._workers.append(Worker(number, self._env(number, count, gpus)))
-            self._start_worker(self._workers[-1])
+        self._workers = [Worker(number, self._env(number, count, gpus)) for number in range(count)]
+        for worker in self._workers:
+            self._start_worker(worker)
 
     def _env(self, number: int, count: int, gpus: int) -> dict[str, str]:
         if gpus:
@@ -225,7 +228,7 @@ class Workers:
             worker.is_ready = True
             self._say(f"worker {worker.number} is ready (process {worker.child.pid})")
             self._machine = message["ready"]
-            self._can_check.set()
+            self._open_checks()
             self.give_out()
         elif "broken" in message:
             self._say(f"error: worker {worker.number}: {message['broken']}")
@@ -303,16 +306,20 @@ class Workers:
             raise Refused(400, told["refused"], "invalid_value")
         return told["facts"]
 
+    def _open_checks(self) -> None:
+        if self._is_looking and self._machine is not None:
+            self._can_check.set()
+
     def _start_checker(self) -> None:
         if not self._is_closing:
             self._checker = Child("wan.serve.checker", {}, self._checked, self._checker_ended)
 
     def _checked(self, message: Message) -> None:
         if "ready" in message:
+            self._is_looking = True
             if not self._workers:
                 self._start_workers(message["ready"])
-            elif self._machine is not None:
-                self._can_check.set()
+            self._open_checks()
         elif self._checking is not None and self._checking[0] == message["check"]:
             self._checker_failures = 0
             with contextlib.suppress(asyncio.InvalidStateError):
@@ -322,6 +329,7 @@ class Workers:
         if self._is_closing:
             return
         self._checker, self._checker_failures = None, self._checker_failures + 1
+        self._is_looking = False
         self._can_check.clear()
         self._say(f"the checker has ended with status {code}; it is started again")
         if self._checking is not None and not self._checking[1].done():
