@@ -36,6 +36,7 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.tiny_world_lora stripes
 	$(VENV)/bin/python -m benchmarks.tiny_world_lora distilled
 	$(VENV)/bin/python -m benchmarks.film_drift
+	for what in load cancels kills; do $(VENV)/bin/python -m benchmarks.serve $$what; done
 	PYTHON=$(VENV)/bin/python bash benchmarks/bench_teacache.sh
 
 lint: setup

@@ -40,11 +40,11 @@ class Engines:
             engine = self._engine(options)
             return engine.planned(build_sample(_part(options, "sample"), engine.load), self._held_beside(engine))
 
-    def generate(self, options: Mapping[str, Any], **call: Any) -> Video:
-        """See `Engine.generate`: `call` are its arguments beside the options."""
+    def generate(self, options: Mapping[str, Any], is_private: bool = False, **call: Any) -> Video:
+        """See `Engine.generate`: `call` are its arguments beside the options; is_private: see `Request`."""
         with self._my_turn(call.get("cancel")):
             engine = self._engine(options)
-            request = build_sample(_part(options, "sample"), engine.load)
+            request = build_sample(_part(options, "sample"), engine.load).changed(is_private=is_private)
             self._make_room(engine, request)
             return engine.make(request, **call)
 

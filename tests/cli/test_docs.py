@@ -25,6 +25,7 @@ from wan.compat import run_gguf_t2v
 from wan.media import write_video
 from wan.options import FLAGS, PART_OF, build_request
 from wan.plan import parameters
+from wan.serve import __main__ as serve
 from wan.tasks import load_task, task_names
 
 REPO = Path(__file__).parents[2]
@@ -36,6 +37,7 @@ PARSERS = {
     "wan.calibrate": calibrate,
     "wan.prepare": prepare,
     "wan.batch": batch,
+    "wan.serve": serve,
     "wan.compat.run_gguf_t2v": run_gguf_t2v,
 }
 FLAGS_OF = {
@@ -177,9 +179,9 @@ def test_every_block_says_what_it_is():
 def test_every_flag_is_named_and_no_other():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*\b", TEXT))
     ours = FLAGS_OF["generate.py"] | FLAGS_OF["wan.convert"] | FLAGS_OF["wan.calibrate"] | FLAGS_OF["wan.cache.report"]
-    ours |= FLAGS_OF["wan.prepare"] | FLAGS_OF["wan.batch"]
+    ours |= FLAGS_OF["wan.prepare"] | FLAGS_OF["wan.batch"] | FLAGS_OF["wan.serve"]
     assert {flag for flag in ours if flag.startswith("--")} - named == set()
-    known = ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node"}
+    known = ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node", "--gpus"}
     known |= flags_of("benchmarks.gpu")
     assert named - known == set()
 

@@ -27,7 +27,7 @@ LAYERS = [
     ("wan.engine", "wan.unfinished"),
     ("wan.engines",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),
-    ("wan.batch",),
+    ("wan.batch", "wan.serve"),
     ("generate",),
 ]
 
@@ -139,6 +139,7 @@ def imported_roots(nodes):
         "wan",
         "wan.cli",
         "wan.convert",
+        "wan.serve.__main__",
         "wan.prepare",
         "wan.compat",
         "wan.compat.lightx2v",

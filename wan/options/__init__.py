@@ -7,6 +7,7 @@ that is there but unusable SwanError (exit code 1).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
@@ -18,7 +19,7 @@ from wan.options.beside import with_preset
 from wan.options.files import check_outputs, told_task
 from wan.options.load import LoadOptions
 from wan.options.machine import check_device, check_grid
-from wan.options.names import DEFAULT_TASK, STORED_PICTURES, VIDEO_FLAGS
+from wan.options.names import DEFAULT_TASK, STORED_FILES, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.output import Output
 from wan.options.sample import Sample
 from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, options_of
@@ -36,12 +37,14 @@ STORED = tuple(name for name, one in FLAGS.items() if one.stored)
 
 @dataclass(frozen=True)
 class Request:
-    """A video to make, with certain models, and where it goes. warnings: lines to show before the run."""
+    """A video to make, with certain models, and where it goes. warnings: lines to show before the run; is_private: the
+    settings in the video name files without their folders."""
 
     load: LoadOptions
     sample: Sample
     output: Output | None = None
     warnings: tuple[str, ...] = ()
+    is_private: bool = False
 
     def changed(self, **values: Any) -> Request:
         """The same with other values of fields, of whichever part has them."""
@@ -60,6 +63,9 @@ class Request:
         low, high = sample.guide_scale
         values["sample_guide_scale"] = low if low == high else [low, high]
         stored = {name: value for name in STORED if _is_storable(value := values.get(name))}
+        if self.is_private:
+            paths = stored.keys() & {*STORED_FILES, *STORED_PICTURES}
+            stored |= {name: _without_folders(stored[name]) for name in paths}
         memory = [name for name in (*STORED_PICTURES, *VIDEO_FLAGS, "src_ref_images") if _in_memory(values[name])]
         kept = {"in_memory": memory} if memory else {}
         kept |= {"extended_from": list(sample.extended_from)} if sample.extended_from else {}
@@ -70,6 +76,13 @@ def _in_memory(value: Any) -> bool:
     """Whether it is a picture without a file, or a list with one."""
     parts = value if isinstance(value, tuple) else (value,)
     return any(part is not None and not isinstance(part, str) for part in parts)
+
+
+def _without_folders(value: Any) -> Any:
+    """Of a path, a list of paths, or of pairs of a path and a number."""
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(one) for one in value]
+    return os.path.basename(value) if isinstance(value, str) else value
 
 
 def _is_storable(value: Any) -> bool:

@@ -27,12 +27,23 @@ if TYPE_CHECKING:
 _MOST_SETS = 300  # of changes that are tried, a few milliseconds each
 _MOST_TOLD = 3
 _NO_UNITS = "this CPU has no units for bf16, in which it computes several times slower than in fp32"
+_OF_VIDEO = frozenset({"tile", "cache", "frames", "size"})
 _WHERE = {"device": "GPU memory", "ram": "memory"}
 
 
 def choose(request: Request, spec: EasyDict, machine: Machine) -> Placement:
     """The placement of a run. Raises UsageError, one line, where it does not fit into --vram_gb or --ram_gb."""
     return decide(Workload(settle_dtype(request, spec, machine)[0], spec), machine).placement
+
+
+def check_fits(request: Request, spec: EasyDict, machine: Machine) -> None:
+    """Raises UsageError, which names what would fit, for a video that is too large for a machine. Offered is what
+    belongs to the video: that the models be loaded otherwise is not for whoever asks for it to say."""
+    request = settle_dtype(request, spec, machine)[0].changed(vram_bytes=None, ram_bytes=None)  # the machine has them
+    load = Workload(request, spec)
+    if fitting(load, machine) is None:
+        told = "; ".join(_lacks(request, machine, least(load, machine)))
+        raise UsageError(f"{told}; {_advice(load, machine, _OF_VIDEO)}")
 
 
 def measure(
@@ -126,9 +137,12 @@ class Change:
     made_by: tuple[str, ...] = ()
 
 
-def _advice(load: Workload, machine: Machine) -> str:
-    """The fewest changes that make it fit together, up to three such sets; else what is needed with all of them."""
-    changes = list(_changes(load, machine))
+def _advice(load: Workload, machine: Machine, groups: frozenset[str] | None = None) -> str:
+    """The fewest changes that make it fit together, up to three such sets; else what is needed with all of them.
+
+    groups: of the changes that may be made; None: all
+    """
+    changes = [one for one in _changes(load, machine) if groups is None or one.group in groups]
     furthest = tuple({one.group: one for one in changes}.values())
     if not changes or not _fits(load, machine, furthest):
         decision = least(_applied(load, furthest), machine)

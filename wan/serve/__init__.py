@@ -1,0 +1,5 @@
+"""python -m wan.serve: videos by HTTP, as OpenAI's Videos API has them. HTTP is one process, engines are others.
+
+app (routes) -> inputs, fields (a request -> options) -> workers (check requests, give out jobs) -> store (rows and
+files). Only `worker` and `checker`, which are the other processes, import torch.
+"""
