@@ -181,7 +181,9 @@ def test_every_flag_is_named_and_no_other():
     ours = FLAGS_OF["generate.py"] | FLAGS_OF["wan.convert"] | FLAGS_OF["wan.calibrate"] | FLAGS_OF["wan.cache.report"]
     ours |= FLAGS_OF["wan.prepare"] | FLAGS_OF["wan.batch"] | FLAGS_OF["wan.serve"]
     assert {flag for flag in ours if flag.startswith("--")} - named == set()
-    known = ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node", "--gpus"}
+    known = (
+        ours | FLAGS_OF["wan.compat.run_gguf_t2v"] | flags_of("benchmarks.tiny_world") | {"--nproc_per_node", "--gpus"}
+    )
     known |= flags_of("benchmarks.gpu")
     assert named - known == set()
 
