@@ -22,7 +22,7 @@ setup(
     ],
     package_dir={f"wan.{folder}": folder for folder in ("cache", "configs", "distributed")},
     package_data={
-        "wan": ["assets/**/*", "quant/kernels.c", "quant/products.json", "models/attention.c"],
+        "wan": ["assets/**/*", "quant/*.c", "quant/products.json", "models/attention.c"],
         "wan.cache": ["data/*.json"],
         "wan.configs": ["**/*.yaml"],
     },

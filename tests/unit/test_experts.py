@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -20,13 +21,15 @@ from wan import pipeline
 from wan.errors import SwanError
 from wan.memory import experts as experts_module
 from wan.memory import residency
-from wan.memory.experts import Experts, load_expert, read_ahead
+from wan.memory.experts import CPU, Experts, load_expert, read_ahead
 from wan.memory.offload import Cpu
 from wan.models.dit import WanModel
 from wan.options import build_request
 from wan.pipeline import WanPipeline
 from wan.quant.scratch import return_freed_memory
 from wan.tasks import load_task
+from wan.weights.containers.opened import OpenedFile
+from wan.weights.lora import open_lora, set_loras
 from wan.weights.source import open_source
 
 SMALL = {"dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "text_dim": 8, "text_len": 4, "freq_dim": 32}
@@ -156,20 +159,67 @@ def test_loras_of_streamed_blocks_are_merged_in_a_queue_of_their_own(monkeypatch
     monkeypatch.setattr(experts_module, "set_loras", lambda *_: None)
     monkeypatch.setattr(experts_module, "make_device", lambda _: Cpu())
 
-    def merge(model, name, source, stored, where):
+    def merge(model, name, base, where):
         streams.call(where)
         return torch.zeros(model.get_parameter(name).shape)
 
-    monkeypatch.setattr(experts_module, "read_with_loras", merge)
+    monkeypatch.setattr(experts_module, "with_loras", merge)
     options = {"dtype": torch.float32, "packed": False, "granularity": "block", "blocks_from": "disk"}
     source = open_source(tmp_path / "a.safetensors")
     load_expert(model, source, device=torch.device("cpu"), compute_device=device, **options)
+    streams.calls.clear()  # of what is resident
     with model.offload.hold(model.blocks[0]):
         assert not model.blocks[0].ffn["0"].weight.any()
     model.offload.close()
     assert {where for where, _ in streams.calls} == {device}
     [stream] = {id(stream): stream for _, stream in streams.calls}.values()
     assert stream.device == device
+
+
+@pytest.mark.parametrize("blocks_from", [None, "ram"])
+def test_a_load_with_loras_reads_each_byte_once(blocks_from, monkeypatch, tmp_path):
+    """A product, a DoRA, which needs the weight twice, and a difference; on a network that has none yet."""
+    with torch.device("meta"):
+        shapes = {name: tuple(one.shape) for name, one in WanModel(**SMALL).named_parameters()}
+    weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "a.safetensors")
+    up, down = torch.randn(32, 4), torch.randn(4, 32)
+    pair = {"lora_up.weight": up, "lora_down.weight": down}
+    tensors = {f"blocks.{i}.self_attn.q.{part}": one.clone() for i in (0, 1) for part, one in pair.items()}
+    tensors |= {f"blocks.1.self_attn.k.{part}": one.clone() for part, one in pair.items()}
+    tensors |= {"blocks.1.self_attn.k.dora_scale": torch.rand(32, 1) + 0.5, "blocks.0.norm3.diff_b": torch.ones(32)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lora, source, read = open_lora(tmp_path / "lora.safetensors", shapes), open_source(tmp_path / "a.safetensors"), []
+    fill = OpenedFile.fill
+
+    def counted(file, view, start, *args):
+        if file.path.name == "a.safetensors":
+            read.append((start, start + len(view)))
+        fill(file, view, start, *args)
+
+    def made(loras, **options):
+        with torch.device("meta"):
+            model = WanModel(**SMALL)
+        return load_expert(
+            model, source, device=CPU, compute_device=CPU, dtype=torch.bfloat16, packed=False, loras=loras, **options
+        )
+
+    monkeypatch.setattr(OpenedFile, "fill", counted)
+    options = {"granularity": "block", "blocks_from": blocks_from} if blocks_from else {}
+    model = made([(lora, 0.5)], **options)
+    spans, last = sorted(read), (tmp_path / "a.safetensors").stat().st_size
+    assert (
+        sum(end - start for start, end in spans) == sum(one.nbytes for one in weights.values()) and spans[-1][1] == last
+    )
+    assert all(end == start for (_, end), (start, _) in pairwise(spans))
+    after = made([])
+    set_loras(after, source, [(lora, 0.5)])
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    read.clear()
+    set_loras(after, source, [(lora, 0.25)])
+    assert len(read) == len(set(read)) == len(lora.updates) == 4
+    model.offload.close()
 
 
 def test_a_stage_is_timed_on_the_device_that_it_runs_on(monkeypatch):

@@ -227,7 +227,7 @@ def test_names_of_every_layout(tmp_path):
 
 
 def test_threads_do_not_change_the_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("wan.quant.quantize._CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("wan.weights.write.stream._SLICE_WEIGHTS", 1000)
     for threads in (1, 3):
         export_gguf(DictSource(small_dit()), tmp_path / f"{threads}.gguf", "Q4_K_M", threads=threads)
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
@@ -417,7 +417,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_tensor", full)
+    monkeypatch.setattr(export, "write_tensors", full)
     refused(small_dit(), tmp_path, "cannot write .*out.gguf: No space left")
 
 

@@ -63,8 +63,8 @@ def mixed():
 
 @pytest.mark.parametrize("readers, piece_bytes", [(1, 8 << 20), (3, 400)])
 def test_every_type_as_the_gguf_package_reads_it(tmp_path, monkeypatch, readers, piece_bytes):
-    monkeypatch.setattr("wan.weights.containers.gguf._READERS", readers)
-    monkeypatch.setattr("wan.weights.containers.gguf._PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("wan.weights.containers.opened.READERS", readers)
+    monkeypatch.setattr("wan.weights.containers.gguf.PIECE_BYTES", piece_bytes)
     path = write_gguf(tmp_path / "x.gguf", mixed())
     source, theirs = open_source(path), oracle(path)
     assert source.keys() == list(theirs)
@@ -92,7 +92,7 @@ def test_block_sizes_are_those_of_the_gguf_package():
 
 @pytest.mark.parametrize("large_bytes", [1, 1 << 40])
 def test_memory_of_both_kinds(tmp_path, monkeypatch, large_bytes):
-    monkeypatch.setattr("wan.quant.scratch._LARGE_BYTES", large_bytes)
+    monkeypatch.setattr("wan.quant.scratch._MAPPED_BYTES", large_bytes)
     value = np.arange(1_000_000, dtype=np.float32)
     source = open_source(write_gguf(tmp_path / "x.gguf", {"a": value}))
     assert np.array_equal(source.read("a").numpy(), value)

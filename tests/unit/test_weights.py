@@ -309,7 +309,10 @@ def test_axes_of_size_one_may_be_missing():
     assert model.modulation.shape == (1, 2)
 
 
-def test_one_tensor_in_flight():
+def test_one_tensor_in_flight(monkeypatch):
+    """Where one is as much as may be read ahead."""
+    monkeypatch.setattr("wan.weights.in_turn.AHEAD_BYTES", 1)
+
     class Watching(DictSource):
         last = None
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from wan.memory.offload import Resident, Streamed, is_streamed, make_device, streamed_modules
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard
+from wan.quant.packed import PackedTensor
 from wan.weights.assign import ModelWeights
-from wan.weights.lora import Lora, read_with_loras, set_loras
-from wan.weights.source import Source
+from wan.weights.lora import Base, Lora, set_loras, with_loras
+from wan.weights.names import Rows
+from wan.weights.source import Source, Span
 
 _PIECE_BYTES = 512 << 10  # the kernel reads no more than some MB for each request
 CPU = torch.device("cpu")
@@ -165,15 +167,20 @@ def load_expert(
     units = streamed_modules(model.units(), granularity, resident_blocks) if granularity else {}
     stream_to = make_device(device) if units else None
     prefixes = tuple(f"{path}." for path in units)
+    parameters = dict(model.named_parameters())
     at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
 
     def place(name: str) -> torch.device:
         check()
-        travels = name.startswith(prefixes) and is_streamed(name, model.get_parameter(name))
+        travels = name.startswith(prefixes) and name in parameters and is_streamed(name, parameters[name])
         return at_rest if travels else device
 
-    weights.fill(place)
-    set_loras(model, source, loras, compute_device)
+    def merged(name: str, stored: str | Rows, rows: Span | None, held: Tensor | PackedTensor | None) -> Tensor | None:
+        shape = tuple(model.get_parameter(name).shape)
+        return with_loras(model, name, Base(source, stored, shape, rows, held), compute_device)
+
+    set_loras(model, source, loras, compute_device)  # of packed layers; all others get them as they are read, once
+    weights.fill(place, merged)
     if device != compute_device and not units:
         model.to(device)  # what LoRAs have put beside packed layers
     if units:
@@ -181,7 +188,7 @@ def load_expert(
 
         def read(name: str, out: Tensor) -> None:
             with torch.cuda.stream(merging):  # in the stream of what computes, it would wait for all that was enqueued
-                changed = read_with_loras(model, name, source, weights.stored(name), compute_device)
+                changed = merged(name, weights.stored(name), None, None)
                 weights.read(name, out) if changed is None else out.copy_(changed)
 
         model.offload = Streamed(units, stream_to, read)

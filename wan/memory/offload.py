@@ -15,12 +15,15 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wan.quant.scratch import empty_bytes
+from wan.weights.containers.opened import READERS
+from wan.weights.in_turn import in_turn
 
 SLOTS = 2  # one computes, one arrives
 _ALIGNMENT = 256
@@ -266,9 +269,12 @@ class Streamed(Resident):
         del self._read
 
     def _fill(self, index: int, buffer: Tensor) -> None:
+        unread = (weight for weight in self._units[index] if weight.at_rest.is_meta)
+        jobs = ((one.at_rest.nbytes, partial(self._read, one.name, one.within(buffer))) for one in unread)
+        for _ in in_turn(jobs, READERS):
+            pass
         for weight in self._units[index]:
             if weight.at_rest.is_meta:
-                self._read(weight.name, weight.within(buffer))
                 continue
             if guard := getattr(weight.module, "guard", None):
                 guard(weight.at_rest)  # it lies in a file

@@ -27,6 +27,7 @@ from wan.quant.linear import QuantLinear
 from wan.quant.wide import WideLinear, keep_narrow
 from wan.weights.assign import ModelWeights
 from wan.weights.checkpoint import Checkpoint
+from wan.weights.in_turn import AHEAD_BYTES
 from wan.weights.infer import vae_config
 from wan.weights.source import Source, TensorInfo, open_source
 from wan.weights.write.export import plan_tensors
@@ -213,11 +214,12 @@ def _prepared(model: nn.Module, source: Source, kind: str, dtype: str, stream: b
     """Of a model that would be filled from a file. Raises SwanError for one that does not fit."""
     weights = ModelWeights(model, source, kind, dtype=DTYPES[dtype], kept=KEPT.get(dtype), stream=stream)
     held = read = most = largest = heap = 0
-    for stored, size in weights.reads():
-        passes = stored if stored != size else 0  # it is read as it is stored, and becomes another
+    reads = [(stored, size, stored if stored != size else 0) for stored, size in weights.reads()]
+    ahead = min(AHEAD_BYTES, sum(passes for *_, passes in reads))
+    for stored, size, passes in reads:  # passes: it is read as it is stored, and becomes another
         heap += passes if passes < _SMALL_BYTES else 0
         held, read = held + size, read + stored
-        most, largest = max(most, held + passes), max(largest, size + passes)
+        most, largest = max(most, held + max(passes, ahead)), max(largest, size + passes)
     return _sizes(model, dtype), Reading(read, most - held + min(HEAP_BYTES, heap), largest)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class PackedTensor:
     @property
     def device(self) -> torch.device:
         return self.blocks.device
+
+    def to(self, device: torch.device) -> PackedTensor:
+        """The same there; itself if it is there."""
+        return self if self.blocks.device == device else replace(self, blocks=self.blocks.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32, reuse: bool = False) -> Tensor:
         """The weights, computed in fp32 and rounded once to `dtype`; on the device of the blocks.

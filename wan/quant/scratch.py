@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-_LARGE_BYTES = 8 << 20
+_MAPPED_BYTES = 256 << 10  # less than that comes from the C library, which keeps it for the thread that asked first
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _kept = threading.local()
 
@@ -23,12 +24,17 @@ _kept = threading.local()
 def empty_bytes(size_bytes: int) -> Tensor:
     """uint8 [size_bytes] on the CPU, not yet written."""
     with torch.inference_mode(False):  # or it could be written in that mode only
-        if size_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if size_bytes < _MAPPED_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(size_bytes, dtype=torch.uint8)
         memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`dtype` of `shape` in such memory."""
+    return empty_bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

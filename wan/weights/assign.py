@@ -1,10 +1,11 @@
-"""Fill a model that was built on the meta device, one tensor at a time."""
+"""Fill a model that was built on the meta device, one tensor after the other; threads read ahead."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -20,6 +21,8 @@ from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
 from wan.quant.wide import is_narrow, keep_narrow
+from wan.weights.containers.opened import READERS
+from wan.weights.in_turn import in_turn
 from wan.weights.infer import looks_like, our_names, tensor_info
 from wan.weights.names import Rows
 from wan.weights.scaled import check_scales
@@ -36,6 +39,8 @@ class _Slot:
     packed: bool
 
 
+_Read = tuple[_Slot, torch.device, torch.Tensor | PackedTensor]
+Change = Callable[[str, str | Rows, Span | None, torch.Tensor | PackedTensor], torch.Tensor | None]
 Place = torch.device | str | Callable[[str], torch.device]  # or the device of each parameter, by its name
 
 
@@ -91,16 +96,60 @@ class ModelWeights:
         if shard is not None:
             shard(model)
 
-    def fill(self, device: Place) -> nn.Module:
-        """Read the weights, one at a time in memory beside the model, and freeze it; on the meta device, leave them
-        unread. Returns the model."""
+    def fill(self, device: Place, change: Change | None = None) -> nn.Module:
+        """Read the weights and freeze the model; on the meta device, leave them unread. Returns the model.
+
+        Threads read ahead: beside the model are one weight as it is stored, or a few small ones (`in_turn`).
+        change(name, place in the file, rows, what was read of them): the value of a weight that is not packed, where it
+        is another.
+        """
         place = device if callable(device) else lambda name: torch.device(device)
-        for slot in self._slots:
-            where = place(slot.aliases[0])
-            if where.type != "meta":
-                _fill(self._model, slot, self._source, where, self._is_sharded)
+        for read in in_turn(self._jobs(place), READERS):
+            self._put(*read, change)
+            del read  # or it would be in memory until the next one is
         _place_other_buffers(self._model, place)
         return self._model
+
+    def _jobs(self, place: Callable[[str], torch.device]) -> Iterator[tuple[int, Callable[[], _Read]]]:
+        """Of each weight that is to be read: its bytes in the file, and what reads it. `place` is asked in turn."""
+        for slot, (size_bytes, _) in zip(self._slots, self.reads(), strict=True):
+            where = place(slot.aliases[0])
+            if where.type != "meta":
+                yield size_bytes, partial(self._read, slot, where)
+
+    def _read(self, slot: _Slot, where: torch.device) -> _Read:
+        """A weight, or the rows of it that this rank keeps, as the file has them."""
+        old = _get(self._model, slot.aliases[0])
+        shared = self._is_shared(old)
+        rows = own_rows(old) if shared else None
+        if not slot.packed:
+            return slot, where, read_stored(self._source, slot.stored, tuple(old.shape), rows)
+        # On a CPU, weights that stay packed can stay in the file.
+        return slot, where, self._source.packed(slot.stored, mapped=not shared and where.type == "cpu", rows=rows)
+
+    def _put(
+        self, slot: _Slot, where: torch.device, stored: torch.Tensor | PackedTensor, change: Change | None
+    ) -> None:
+        """Into the model, on the device: whatever is computed is computed there."""
+        old = _get(self._model, slot.aliases[0])
+        if change and not slot.packed:
+            changed = change(slot.aliases[0], slot.stored, own_rows(old) if self._is_shared(old) else None, stored)
+            stored = stored if changed is None else changed
+        stored = stored.to(where)
+        if slot.packed:
+            tensor = stored.blocks.view(-1, old.shape[-1])  # the file may have folded its rows
+            self._model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = stored.guard
+        else:
+            tensor = as_tensor(stored, slot.dtype).view(-1, *old.shape[1:]).to(slot.dtype)
+        if self._is_shared(old):
+            value = with_rows(old, tensor)
+        else:
+            value = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+        for alias in slot.aliases:
+            _set(self._model, alias, value)
+
+    def _is_shared(self, old: torch.Tensor) -> bool:
+        return self._is_sharded and isinstance(old, nn.Parameter)
 
     def reads(self) -> Iterator[tuple[int, int]]:
         """Of each weight, in the order in which `fill` reads them: bytes that are read, and what becomes of them."""
@@ -174,26 +223,6 @@ def _row_bytes(block_type: GGMLType | Scheme | None, shape: Sequence[int]) -> in
         return None
 
 
-def _fill(model: nn.Module, slot: _Slot, source: Source, device: torch.device, is_sharded: bool) -> None:
-    old = _get(model, slot.aliases[0])
-    shared = is_sharded and isinstance(old, nn.Parameter)
-    rows = own_rows(old) if shared else None
-    if slot.packed:
-        # On a CPU, weights that stay packed can stay in the file.
-        packed = source.packed(slot.stored, mapped=not shared and device.type == "cpu", rows=rows)
-        tensor = packed.blocks.view(-1, old.shape[-1]).to(device)  # the file may have folded its rows
-        model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = packed.guard
-    else:
-        tensor = read_tensor(source, slot.stored, tuple(old.shape), rows, slot.dtype)
-        tensor = tensor.to(device=device, dtype=slot.dtype)
-    if shared:
-        value = with_rows(old, tensor)
-    else:
-        value = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
-    for alias in slot.aliases:
-        _set(model, alias, value)
-
-
 def check_weights(model: nn.Module, source: Source, component: str) -> None:
     """The checks of `load_weights` alone: nothing is read. Raises SwanError, one line."""
     _check(model, _slots(model), our_names(source, component), source)
@@ -235,16 +264,29 @@ def read_tensor(
     source: Source, stored: str | Rows, shape: tuple[int, ...], rows: Span | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """A tensor of `shape`, or some of its rows; of a quantised one in `dtype`."""
+    tensor = as_tensor(read_stored(source, stored, shape, rows), dtype)
+    return tensor.reshape(shape if rows is None else (rows[1] - rows[0], *shape[1:]))
+
+
+def read_stored(
+    source: Source, stored: str | Rows, shape: tuple[int, ...], rows: Span | None
+) -> torch.Tensor | PackedTensor:
+    """The weights of a tensor of `shape`, or of some of its rows, as the file has them; it may have folded them."""
     name, first = (stored, 0) if isinstance(stored, str) else (stored.name, stored.index * shape[0])
     is_whole = isinstance(stored, str)
     wanted = rows
     if not is_whole:  # a part of a tensor that holds several
         wanted = (first, first + shape[0]) if rows is None else (first + rows[0], first + rows[1])
     elif rows is not None and source.info(name).shape != shape:  # folded: it has other rows than ours
-        return read_tensor(source, stored, shape, None, dtype)[slice(*rows)].clone()
+        whole = as_tensor(read_stored(source, stored, shape, None), torch.float32)
+        return whole.reshape(shape)[slice(*rows)].clone()
     packed = source.packed(name, rows=wanted)
-    tensor = source.read(name, wanted) if packed is None else packed.dequantize(dtype)
-    return tensor.reshape(shape if rows is None else (rows[1] - rows[0], *shape[1:]))
+    return source.read(name, wanted) if packed is None else packed
+
+
+def as_tensor(stored: torch.Tensor | PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """What was read; of a quantised tensor in `dtype`."""
+    return stored if isinstance(stored, torch.Tensor) else stored.dequantize(dtype)
 
 
 def _check(model: nn.Module, slots: list[list[str]], names: dict[str, str | Rows], source: Source) -> None:

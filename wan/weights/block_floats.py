@@ -35,7 +35,7 @@ _MXFP8 = Scheme("mxfp8", torch.float8_e4m3fn, 32, torch.uint8)
 _MXFP6 = Scheme("mxfp6", torch.uint8, 32, torch.uint8, 6, minifloat=(3, 2))
 _MXFP4 = Scheme("mxfp4", torch.uint8, 32, torch.uint8, 4, minifloat=(2, 1))
 _BY_FORMAT = {"nvfp4": _NVFP4, "mxfp8": _MXFP8}  # as `comfy_quant` calls them
-_TILE_ROWS, _TILE_COLUMNS = 128, 4
+TILE_ROWS, _TILE_COLUMNS = 128, 4
 # Where a scale for the whole matrix is, by last parts of names: one number, its inverse, or two to be multiplied.
 _COMFY, _INVERSE, _FACTORS = "weight_scale_2", "weight_global_scale", ("alpha", "input_global_scale")
 _BESIDE = (_COMFY, _INVERSE, *_FACTORS, "input_absmax", *ACTIVATIONS, LEAF)
@@ -64,7 +64,7 @@ class BlockFloats(Stored):
 
     def _block_scales(self, source: Source, first: int, last: int) -> Tensor:
         """Of some rows, [rows, groups], out of their tiles."""
-        start, end = first // _TILE_ROWS * _TILE_ROWS, _padded(last, _TILE_ROWS)
+        start, end = first // TILE_ROWS * TILE_ROWS, _padded(last, TILE_ROWS)
         tiles = source.read(self.scales, (start, end)).view(torch.uint8)
         by_tile = tiles.view(-1, tiles.shape[1] // _TILE_COLUMNS, 32, 4, _TILE_COLUMNS)
         in_order = by_tile.permute(0, 3, 2, 1, 4).reshape(tiles.shape)
@@ -128,7 +128,7 @@ def tiled(scales: Tensor) -> Tensor:
 
 
 def tiled_shape(rows: int, groups: int) -> tuple[int, int]:
-    return _padded(rows, _TILE_ROWS), _padded(groups, _TILE_COLUMNS)
+    return _padded(rows, TILE_ROWS), _padded(groups, _TILE_COLUMNS)
 
 
 def lost_scales(source: Source, name: str, names: Collection[str]) -> str:

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from wan.distributed.fsdp import own_rows
 from wan.errors import SwanError, printable
 from wan.quant.linear import QuantLinear
-from wan.weights.assign import read_tensor
+from wan.quant.packed import PackedTensor
+from wan.weights.assign import as_tensor, read_stored
+from wan.weights.containers.opened import READERS
+from wan.weights.in_turn import in_turn
 from wan.weights.infer import our_names
 from wan.weights.lora_file import AdapterConfig, Module, families, read_config, sort_keys
 from wan.weights.lora_formulas import Branch, Dense, Dora, dora_gain, fits_dora, product, product_branch, rank
@@ -215,7 +218,8 @@ def set_loras(
     one that no LoRA changes any more is read again, so that it has the bits it was loaded with. Packed layers get side
     branches. Parameters whose LoRAs and strengths stay are left alone. Beside the model, one parameter and its delta
     are in memory, in fp32; where ranks share weights out, the own rows of it. device: where this is computed and where
-    branches are put (None: where the parameter is). Parameters on the meta device are left to `read_with_loras`.
+    branches are put (None: where the parameter is). Parameters on the meta device are left to `with_loras`, which gives
+    them their values when they are read.
     """
     wanted: dict[str, tuple[tuple[Lora, float], ...]] = {}
     for lora, strength in loras:
@@ -223,76 +227,103 @@ def set_loras(
             wanted[name] = (*wanted.get(name, ()), (lora, strength))
     had = model.__dict__.setdefault("loras", {})  # parameter -> what it holds; true whenever this stops
     stored = our_names(source, "dit")
-    for name in sorted(had.keys() | wanted.keys()):
+    names = [name for name in sorted(had.keys() | wanted.keys()) if had.get(name, ()) != wanted.get(name, ())]
+    jobs = (_base_job(model, name, source, stored[name]) for name in names)
+    for name, base in zip(names, in_turn(jobs, READERS), strict=True):
         now = wanted.get(name, ())
-        if had.get(name, ()) == now:
-            continue
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path)
         if leaf == "weight" and isinstance(layer, QuantLinear):
             branches = _branches(layer, name, model.dtype, source, stored[name], now, device or layer.blocks.device)
             layer.branches = nn.ModuleList(branch.to(model.dtype) for branch in branches)
-        elif not getattr(layer, leaf).is_meta:
-            _merge(getattr(layer, leaf), name, source, stored[name], now, device)
+        elif base is not None:
+            _merge(getattr(layer, leaf), name, base, now, device)
         had[name] = now
         if not now:
             del had[name]
 
 
-def read_with_loras(
-    model: nn.Module, name: str, source: Source, stored: str | Rows, device: torch.device
-) -> Tensor | None:
-    """The value of a parameter on the meta device with the LoRAs that the model was given last, computed on `device`;
-    None where none of them changes it. stored: its place in `source`."""
+class Base:
+    """A parameter as the checkpoint has it, or some of its rows, read once: fp32 on `device`, in memory of its own.
+
+    held: of `rows`, as the file has it, where that was read before
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        stored: str | Rows,
+        shape: Shape,
+        rows: Span | None = None,
+        held: Tensor | PackedTensor | None = None,
+    ):
+        self.rows, self.shape, self.device = rows, shape, torch.device("cpu")
+        self._source, self._stored = source, stored
+        self._held = {} if held is None else {rows: held}
+
+    def read(self) -> Base:
+        """Reads `rows` now. Returns itself."""
+        self._read(self.rows)
+        return self
+
+    def __call__(self, rows: Span | None) -> Tensor:
+        return self.as_type(rows, torch.float32, self.device)
+
+    def as_type(self, rows: Span | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        weights = as_tensor(self._read(rows).to(device), dtype).to(dtype, copy=True)
+        return weights.reshape(self.shape if rows is None else (rows[1] - rows[0], *self.shape[1:]))
+
+    def _read(self, rows: Span | None) -> Tensor | PackedTensor:
+        if rows not in self._held:
+            self._held[rows] = read_stored(self._source, self._stored, self.shape, rows)
+        return self._held[rows]
+
+
+def with_loras(model: nn.Module, name: str, base: Base, device: torch.device) -> Tensor | None:
+    """The value of a parameter on the meta device, or of the rows of `base`, with the LoRAs that the model was given
+    last, computed on `device`; None where none of them changes it."""
     loras = model.__dict__.get("loras", {}).get(name)
     if not loras:
         return None
-    parameter = model.get_parameter(name)
+    dtype = model.get_parameter(name).dtype
     with torch.no_grad():
-        shape = tuple(parameter.shape)
-        return _merged(name, shape, parameter.dtype, source, stored, loras, None, device).to(parameter.dtype)
+        return _merged(name, dtype, base, loras, device).to(dtype)
+
+
+def _base_job(model: nn.Module, name: str, source: Source, stored: str | Rows) -> tuple[int, Callable[[], Base | None]]:
+    """What `in_turn` is given of a parameter; the base is None where nothing is to be read or merged now."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if leaf == "weight" and isinstance(layer, QuantLinear):
+        return 0, lambda: None
+    parameter = getattr(layer, leaf)
+    rows = own_rows(parameter) if hasattr(parameter, "device_mesh") else None
+    if parameter.is_meta or (rows and rows[0] == rows[1]):
+        return 0, lambda: None
+    return parameter.nbytes, Base(source, stored, tuple(parameter.shape), rows).read
 
 
 def _merge(
-    parameter: nn.Parameter,
-    name: str,
-    source: Source,
-    stored: str | Rows,
-    loras: Iterable[tuple[Lora, float]],
-    device: torch.device | None,
+    parameter: nn.Parameter, name: str, base: Base, loras: Iterable[tuple[Lora, float]], device: torch.device | None
 ) -> None:
     """Write the parameter anew, or the rows of it that this rank keeps."""
-    rows = own_rows(parameter) if hasattr(parameter, "device_mesh") else None
-    kept = parameter if rows is None else parameter.detach().to_local()
-    if rows and rows[0] == rows[1]:
-        return
-    shape = tuple(parameter.shape)
+    kept = parameter if base.rows is None else parameter.detach().to_local()
     if loras:
-        value = _merged(name, shape, parameter.dtype, source, stored, loras, rows, device or kept.device)
+        value = _merged(name, parameter.dtype, base, loras, device or kept.device)
     else:
-        value = read_tensor(source, stored, shape, rows, parameter.dtype)
+        value = base.as_type(base.rows, parameter.dtype, kept.device)
     with torch.inference_mode():  # which the parameter may have been made in
         kept.copy_(value)
 
 
 def _merged(
-    name: str,
-    shape: Shape,
-    dtype: torch.dtype,
-    source: Source,
-    stored: str | Rows,
-    loras: Iterable[tuple[Lora, float]],
-    rows: Span | None,
-    device: torch.device,
+    name: str, dtype: torch.dtype, base: Base, loras: Iterable[tuple[Lora, float]], device: torch.device
 ) -> Tensor:
-    """A parameter, or rows of it, as the checkpoint has it with the LoRAs added: fp32 on `device`, for `dtype`."""
-
-    def base(rows: Span | None) -> Tensor:
-        return read_tensor(source, stored, shape, rows, torch.float32).to(device, torch.float32)
-
-    value = base(rows)
+    """The rows of `base` with the LoRAs added: fp32 on `device`, for `dtype`."""
+    base.device = device
+    value = base(base.rows)
     for lora, strength in loras:
-        delta = lora.delta(name, base, rows, device)
+        delta = lora.delta(name, base, base.rows, device)
         lora.check(name, strength, base, delta, dtype)
         if delta.any():  # adding 0 would make 0 of -0
             value.add_(delta, alpha=strength)
@@ -308,9 +339,8 @@ def _branches(
     loras: Iterable[tuple[Lora, float]],
     device: torch.device,
 ) -> Iterator[Branch]:
-    def base(rows: Span | None) -> Tensor:
-        return read_tensor(source, stored, tuple(layer.shape), rows, torch.float32).to(device, torch.float32)
-
+    base = Base(source, stored, tuple(layer.shape))
+    base.device = device
     for lora, strength in loras:
         branches = [update.branch(base, strength, device) for update in lora.updates[name]]
         if not sum(branch.bound() for branch in branches) <= torch.finfo(dtype).max:  # the sum itself may yet be less

@@ -12,7 +12,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from wan.quant.ggml import GGMLType, has_bad_scales
 from wan.quant.packed import PackedTensor
 from wan.quant.scratch import empty_bytes
 from wan.weights.containers.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
-from wan.weights.containers.opened import OpenedFile
+from wan.weights.containers.opened import PIECE_BYTES, OpenedFile, Work, in_pieces
 from wan.weights.source import Source, Span, TensorInfo
 
 _ARCHITECTURES = ("wan", "t5encoder", "t5", "pig", "cow")  # the last two: by producers that write no other name
@@ -39,8 +38,6 @@ _VALUE_TYPES = {
     "general.quantization_version": int,
     "split.count": int,
 }
-_PIECE_BYTES = 8 << 20
-_READERS = min(4, os.cpu_count() or 1)
 
 
 class GGUFSource(Source):
@@ -78,11 +75,11 @@ class GGUFSource(Source):
             return packed.dequantize()
         info, (start, size_bytes, shape) = self.info(name), self._part(name, rows)
         tensor = empty_bytes(size_bytes)
-        self._in_pieces(self._fill, tensor, self._entries[name], start)
+        self._fill(tensor, self._entries[name], start)
         return tensor.view(info.dtype).view(shape)
 
     def read_into(self, name: str, out: torch.Tensor) -> bool:
-        self._in_pieces(self._fill, out.view(-1).view(torch.uint8), self._entries[name])
+        self._fill(out.view(-1).view(torch.uint8), self._entries[name])
         return True
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
@@ -94,10 +91,10 @@ class GGUFSource(Source):
             mapping = self._mapping() or _Mapping(self._file)
             self._mapping = weakref.ref(mapping)
             blocks, guard = mapping.view(entry)[start : start + size_bytes], mapping.check
-            self._in_pieces(self._check_scales, blocks, entry, start)
+            in_pieces(self._check(blocks, entry), size_bytes, _step(entry))
         else:
             blocks = empty_bytes(size_bytes)
-            self._in_pieces(self._fill, blocks, entry, start)
+            self._fill(blocks, entry, start)
         row_bytes = entry.type.row_bytes(entry.ne[0]) if rows is None else size_bytes // max(shape[0], 1)
         return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
 
@@ -115,28 +112,21 @@ class GGUFSource(Source):
             raise SwanError(f"{self._path}: the rows of tensor {name} are no whole blocks: it cannot be shared out")
         return rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes, (rows[1] - rows[0], *shape[1:])
 
-    def _in_pieces(self, work: Callable, data: torch.Tensor, entry: TensorEntry, first: int = 0) -> None:
-        """`work(piece, entry, its first byte)` on pieces of whole blocks of `data`, which begins at byte `first` of the
-        tensor; by several threads if it is large."""
-        step = _PIECE_BYTES // entry.type.block_bytes * entry.type.block_bytes
-        pieces = [(data[start : start + step], entry, first + start) for start in range(0, len(data), step)]
-        if len(pieces) <= 1 or _READERS == 1:
-            for piece in pieces:
-                work(*piece)
-            return
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="gguf") as pool:
-            for _ in pool.map(lambda piece: work(*piece), pieces):
-                pass
+    def _fill(self, data: torch.Tensor, entry: TensorEntry, start: int = 0) -> None:
+        """Read from byte `start` of the tensor, and check the scales."""
+        self._file.fill(
+            memoryview(data.numpy()), entry.offset + start, entry.name, self._check(data, entry), _step(entry)
+        )
 
-    def _fill(self, data: torch.Tensor, entry: TensorEntry, start: int) -> None:
-        """Read from byte `start` of the tensor; the scales are checked while the cache holds them."""
-        self._file.fill(memoryview(data.numpy()), entry.offset + start, entry.name)
-        self._check_scales(data, entry)
+    def _check(self, data: torch.Tensor, entry: TensorEntry) -> Work:
+        """Of whole blocks in `data`: SwanError where their scales are no numbers."""
 
-    def _check_scales(self, data: torch.Tensor, entry: TensorEntry, start: int = 0) -> None:
-        if has_bad_scales(data, entry.type):
-            problem = f"tensor {entry.name} has blocks with infinite or NaN scales"
-            raise SwanError(f"{self._path}: {problem}: the file is damaged")
+        def check(first: int, last: int) -> None:
+            if has_bad_scales(data[first:last], entry.type):
+                problem = f"tensor {entry.name} has blocks with infinite or NaN scales"
+                raise SwanError(f"{self._path}: {problem}: the file is damaged")
+
+        return check
 
     def _check_model(self) -> None:
         """Refuse one part of several, and models of other kinds."""
@@ -200,6 +190,11 @@ class _Mapping:
         if size_bytes < self._size_bytes:
             told = f"cut from {self._size_bytes:,} to {size_bytes:,} bytes"
             raise SwanError(f"{self._path}: the file was {told} while its weights were in use")
+
+
+def _step(entry: TensorEntry) -> int:
+    """Bytes of a piece: whole blocks."""
+    return PIECE_BYTES // entry.type.block_bytes * entry.type.block_bytes
 
 
 def _dtype(ggml_type: GGMLType) -> torch.dtype:

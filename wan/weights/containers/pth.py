@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from wan.errors import SwanError
+from wan.quant.scratch import empty
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.pth_header import ITEMSIZE, read_header, spanned
 from wan.weights.containers.zip_directory import Record, data_start
@@ -32,7 +33,7 @@ class PthSource(Source):
         view, shape, first = self._views[name], self._views[name].shape, 0
         if rows is not None:
             shape, first = (rows[1] - rows[0], *shape[1:]), rows[0] * view.stride[0]
-        memory = torch.empty(spanned(shape, view.stride), dtype=self._infos[name].dtype)
+        memory = empty((spanned(shape, view.stride),), self._infos[name].dtype)
         self._fill(name, memory, first)
         return memory.view(shape) if view.is_contiguous else memory.as_strided(shape, view.stride).contiguous()
 

@@ -16,6 +16,7 @@ import torch
 
 from wan.errors import SwanError
 from wan.quant.schemes import E8M0
+from wan.quant.scratch import empty
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
@@ -64,7 +65,7 @@ class SafetensorsSource(Source):
         if rows is not None:
             start += rows[0] * ((end - start) // shape[0])
             shape = (rows[1] - rows[0], *shape[1:])
-        tensor = torch.empty(shape, dtype=info.dtype)
+        tensor = empty(shape, info.dtype)
         self._fill(name, tensor, start)
         return tensor
 

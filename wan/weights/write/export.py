@@ -15,9 +15,9 @@ import shutil
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,7 @@ from wan.weights.infer import HEADS_KEY, count, infer_dit_config, looks_like, ou
 from wan.weights.names import gguf_t5_name
 from wan.weights.source import Source
 from wan.weights.write.recipes import RECIPES, T5, WAN, Layout, Recipe, tensor_type
+from wan.weights.write.stream import Job, Part, write_tensors
 
 ALIGNMENT = 32  # bytes; the data of every tensor begins at a multiple
 _VERSION = 3
@@ -221,7 +222,7 @@ def export_gguf(
     """Write the transformer or text encoder in `source` to `output` (replaced if it exists) by recipe `type_name`.
 
     tokenizer: keys and values to add. on_progress: called with (bytes made, bytes in all); what it raises ends the
-    run. The file appears whole or not at all. In memory are one tensor of the source and its blocks. Returns a report:
+    run. The file appears whole or not at all. In memory are slices of tensors and their blocks. Returns a report:
     file, bytes, architecture, type, tensors, quantized (tensors in blocks), types (ggml type -> tensors) and seconds.
 
     Raises SwanError where the source is not what can be written, holds values that are not finite, or where the disk
@@ -236,13 +237,19 @@ def export_gguf(
     total = header.tell() + data_bytes(planned)
     place = Path(os.path.realpath(output))  # of a link, what it leads to is written
     _check_space(place, total)
-    report = on_progress or (lambda done, total: None)
-    with atomic(place) as temporary, ThreadPoolExecutor(threads or _cores()) as pool, temporary.open("wb") as file:
+    done = header.tell()
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        if on_progress:
+            on_progress(done, total)
+
+    with atomic(place) as temporary, temporary.open("wb") as file:
         file.write(header.getvalue())
-        for one in planned:
-            start = file.tell()
-            _write_tensor(file, source, one, pool, lambda done, start=start: report(start + done, total))
-        report(total, total)
+        write_tensors(file, _jobs(source, planned, header.tell()), advance, threads)
+        file.truncate(total)
+        advance(total - done)  # what lies between tensors
     types = Counter(one.type.name for one in planned)
     return {
         "file": str(output),
@@ -256,19 +263,17 @@ def export_gguf(
     }
 
 
-def _write_tensor(
-    file: BinaryIO, source: Source, planned: Planned, pool: Executor, on_progress: Callable[[int], None]
-) -> None:
-    try:
-        tensor = source.read(planned.source_name)
-    except OSError as error:
-        raise SwanError(f"{source.describe()}: cannot be read: {error.strerror or error}") from error
-    try:
-        encoded = quantize(tensor, planned.type, pool, on_progress)
-    except ValueError as error:
-        raise SwanError(f"{source.describe()}: tensor {planned.source_name}: {error}") from None
-    file.write(encoded.data)
-    file.write(bytes(-encoded.nbytes % ALIGNMENT))
+def _jobs(source: Source, planned: list[Planned], start: int) -> Iterator[Job]:
+    """start: where the data of the first tensor begins."""
+    for one in planned:
+        is_matrix = len(one.shape) == 2
+        part = Part(start, one.type.row_bytes(one.shape[1]) if is_matrix else 0)
+        yield Job(source, one.source_name, (part,), partial(_blocks, kind=one.type), int(is_matrix))
+        start += _padded(one.size_bytes)
+
+
+def _blocks(tensor: torch.Tensor, kind: GGMLType) -> tuple[np.ndarray]:
+    return (quantize(tensor, kind),)
 
 
 def _check_space(output: Path, needed: int) -> None:
@@ -276,11 +281,6 @@ def _check_space(output: Path, needed: int) -> None:
     if needed > free:
         room = f"{output.parent} has {free / 1e9:.2f} GB free"
         raise SwanError(f"{output} needs {needed / 1e9:.2f} GB, and {room}")
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _padded(size_bytes: int) -> int:

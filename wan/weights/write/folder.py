@@ -1,4 +1,4 @@
-"""Write a checkpoint folder with quantised matrices: plan every tensor, then stream them, one at a time.
+"""Write a checkpoint folder with quantised matrices: plan every tensor, then stream them.
 
 Three forms, each of which `--ckpt_dir` takes:
 
@@ -32,7 +32,7 @@ from wan.errors import SwanError
 from wan.files import atomic_folder
 from wan.quant.rounding import quantize_affine, quantize_channels, quantize_mxfp8, quantize_nvfp4
 from wan.tasks import load_task, task_names
-from wan.weights.block_floats import tiled, tiled_shape
+from wan.weights.block_floats import TILE_ROWS, tiled, tiled_shape
 from wan.weights.comfy_quant import LEAF, make_note
 from wan.weights.infer import infer_dit_config, our_names
 from wan.weights.locate import MLX_FILES
@@ -41,6 +41,7 @@ from wan.weights.names import Rows, official_t5_name
 from wan.weights.source import Source
 from wan.weights.write.export import component_of, plan_tensors
 from wan.weights.write.recipes import RECIPES
+from wan.weights.write.stream import Job, Part, write_tensors
 from wan.weights.write.written import check_inputs, check_output, list_files, name_tensors
 
 FORMATS = ("mlx", "fp8", "int8", "nvfp4", "mxfp8")
@@ -94,11 +95,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Planned:
-    """What becomes of one tensor of the source: `make` turns it into `pieces`."""
+    """What becomes of one tensor of the source: `make` turns it, or some of its rows, into those of `pieces`.
+
+    rows_at_once: of so many rows or a multiple; 0: only of all.
+    """
 
     stored: str
     pieces: tuple[Piece, ...]
     make: Callable[[Tensor], tuple[Tensor, ...]]
+    rows_at_once: int = 0
 
     @property
     def is_quantised(self) -> bool:
@@ -137,6 +142,7 @@ def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], kind: str, form
         plan = {"mlx": _plan_affine, "nvfp4": _plan_nvfp4, "mxfp8": _plan_mxfp8}.get(form.format, _plan_channels)
         return plan(stored, written, (shape[0], shape[1]), form)
     dtype = torch.float32 if kind.startswith("vae") else form.dtype
+    stored_axes = len(shape)
     shape = to_mlx(torch.empty(shape, device="meta"), kind, name).shape if is_mlx else shape
 
     def make(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +154,9 @@ def _plan_tensor(stored: str, name: str, shape: tuple[int, ...], kind: str, form
             raise ValueError(whose)
         return (cast,)
 
-    return Planned(stored, (Piece(written, dtype, tuple(shape)),), make)
+    return Planned(
+        stored, (Piece(written, dtype, tuple(shape)),), make, rows_at_once=int(stored_axes == len(shape) == 2)
+    )
 
 
 def _is_quantised(name: str, component: str, form: Form) -> bool:
@@ -161,7 +169,7 @@ def _plan_channels(stored: str, name: str, shape: tuple[int, int], form: Form) -
     code_dtype = torch.int8 if form.format == "int8" else torch.float8_e4m3fn
     scale = Piece(f"{name}_scale", torch.float32, (shape[0], 1))
     pieces = (Piece(name, code_dtype, shape), scale)
-    return Planned(stored, pieces, lambda tensor: quantize_channels(tensor, form.format))
+    return Planned(stored, pieces, lambda tensor: quantize_channels(tensor, form.format), rows_at_once=1)
 
 
 def _plan_nvfp4(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
@@ -194,7 +202,7 @@ def _plan_mxfp8(stored: str, name: str, shape: tuple[int, int], form: Form) -> P
         codes, scales = quantize_mxfp8(tensor)
         return codes, tiled(scales), note
 
-    return Planned(stored, pieces, make)
+    return Planned(stored, pieces, make, rows_at_once=TILE_ROWS)
 
 
 def _plan_affine(stored: str, name: str, shape: tuple[int, int], form: Form) -> Planned:
@@ -206,7 +214,11 @@ def _plan_affine(stored: str, name: str, shape: tuple[int, int], form: Form) -> 
         Piece(f"{path}.scales", form.dtype, (rows, columns // form.group)),
         Piece(f"{path}.biases", form.dtype, (rows, columns // form.group)),
     )
-    return Planned(stored, pieces, lambda tensor: quantize_affine(tensor, form.bits, form.group, form.dtype))
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        return quantize_affine(tensor, form.bits, form.group, form.dtype)
+
+    return Planned(stored, pieces, make, rows_at_once=1)
 
 
 def _check_groups(columns: int, group: int, advice: str = "") -> None:
@@ -246,8 +258,9 @@ def export_folder(
 
     copies: files and folders to copy, by their places in `output`. config: of config.json. replace: an `output` that
     holds nothing but what this function wrote is replaced. on_progress: called with (bytes written, bytes in all); what
-    it raises ends the run. The folder appears whole or not at all; in memory are one tensor and its codes. Returns a
-    report: folder, bytes, format, files (name -> bytes), tensors, quantized, seconds.
+    it raises ends the run. The folder appears whole or not at all; in memory are slices of tensors and their codes (for
+    nvfp4 one tensor, whose largest weight scales all). Returns a report: folder, bytes, format, files (name -> bytes),
+    tensors, quantized, seconds.
 
     Raises SwanError where a source is not what can be written, holds values that are not finite, or the disk has no
     room; UsageError where `output` exists.
@@ -304,7 +317,7 @@ def _write_file(
     metadata: Mapping[str, str],
     advance: Callable[[int], None],
 ) -> None:
-    """A safetensors file; every tensor is written to its place as soon as it is made."""
+    """A safetensors file; what is made of a tensor is written to its place at once."""
     # Larger elements first, so that every tensor lies at a multiple of its element size.
     pieces = sorted((one for entry in plan for one in entry.pieces), key=lambda one: -one.dtype.itemsize)
     header: dict[str, Any] = {}
@@ -317,22 +330,27 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for entry in plan:
-        for one, tensor in zip(entry.pieces, _make(source, entry), strict=True):
-            if tuple(tensor.shape) != one.shape or tensor.dtype != one.dtype:
-                raise RuntimeError(f"{one.name} was planned as {one}, and is {tensor.dtype} {list(tensor.shape)}")
-            file.seek(8 + len(text) + starts[one.name])
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            advance(one.size_bytes)
+    data_start = 8 + len(text)
+    jobs = [_job(source, entry, [data_start + starts[one.name] for one in entry.pieces]) for entry in plan]
+    write_tensors(file, jobs, advance)
 
 
-def _make(source: Source, entry: Planned) -> tuple[Tensor, ...]:
-    try:
-        return entry.make(source.read(entry.stored))
-    except OSError as error:
-        raise SwanError(f"{source.describe()}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SwanError(f"{source.describe()}: tensor {entry.stored}: {error}") from None
+def _job(source: Source, entry: Planned, starts: list[int]) -> Job:
+    """starts: where the pieces lie in the file."""
+    rows = source.info(entry.stored).shape[0] if entry.rows_at_once else 0
+
+    def part(start: int, one: Piece) -> Part:  # all rows of a note are those of any slice
+        is_by_row = rows and one.shape and one.shape[0] >= rows
+        return Part(start, one.size_bytes // one.shape[0] if is_by_row else 0)
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        made = entry.make(tensor)
+        for one, piece in zip(made, entry.pieces, strict=True):
+            if one.dtype != piece.dtype or tuple(one.shape[1:]) != piece.shape[1:]:
+                raise RuntimeError(f"{piece.name} was planned as {piece}, and is {one.dtype} {list(one.shape)}")
+        return made
+
+    return Job(source, entry.stored, tuple(map(part, starts, entry.pieces)), make, entry.rows_at_once)
 
 
 # The config
