@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wan.memory.offload import Resident, Streamed, is_streamed, make_device, streamed_modules
+from wan.memory.upload import make_upload
 from wan.models.dit import WanModel
 from wan.models.encoders import Shard
 from wan.quant.packed import PackedTensor
@@ -180,7 +181,7 @@ def load_expert(
         return with_loras(model, name, Base(source, stored, shape, rows, held), compute_device)
 
     set_loras(model, source, loras, compute_device)  # of packed layers; all others get them as they are read, once
-    weights.fill(place, merged)
+    weights.fill(place, merged, make_upload(device))
     if device != compute_device and not units:
         model.to(device)  # what LoRAs have put beside packed layers
     if units:

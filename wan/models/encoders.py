@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wan.errors import SwanError
+from wan.memory.upload import make_upload
 from wan.models.text import PromptTokenizer, check_tokenizer, load_tokenizer
 from wan.weights.assign import load_weights
 from wan.weights.infer import config_beside, count, looks_like, our_shapes
@@ -124,7 +125,8 @@ def load_text_encoder(
     model = empty_text_encoder(source)
     check_tokenizer(tokenizer_folder, len(model.shared.weight))
     share = shard and (lambda model: shard(model, model.encoder.block))
-    load_weights(model, source, "t5", device=device, dtype=dtype, kept=kept, stream=stream, shard=share)
+    options = {"dtype": dtype, "kept": kept, "stream": stream, "shard": share, "upload": make_upload(device)}
+    load_weights(model, source, "t5", device=device, **options)
     return TextEncoder(model, tokenizer, text_len, stream_to)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,8 +39,20 @@ class _Slot:
     packed: bool
 
 
-_Read = tuple[_Slot, torch.device, torch.Tensor | PackedTensor]
+_Read = tuple[_Slot, torch.device, torch.Tensor | PackedTensor | None]
 Change = Callable[[str, str | Rows, Span | None, torch.Tensor | PackedTensor], torch.Tensor | None]
+
+
+class Upload(Protocol):
+    """What `memory.upload` is for whoever fills a model. kind: of the devices that it brings weights to."""
+
+    kind: str
+
+    def bring(
+        self, size_bytes: int, read: Callable[[int, torch.Tensor], bool], unit_bytes: int = 1
+    ) -> torch.Tensor | None: ...
+
+
 Place = torch.device | str | Callable[[str], torch.device]  # or the device of each parameter, by its name
 
 
@@ -54,9 +66,11 @@ def load_weights(
     kept: torch.dtype | None = None,
     stream: bool = False,
     shard: Callable[[nn.Module], None] | None = None,
+    upload: Upload | None = None,
 ) -> nn.Module:
     """`ModelWeights(...).fill(device)`: the parameters and persistent buffers of `model`. Returns `model`."""
-    return ModelWeights(model, source, component, dtype=dtype, kept=kept, stream=stream, shard=shard).fill(device)
+    weights = ModelWeights(model, source, component, dtype=dtype, kept=kept, stream=stream, shard=shard)
+    return weights.fill(device, upload=upload)
 
 
 class ModelWeights:
@@ -96,25 +110,29 @@ class ModelWeights:
         if shard is not None:
             shard(model)
 
-    def fill(self, device: Place, change: Change | None = None) -> nn.Module:
+    def fill(self, device: Place, change: Change | None = None, upload: Upload | None = None) -> nn.Module:
         """Read the weights and freeze the model; on the meta device, leave them unread. Returns the model.
 
         Threads read ahead: beside the model are one weight as it is stored, or a few small ones (`in_turn`).
         change(name, place in the file, rows, what was read of them): the value of a weight that is not packed, where it
-        is another.
+        is another. upload: how whole weights come to a GPU, see `memory.upload`.
         """
         place = device if callable(device) else lambda name: torch.device(device)
-        for read in in_turn(self._jobs(place), READERS):
-            self._put(*read, change)
+        for read in in_turn(self._jobs(place, upload), READERS):
+            self._put(*read, change, upload)
             del read  # or it would be in memory until the next one is
         _place_other_buffers(self._model, place)
         return self._model
 
-    def _jobs(self, place: Callable[[str], torch.device]) -> Iterator[tuple[int, Callable[[], _Read]]]:
+    def _jobs(
+        self, place: Callable[[str], torch.device], upload: Upload | None
+    ) -> Iterator[tuple[int, Callable[[], _Read]]]:
         """Of each weight that is to be read: its bytes in the file, and what reads it. `place` is asked in turn."""
         for slot, (size_bytes, _) in zip(self._slots, self.reads(), strict=True):
             where = place(slot.aliases[0])
-            if where.type != "meta":
+            if upload is not None and where.type == upload.kind and self._is_uploaded(slot):
+                yield 0, partial(tuple, (slot, where, None))  # read in its turn, by the thread that enqueues its copies
+            elif where.type != "meta":
                 yield size_bytes, partial(self._read, slot, where)
 
     def _read(self, slot: _Slot, where: torch.device) -> _Read:
@@ -127,11 +145,34 @@ class ModelWeights:
         # On a CPU, weights that stay packed can stay in the file.
         return slot, where, self._source.packed(slot.stored, mapped=not shared and where.type == "cpu", rows=rows)
 
+    def _is_uploaded(self, slot: _Slot) -> bool:
+        """Whether it is a whole tensor that lies in one piece."""
+        old, is_whole = _get(self._model, slot.aliases[0]), isinstance(slot.stored, str)
+        return is_whole and not self._is_shared(old) and not isinstance(self._source.block_type(slot.stored), Scheme)
+
+    def _bring(self, name: str, where: torch.device, upload: Upload) -> torch.Tensor | PackedTensor:
+        """A whole weight as the file has it, on a GPU."""
+        info, kind = self._source.info(name), self._source.block_type(name)
+        count, unit = math.prod(info.shape), kind.block_bytes if kind else 1
+        size_bytes = count // kind.block_weights * unit if kind else count * info.dtype.itemsize
+        data = upload.bring(size_bytes, lambda first, out: self._source.read_into(name, out, first), unit)
+        if data is None:
+            return read_stored(self._source, name, info.shape, None).to(where)
+        if kind is None:
+            return data.view(info.dtype).view(info.shape)
+        return PackedTensor(kind, info.shape, data.view(-1, unit))
+
     def _put(
-        self, slot: _Slot, where: torch.device, stored: torch.Tensor | PackedTensor, change: Change | None
+        self,
+        slot: _Slot,
+        where: torch.device,
+        stored: torch.Tensor | PackedTensor | None,
+        change: Change | None,
+        upload: Upload | None,
     ) -> None:
         """Into the model, on the device: whatever is computed is computed there."""
         old = _get(self._model, slot.aliases[0])
+        stored = self._bring(slot.stored, where, upload) if stored is None else stored
         if change and not slot.packed:
             changed = change(slot.aliases[0], slot.stored, own_rows(old) if self._is_shared(old) else None, stored)
             stored = stored if changed is None else changed

@@ -63,9 +63,9 @@ class Source:
         """Read one tensor, or some of its rows, to the CPU. It owns its memory: the file may change or vanish."""
         raise NotImplementedError
 
-    def read_into(self, name: str, out: torch.Tensor) -> bool:
-        """Read the bytes of one tensor as they are stored into `out`, contiguous and of as many bytes, on the CPU.
-        False, and nothing is done, where the file does not have them in one piece."""
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
+        """Read bytes of one tensor as they are stored, from byte `start` on (where a block begins), into `out`,
+        contiguous on the CPU. False, and nothing is done, where the file does not have them in one piece."""
         return False
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
@@ -113,8 +113,8 @@ class MergedSource(Source):
     def read(self, name: str, rows: Span | None = None) -> torch.Tensor:
         return self._owner[name].read(name, rows)
 
-    def read_into(self, name: str, out: torch.Tensor) -> bool:
-        return self._owner[name].read_into(name, out)
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
+        return self._owner[name].read_into(name, out, start)
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         return self._owner[name].packed(name, mapped, rows)

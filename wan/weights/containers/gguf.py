@@ -78,8 +78,8 @@ class GGUFSource(Source):
         self._fill(tensor, self._entries[name], start)
         return tensor.view(info.dtype).view(shape)
 
-    def read_into(self, name: str, out: torch.Tensor) -> bool:
-        self._fill(out.view(-1).view(torch.uint8), self._entries[name])
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
+        self._fill(out.view(-1).view(torch.uint8), self._entries[name], start)
         return True
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:

@@ -12,7 +12,7 @@ import torch
 from wan.errors import SwanError
 from wan.quant.scratch import empty
 from wan.weights.containers.opened import OpenedFile
-from wan.weights.containers.pth_header import ITEMSIZE, read_header, spanned
+from wan.weights.containers.pth_header import read_header, spanned
 from wan.weights.containers.zip_directory import Record, data_start
 from wan.weights.source import Source, Span, TensorInfo
 
@@ -34,17 +34,17 @@ class PthSource(Source):
         if rows is not None:
             shape, first = (rows[1] - rows[0], *shape[1:]), rows[0] * view.stride[0]
         memory = empty((spanned(shape, view.stride),), self._infos[name].dtype)
-        self._fill(name, memory, first)
+        self._fill(name, memory, first * memory.itemsize)
         return memory.view(shape) if view.is_contiguous else memory.as_strided(shape, view.stride).contiguous()
 
-    def read_into(self, name: str, out: torch.Tensor) -> bool:
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
         if not self._views[name].is_contiguous:
             return False
-        self._fill(name, out, 0)
+        self._fill(name, out, start)
         return True
 
     def _fill(self, name: str, memory: torch.Tensor, first: int) -> None:
-        """Read from element `first` of what the tensor spans."""
+        """Read from byte `first` of what the tensor spans."""
         view = self._views[name]
         if memory.numel() == 0:
             return
@@ -53,4 +53,4 @@ class PthSource(Source):
             with self._file.open() as file:
                 start = data_start(self._file.path, file, start)
         data = memoryview(memory.view(-1).view(torch.uint8).numpy())
-        self._file.fill(data, start + view.offset + first * ITEMSIZE[view.dtype], name)
+        self._file.fill(data, start + view.offset + first, name)

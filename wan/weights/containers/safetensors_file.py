@@ -69,8 +69,8 @@ class SafetensorsSource(Source):
         self._fill(name, tensor, start)
         return tensor
 
-    def read_into(self, name: str, out: torch.Tensor) -> bool:
-        self._fill(name, out, self._offsets[name][0])
+    def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
+        self._fill(name, out, self._offsets[name][0] + start)
         return True
 
     def _fill(self, name: str, tensor: torch.Tensor, start: int) -> None:
