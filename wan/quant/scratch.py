@@ -11,12 +11,16 @@ import ctypes
 import math
 import mmap
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _MAPPED_BYTES = 256 << 10  # less than that comes from the C library, which keeps it for the thread that asked first
+_LARGE_PAGE = 2 << 20
+_SLOW_PAGE_S, _SMALL_AFTER_SLOW = 0.0006, 15
+_small_next = 0  # tensors that get small pages
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _kept = threading.local()
 
@@ -28,8 +32,25 @@ def empty_bytes(size_bytes: int) -> Tensor:
             return torch.empty(size_bytes, dtype=torch.uint8)
         memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            _ask_for_large_pages(memory)
         return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _ask_for_large_pages(memory: mmap.mmap) -> None:
+    """Unless they are slow here: a virtual machine that gives free memory back to its host takes 4 ms for one, which in
+    small pages takes 1 ms and else 0.1 ms. After a slow one the next few tensors do without."""
+    global _small_next
+    if len(memory) < 2 * _LARGE_PAGE:
+        return
+    if _small_next > 0:
+        _small_next -= 1
+        return
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    started = time.thread_time()
+    memory[_LARGE_PAGE] = 0  # in the first whole one
+    if time.thread_time() - started > _SLOW_PAGE_S:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        _small_next = _SMALL_AFTER_SLOW
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
