@@ -1,4 +1,4 @@
-"""What loading a shared-out transformer takes in each process: python -m benchmarks.loading [--gb 2] [--ranks 4]
+"""What loading a transformer takes beside dd, and, shared out, in each process: python -m benchmarks.loading [--gb 2]
 
 A random checkpoint of so many GB is written as safetensors, `.pth` and GGUF (Q8_0, whose blocks stay packed), and
 loaded by so many processes that share its weights out (FSDP2 on gloo). Memory is anonymous (RssAnon, sampled every
@@ -7,19 +7,27 @@ loaded by so many processes that share its weights out (FSDP2 on gloo). Memory i
     share   bytes of the parameters that it keeps
     rise    most anonymous memory while loading, over that before
     limit   share + 15 % + the largest tensor
+
+`speed` is of one process that loads the whole file, by turns with `dd of=/dev/null bs=16M`: cold (the file is dropped
+from the system's cache before each run) and warm; bytes per second of the best run, processor seconds of the median.
+dd writes to 16 MB that stay in the processor's cache; a model needs memory of its own, which the system has to find and
+clear: `memory` is the least that takes for as many bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,11 +37,12 @@ from safetensors.torch import save_file
 from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 
-from benchmarks.common import machine, report
+from benchmarks.common import in_fresh_process, machine, report
 from benchmarks.peers import build_ours
 from benchmarks.peers_gguf import write_random
 from wan.command import Parser, run_command
 from wan.models.dit import WanModel
+from wan.quant.scratch import empty_bytes
 from wan.weights.assign import load_weights
 from wan.weights.source import open_source
 
@@ -92,6 +101,55 @@ def measure(path: Path, config: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def speed(path: Path, config: dict[str, Any], runs: int) -> dict[str, Any]:
+    """Of dd, of loading, and of taking as much memory. Linux only."""
+    size_bytes = path.stat().st_size
+
+    def memory() -> None:
+        empty_bytes(size_bytes).view(-1)[::4096].fill_(0)
+
+    calls = {"dd": lambda: _dd(path), "load": lambda: load(path, config, sharded=False), "memory": memory}
+    rows: dict[str, Any] = {}
+    for state in ("cold", "warm"):
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        for _ in range(runs):
+            for name, call in calls.items():
+                if state == "cold":
+                    forget(path)
+                found[name].append(_took(call))
+        rows[state] = {
+            name: {
+                "bytes_per_second": round(size_bytes / min(seconds for seconds, _ in took)),
+                "processor_seconds": round(median(used for _, used in took), 3),
+            }
+            for name, took in found.items()
+        }
+        rows[state]["load_over_dd"] = round(
+            rows[state]["load"]["bytes_per_second"] / rows[state]["dd"]["bytes_per_second"], 3
+        )
+    return rows
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the system's cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _dd(path: Path) -> None:
+    subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
+
+
+def _took(call: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds, processor seconds, of processes that it waited for as well)."""
+    before, started = os.times(), time.perf_counter()
+    kept = call()
+    seconds, after = time.perf_counter() - started, os.times()
+    del kept
+    return seconds, sum(after[:4]) - sum(before[:4])
+
+
 def anonymous_bytes() -> int:
     """Anonymous resident memory of this process. Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -127,10 +185,11 @@ def _process(rank: int, ranks: int, folder: str, path: str, config: dict[str, An
         dist.destroy_process_group()
 
 
-def compare(format: str, gigabytes: float, ranks: int) -> dict[str, Any]:
-    """Everything about one format, as JSON data."""
+def compare(format: str, gigabytes: float, ranks: int, runs: int = 0) -> dict[str, Any]:
+    """Everything about one format, as JSON data. runs: of `speed`, each way."""
     with tempfile.TemporaryDirectory() as folder:
         path, config = write(format, gigabytes, Path(folder))
+        beside_dd = {"speed": in_fresh_process(speed, path, config, runs)} if runs else {}
         mp.start_processes(_process, (ranks, folder, str(path), config), nprocs=ranks, start_method="spawn")
         found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
         return {
@@ -140,6 +199,7 @@ def compare(format: str, gigabytes: float, ranks: int) -> dict[str, Any]:
             "ranks": found,
             "worst_rise_over_share": max(one["rise_bytes"] / one["share_bytes"] for one in found),
             "within_limit": all(one["rise_bytes"] <= one["limit_bytes"] for one in found),
+            **beside_dd,
         }
 
 
@@ -153,13 +213,14 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint; default 2")
     parser.add_argument("--ranks", type=int, default=4, help="processes; default 4")
+    parser.add_argument("--runs", type=int, default=5, help="beside dd, each way; default 5, 0: none")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
     args = parser.parse_args(argv)
     cases = []
     for format in args.formats:
         print(f"{format} ...", file=sys.stderr, flush=True)
-        cases.append(compare(format, args.gb, args.ranks))
+        cases.append(compare(format, args.gb, args.ranks, args.runs))
     report({"machine": machine(), "processes": args.ranks, "cases": cases}, args.out)
     return 0
 
