@@ -28,6 +28,7 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.cache_overhead
 	$(VENV)/bin/python -m benchmarks.comm
 	$(VENV)/bin/python -m benchmarks.loading
+	$(VENV)/bin/python -m benchmarks.converting
 	$(VENV)/bin/python -m benchmarks.parallel_overhead
 	$(VENV)/bin/python -m benchmarks.plan_memory
 	$(VENV)/bin/python -m benchmarks.expert_swap

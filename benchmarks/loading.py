@@ -189,18 +189,20 @@ def compare(format: str, gigabytes: float, ranks: int, runs: int = 0) -> dict[st
     """Everything about one format, as JSON data. runs: of `speed`, each way."""
     with tempfile.TemporaryDirectory() as folder:
         path, config = write(format, gigabytes, Path(folder))
-        beside_dd = {"speed": in_fresh_process(speed, path, config, runs)} if runs else {}
-        mp.start_processes(_process, (ranks, folder, str(path), config), nprocs=ranks, start_method="spawn")
-        found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
-        return {
+        result: dict[str, Any] = {
             "format": format,
             "file_bytes": path.stat().st_size,
             "layers": config["num_layers"],
-            "ranks": found,
-            "worst_rise_over_share": max(one["rise_bytes"] / one["share_bytes"] for one in found),
-            "within_limit": all(one["rise_bytes"] <= one["limit_bytes"] for one in found),
-            **beside_dd,
         }
+        if runs:
+            result["speed"] = in_fresh_process(speed, path, config, runs)
+        if ranks:
+            mp.start_processes(_process, (ranks, folder, str(path), config), nprocs=ranks, start_method="spawn")
+            found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
+            result["ranks"] = found
+            result["worst_rise_over_share"] = max(one["rise_bytes"] / one["share_bytes"] for one in found)
+            result["within_limit"] = all(one["rise_bytes"] <= one["limit_bytes"] for one in found)
+        return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,7 +214,7 @@ def _main(argv: Sequence[str] | None) -> int:
         prog="python -m benchmarks.loading", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint; default 2")
-    parser.add_argument("--ranks", type=int, default=4, help="processes; default 4")
+    parser.add_argument("--ranks", type=int, default=4, help="processes; default 4, 0: none")
     parser.add_argument("--runs", type=int, default=5, help="beside dd, each way; default 5, 0: none")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
