@@ -2,7 +2,7 @@
 
 A random transformer of so many GB in bf16 is converted by `python -m wan.convert` in fresh processes, by turns with
 compiled quantisers and without (SWAN_NATIVE=0: libgguf's; for folders there are none). By format: seconds of the best
-run, processor seconds with all that a start takes, and peak resident memory.
+run, and processor seconds with all that a start takes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import resource, sys
 from wan.convert import main
 code = main(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+print(used.ru_utime + used.ru_stime)
 sys.exit(code)
 """
 
@@ -38,9 +38,7 @@ def convert(flags: Sequence[str], native: bool) -> dict[str, float]:
     environment = os.environ | {"SWAN_NATIVE": "1" if native else "0"}
     command = [sys.executable, "-c", _MEASURED, "--quiet", "--overwrite", *flags]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
-    processor_seconds, peak_bytes = map(float, lines[-1].split())
-    seconds = json.loads(lines[-2])["seconds"]
-    return {"seconds": seconds, "processor_seconds": round(processor_seconds, 2), "peak_bytes": round(peak_bytes)}
+    return {"seconds": json.loads(lines[-2])["seconds"], "processor_seconds": round(float(lines[-1]), 2)}
 
 
 def measure(gigabytes: float, runs: int, types: Sequence[str]) -> dict[str, Any]:

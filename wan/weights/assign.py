@@ -204,6 +204,8 @@ class ModelWeights:
             count = math.prod(info.shape) if isinstance(slot.stored, str) else target.numel()
             if kind is None:
                 yield count * info.dtype.itemsize, target.nbytes
+            elif isinstance(kind, GGMLType):  # the file may have folded its rows
+                yield count // kind.block_weights * kind.block_bytes, target.nbytes
             else:
                 yield count // info.shape[-1] * kind.row_bytes(info.shape[-1]), target.nbytes
 
