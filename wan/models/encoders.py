@@ -125,8 +125,8 @@ def load_text_encoder(
     model = empty_text_encoder(source)
     check_tokenizer(tokenizer_folder, len(model.shared.weight))
     share = shard and (lambda model: shard(model, model.encoder.block))
-    types, upload = {"dtype": dtype, "kept": kept}, make_upload(device)
-    load_weights(model, source, "t5", device=device, **types, stream=stream, shard=share, upload=upload)
+    options = {"dtype": dtype, "kept": kept, "stream": stream, "shard": share, "upload": make_upload(device)}
+    load_weights(model, source, "t5", device=device, **options)
     return TextEncoder(model, tokenizer, text_len, stream_to)
 
 
