@@ -8,8 +8,8 @@ models, our policies get our own, in the same sampling loop. By row:
     PSNR     of the frames to those of the same network without a cache; mean over the clips
 
 `at_equal_compute`: the PSNR of each family at given shares of the compute, on the straight lines between the rows of
-its Pareto front. `overhead`: what a cache takes for itself in a forward that it computes (thresholds of 0): the time
-outside of the blocks, with the cache less without; two layers of the released 1.3B shape, 192 tokens.
+its Pareto front. `overhead`: what a cache takes for itself in a forward that it computes (thresholds of 0): the
+processor's time outside of the blocks, with the cache less without; two layers of the released 1.3B shape, 192 tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from wan.cache.options import check_options, make_manager
 
 from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.cache_quality import Maker, pareto, policies
-from benchmarks.common import machine, report, timed
+from benchmarks.common import machine, report
 from benchmarks.peers import DIT, build_theirs
 from benchmarks.tiny_world import CASES_PER_HALF
 from benchmarks.tiny_world_gguf import psnr
@@ -225,7 +225,7 @@ def at_equal_compute(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, floa
 
 
 class Timer:
-    """The seconds of forwards of a network, and how many of them are spent outside of its blocks."""
+    """Seconds of the processor that forwards of a network take, and how many of them outside of its blocks."""
 
     def __init__(self, network: nn.Module):
         self.network, self.inside, self._begun = network, 0.0, 0.0
@@ -234,10 +234,10 @@ class Timer:
             block.register_forward_hook(self._end)
 
     def _begin(self, *_: Any) -> None:
-        self._begun = time.perf_counter()
+        self._begun = time.process_time()
 
     def _end(self, *_: Any) -> None:
-        self.inside += time.perf_counter() - self._begun
+        self.inside += time.process_time() - self._begun
 
     def medians(self, cache: NoCache, steps: Sequence[StepContext], x: Tensor, text: Tensor) -> tuple[float, float]:
         """(a forward, outside of its blocks): medians over both branches of all steps but the first."""
@@ -247,7 +247,9 @@ class Timer:
                 for branch in ("cond", "uncond"):
                     self.inside, here = 0.0, replace(ctx, branch=branch)
                     moved, when = x * (1 + ctx.sigma), torch.tensor([ctx.timestep])
-                    seconds, _ = timed(lambda: self.network(moved, when, [text], ctx=here, cache=cache))  # noqa: B023
+                    start = time.process_time()
+                    self.network(moved, when, [text], ctx=here, cache=cache)
+                    seconds = time.process_time() - start
                     rows.append((seconds, seconds - self.inside))
         whole, outside = zip(*rows[2:])
         return median(whole), median(outside)
