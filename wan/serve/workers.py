@@ -46,7 +46,9 @@ class Progress:
         if message["event"] not in ("stage", "step"):
             return
         self.stage = message["stage"]
-        first, last = _SHARE.get(self.stage, (self.percent, self.percent))
+        # A film is decoded clip by clip, in between.
+        stage = "denoise" if self.stage == "decode" and message["total"] > 1 else self.stage
+        first, last = _SHARE.get(stage, (self.percent, self.percent))
         percent = first + (last - first) * message["done"] // max(1, message["total"])
         self.percent = max(self.percent, percent)
         passed = time.monotonic() - self.begun
