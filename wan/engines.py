@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wan.distributed.launch import World
+from wan.distributed.parallel import Parallel
 from wan.engine import Engine, Video
 from wan.errors import Cancelled, UsageError
-from wan.options import PART_OF, LoadOptions, Request, build_load, build_sample
+from wan.options import PART_OF, LoadOptions, Request, build_load, build_sample, check_device
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
 from wan.unfinished import FilmFile, Unfinished
@@ -23,9 +26,12 @@ class Engines:
 
     Models of other engines stay while a video is planned beside them as it would be without them; else those used
     longest ago are let go of. Thread-safe: one video at a time, other calls wait for their turn.
+
+    world: of processes that make each video together, which have met; all are called alike, and the first one writes.
     """
 
-    def __init__(self):
+    def __init__(self, world: World | None = None):
+        self._world, self._parallels = world or World(), {}
         self._engines: list[tuple[LoadOptions, Engine]] = []  # the one used last at the end
         self._turn = threading.Lock()
 
@@ -56,16 +62,19 @@ class Engines:
         """
         request = self.check(options)
         spec = load_task(request.load.task)
-        path = stem.with_name(f"{stem.name}.mp4")
+        path, is_writer = stem.with_name(f"{stem.name}.mp4"), self._world.rank == 0
         if kind_of(spec).clips(spec, request.sample) == 1:
             video = self.generate(options, **call)
             path = stem.with_name(f"{stem.name}.png") if len(video.frames) == 1 else path
-            video.write(path)
+            if is_writer:
+                video.write(path)
         else:
-            Unfinished(path).discard()
-            with FilmFile(path) as film:
+            if is_writer:
+                Unfinished(path).discard()
+            with FilmFile(path, is_writer=is_writer) as film:
                 video = self.generate(options, **call, on_clip=film)
-                film.finish(video)
+                if is_writer:
+                    film.finish(video)
         return path, video.report
 
     def release(self) -> None:
@@ -91,11 +100,22 @@ class Engines:
         """The one that loads what the options name, made where there is none yet."""
         if unknown := sorted(str(name) for name in options if PART_OF.get(name) not in ("load", "sample")):
             raise UsageError(f"{unknown[0]} is no option of a video or of what is loaded")
-        asked = build_load(_part(options, "load"))
+        asked = build_load(_part(options, "load"), self._world.size)
         at = next((at for at, (load, _) in enumerate(self._engines) if load == asked), None)
-        pair = self._engines.pop(at) if at is not None else (asked, Engine.of(asked, load_task(asked.task)))
+        pair = self._engines.pop(at) if at is not None else (asked, self._made(asked))
         self._engines.append(pair)
         return pair[1]
+
+    def _made(self, load: LoadOptions) -> Engine:
+        spec, size = load_task(load.task), self._world.size
+        if size == 1:
+            return Engine.of(load, spec)
+        device = check_device(load.device)
+        kind = "cuda" if device.startswith("cuda") else "cpu"
+        if (load.grid, kind) not in self._parallels:
+            self._parallels[load.grid, kind] = Parallel(*load.grid, device_type=kind, local_size=self._world.local_size)
+        device = f"cuda:{self._world.local_rank}" if device == "cuda" else device
+        return Engine.of(replace(load, device=device), spec, self._parallels[load.grid, kind])
 
     def _make_room(self, engine: Engine, request: Request) -> None:
         for _, other in self._engines:

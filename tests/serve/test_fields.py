@@ -98,7 +98,7 @@ def test_which_flags_are_open_to_requests():
     texts = (
         "prompt prompts negative_prompt audio_sync size sample_solver phases tts_prompt_audio tts_prompt_text tts_text"
     )
-    texts += " preset fb_metric teacache_policy cache_predictor cache_device"
+    texts += " preset fb_metric teacache_policy cache_predictor cache_device cache cache_quality"
     assert set(is_open) == {*files.split(), *texts.split()}
 
 

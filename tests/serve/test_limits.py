@@ -27,7 +27,17 @@ def server(make_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("limits")
     (folder / "keys.txt").write_text(f"# of the tests\n{KEY}\nanother-key-of-some-length\n")
     (folder / "models.yaml").write_text("i2v: {task: i2v-tiny}\nt2v: {task: t2v-tiny}\n")
-    flags = ("--api_key_file", folder / "keys.txt", "--max_upload_mb", "1", "--max_queue", "2", "--allow_urls")
+    flags = (
+        "--api_key_file",
+        folder / "keys.txt",
+        "--max_upload_mb",
+        "1",
+        "--max_queue",
+        "2",
+        "--allow_urls",
+        "--max_hours",
+        "1",
+    )
     made = make_server("--models", folder / "models.yaml", "--ram_gb", "2", *flags, key=KEY)
     until(lambda: made.ask("GET", "/health")[0] == 200)
     return made
@@ -196,6 +206,8 @@ def test_too_large_a_video_is_refused_with_what_would_fit(server):
     assert "2.0 GB" in told and "it fits with --" in told and ("--size" in told or "--frame_num" in told)
     for flag in ("--dtype", "--offload", "--gguf", "python -m"):  # not for a client to say
         assert flag not in told
+    told = server.refused(model="t2v", size="512x512", num_frames=17, num_inference_steps=1000)["message"]
+    assert "would take about" in told and "are allowed" in told
     assert "--frame_num" in server.refused(model="t2v", frame_num=6)["message"]
     assert "nearest is" in server.refused(model="t2v", size="100x100")["message"]
 

@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from PIL import Image
 
 from tests.serve.servers import until
 from wan.media import read_settings
 from wan.video import open_video
+
+pytestmark = pytest.mark.slow  # each server that is started imports torch twice
 
 FIELDS = {"num_frames": 5, "num_inference_steps": 3}
 
@@ -65,3 +68,16 @@ def test_two_workers_and_their_ends(make_server):
     processes = psutil.Process(server.process.pid).children(recursive=True)
     server.kill()
     until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes))
+
+
+@pytest.mark.dist
+def test_two_processes_make_one_video_together(server, make_server):
+    both, fields = make_server("--gpus_per_job", "2"), {"num_frames": 5, "num_inference_steps": 2, "seed": 3}
+    long = both.post(num_frames=9, num_inference_steps=900)["id"]
+    until(lambda: both.ask("GET", f"/v1/videos/{long}")[1].get("stage") == "denoise")
+    assert both.ask("DELETE", f"/v1/videos/{long}")[0] == 200  # others take the place of those that made it
+    made = [
+        one.ask("GET", f"/v1/videos/{one.wait(one.post(**fields)['id'])['id']}/content")[1] for one in (server, both)
+    ]
+    assert made[0] == made[1]
+    both.stop()

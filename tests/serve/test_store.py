@@ -51,12 +51,14 @@ def test_another_start_finds_all_and_queues_what_ran(tmp_path, store):
     _, orphan = store.new_folder()  # of a request that was not accepted yet
     gone = add(store)
     store.delete(gone.id)  # and whose files were not removed yet
+    other = tmp_path / "data/jobs/my holidays"
+    other.mkdir()
     store.close()
     again = Store(tmp_path / "data")
     states = {job.id: job.state for job in again.page(None, 10, "asc")}
     assert states == {done.id: "completed", ran.id: "queued", waits.id: "queued", lost.id: "failed"}
     assert again.result(again.get(done.id)).read_bytes() == b"v" * 900
-    assert not orphan.exists() and not again.folder_of(gone.id).exists()
+    assert other.exists() and not orphan.exists() and not again.folder_of(gone.id).exists()
     assert again.options(again.get(ran.id))["image"] == str(again.folder_of(ran.id) / "inputs/image-0.png")
     again.close()
     store.__init__(tmp_path / "data")

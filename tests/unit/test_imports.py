@@ -140,6 +140,7 @@ def imported_roots(nodes):
         "wan.cli",
         "wan.convert",
         "wan.serve.__main__",
+        "wan.serve.app",
         "wan.prepare",
         "wan.compat",
         "wan.compat.lightx2v",

@@ -48,10 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cors", metavar="ORIGIN", action="append", help="let pages of this origin ask; may be repeated")
     add("--allow_urls", action="store_true", help="fetch inputs from public URLs")
     add("--max_queue", default="100", metavar="N", help="jobs that may wait; default 100")
+    add("--max_hours", metavar="X", help="refuse videos that are expected to take longer; default: none")
     add("--max_upload_mb", default="200", metavar="N", help="size of a request; default 200")
     add("--keep_hours", metavar="X", help="delete videos so long after they are made; default: never")
     add("--keep_gb", metavar="X", help="delete the oldest videos while all take more than this; default: never")
     add("--workers", metavar="N", help="processes that make videos; default: one a GPU, one without")
+    add(
+        "--gpus_per_job", default="1", metavar="N", help="processes of a worker, which make a video together; default 1"
+    )
     add("--quiet", action="store_true", help="no lines about jobs on stderr")
     flags = {name: one for name, one in FLAGS.items() if PART_OF[name] != "output" or name == "preview_every"}
     add_flags(parser, flags)
@@ -67,17 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from wan.serve.store import Store
 
     common = {name: value for name, value in vars(args).items() if PART_OF.get(name) in ("load", "sample")}
-    models = read_models(args.models, {name: value for name, value in common.items() if value is not None})
+    ranks = whole(args.gpus_per_job, 1, "gpus_per_job", 1, 64)
+    models = read_models(args.models, {name: value for name, value in common.items() if value is not None}, ranks)
     settings = Settings(
         host=args.host,
         keys=_keys(args.api_key_file, args.host),
         origins=tuple(args.cors or ()),
         allow_urls=args.allow_urls,
         max_queue=whole(args.max_queue, 0, "max_queue", 1, 1_000_000),
+        max_s=_above_0(args.max_hours, "max_hours", 3600.0),
         max_upload_bytes=1_000_000 * whole(args.max_upload_mb, 0, "max_upload_mb", 1, 100_000),
         keep_s=_above_0(args.keep_hours, "keep_hours", 3600.0),
         keep_bytes=_above_0(args.keep_gb, "keep_gb", 1e9),
         workers=None if args.workers is None else whole(args.workers, 0, "workers", 1, 64),
+        ranks=ranks,
         preview_every=whole(args.preview_every, 0, "preview_every", 0, 1000),
         quiet=args.quiet,
     )

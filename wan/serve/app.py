@@ -97,7 +97,7 @@ def service_of(request: Request) -> Service:
 def _shown(service: Service, job: Job) -> JSONResponse:
     after_ms = service.poll_after_ms(job)
     headers = {} if after_ms is None else {"openai-poll-after-ms": str(after_ms)}
-    return JSONResponse(service.view(job), headers=headers)
+    return JSONResponse(service.view(job) | service.place(job), headers=headers)
 
 
 def _add_videos(app: FastAPI) -> None:
@@ -163,7 +163,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
     try:
         if job is None:
             return
-        yield _event("status", service.view(job))
+        yield _event("status", service.view(job) | service.place(job))
         while not job.is_over:
             done, _ = await asyncio.wait([following], timeout=_BEAT_S)
             if not done:

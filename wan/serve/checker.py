@@ -1,7 +1,7 @@
 """A process that looks into a request before it is accepted: its options, its files, and whether it fits.
 
 Files of strangers are decoded here, so that what they can do to a decoder is done to nothing else. No GPU is touched.
-Told {"check": number, "options", "machine"}, it tells {"check": number, "facts" | "refused": ...}.
+Told {"check": number, "options", "machine", "ranks"}, it tells {"check": number, "facts" | "refused": ...}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(inbox: Inbox) -> None:
     while True:
         message = inbox.next()
         try:
-            told = {"facts": _facts(message["options"], Machine(**message["machine"]), known)}
+            told = {"facts": _facts(message["options"], message["ranks"], Machine(**message["machine"]), known)}
         except SwanError as error:
             told = {"refused": str(error)}
         except Exception as error:
@@ -41,10 +41,13 @@ def main(inbox: Inbox) -> None:
         inbox.tell({"check": message["check"], **told})
 
 
-def _facts(options: Mapping[str, Any], machine: Machine, known: dict[str, float | str]) -> dict[str, Any]:
-    """What the video will be. Raises SwanError. known: seconds, or why it does not fit, by all that plans depend on."""
+def _facts(options: Mapping[str, Any], ranks: int, machine: Machine, known: dict[str, float | str]) -> dict[str, Any]:
+    """What the video will be. Raises SwanError.
+
+    ranks: processes that make it together; known: seconds, or why it does not fit, by all that plans depend on
+    """
     parts = {part: {one: value for one, value in options.items() if PART_OF[one] == part} for part in PART_OF.values()}
-    load = build_load(parts["load"])
+    load = build_load(parts["load"], ranks)
     spec = load_task(load.task)
     request = build_sample(parts["sample"], load)
     sample, kind = request.sample, kind_of(spec)

@@ -54,14 +54,15 @@ class Model:
         return {name: value for name, value in self.options.items() if PART_OF[name] == "load"}
 
 
-def read_models(path: str | None, common: Mapping[str, Any]) -> dict[str, Model]:
+def read_models(path: str | None, common: Mapping[str, Any], ranks: int = 1) -> dict[str, Model]:
     """The models of a JSON or YAML file, {name: {option: value}}; without one, that of the `common` options, which are
-    also for all of a file that do not have their own. The first one is the default.
+    also for all of a file that do not have their own. The first one is the default. ranks: processes that make a video
+    together.
 
     Raises UsageError or SwanError, one line.
     """
     if path is None:
-        model = _model("", common)
+        model = _model("", common, ranks)
         return {model.name: model}
     told = read_table(path, "models", "models by name, as {cats: {task: t2v-1.3B, ckpt_dir: ...}}")
     found = {}
@@ -74,15 +75,15 @@ def read_models(path: str | None, common: Mapping[str, Any]) -> dict[str, Model]
         if unknown := [one for one in options if PART_OF.get(one) not in ("load", "sample")]:
             raise UsageError(f"{where}: unknown option {printable(str(unknown[0]))[:100]}; see generate.py --help")
         try:
-            found[name] = _model(name, {**common, **options})
+            found[name] = _model(name, {**common, **options}, ranks)
         except SwanError as error:
             raise type(error)(f"{where}: {error}") from error
     return found
 
 
-def _model(name: str, options: Mapping[str, Any]) -> Model:
+def _model(name: str, options: Mapping[str, Any], ranks: int) -> Model:
     options = {flag: of_kind(value, flag, FLAGS[flag].kind) for flag, value in options.items() if value is not None}
-    task = build_load({flag: value for flag, value in options.items() if PART_OF[flag] == "load"}).task
+    task = build_load({flag: value for flag, value in options.items() if PART_OF[flag] == "load"}, ranks).task
     return Model(name or task, options, task)
 
 

@@ -29,18 +29,24 @@ _KINDS = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one server. keys: of clients, none: whoever reaches it; keep_s, keep_bytes: of jobs that are over, None: for
-    ever, any number; workers: None: one a GPU; preview_every: where a request does not say."""
+    """Of one server.
+
+    keys: of clients, none: whoever reaches it; max_s: that a video may be expected to take; keep_s, keep_bytes: of jobs
+    that are over; workers: None: as many as there are GPUs for; ranks: processes of each, which make a video together;
+    preview_every: where a request does not say. None elsewhere: no limit
+    """
 
     host: str = "127.0.0.1"
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     allow_urls: bool = False
     max_queue: int = 100
+    max_s: float | None = None
     max_upload_bytes: int = 200_000_000
     keep_s: float | None = None
     keep_bytes: int | None = None
     workers: int | None = None
+    ranks: int = 1
     preview_every: int = 0
     quiet: bool = False
 
@@ -52,7 +58,7 @@ class Service:
         self.settings, self.store, self.models, self.loras = settings, store, models, loras
         self.metrics = Metrics()
         log = (lambda text: None) if settings.quiet else say
-        self.workers = Workers(store, models, self.metrics, settings.workers, self._free, log)
+        self.workers = Workers(store, models, self.metrics, settings.workers, settings.ranks, self._free, log)
         self._inputs = Inputs(settings.allow_urls, settings.max_upload_bytes)
         self._accepting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -98,6 +104,7 @@ class Service:
             if key is not None and (there := self.store.by_key(key)) is not None:
                 raise KeyTaken(there)
             facts = await self.workers.check(wanted.model, self.store.options(job))
+            self._check_time(facts["expected_seconds"])
             every = wanted.preview_every or self.settings.preview_every
             options = {**wanted.options, "seed": facts["seed"]}  # a video that is begun again is the same one
             fields = {**vars(job), "options": options, "facts": facts, "preview_every": every}
@@ -123,6 +130,14 @@ class Service:
             left = [one.left for one in self.workers.progress.values() if one.left is not None]
             retry_s = min(max(1, round(min(left, default=10))), 600)
             raise Refused(429, f"{queued} videos are queued, the most there may be", "queue_full", retry_s=retry_s)
+
+    def _check_time(self, seconds: float) -> None:
+        if self.settings.max_s is not None and seconds > self.settings.max_s:
+            told = f"this video would take about {seconds / 3600:.3g} hours"
+            raise bad(
+                None,
+                f"{told}, and {self.settings.max_s / 3600:g} are allowed: make it shorter, smaller or in fewer steps",
+            )
 
     def _resolved(self, flag: str, source: Any) -> Any:
         """With the file of a video that is named by its id."""
@@ -223,8 +238,6 @@ class Service:
             **{name: facts[name] for name in ("fps", "steps", "seed", "warnings")},
             "expected_seconds": round(facts["expected_seconds"], 1),
         }
-        if job.state == "queued":
-            told["queue_position"] = self.workers.position(job)
         if progress is not None and job.state == "in_progress":
             told |= {"stage": progress.stage, "seconds_left": progress.left}
         if job.state == "completed":
@@ -245,6 +258,10 @@ class Service:
             raise Refused(404, "the file of this video is gone", "file_gone", "video_id")
         download = f"{id}{path.suffix}" if variant == "video" else f"{id}-{path.name}"
         return FileResponse(path, media_type=_KINDS[path.suffix], filename=download)
+
+    def place(self, job: Job) -> dict[str, int]:
+        """Of one that waits, how many are begun before it: not in lists, for it takes counting."""
+        return {"queue_position": self.workers.position(job)} if job.state == "queued" else {}
 
     def poll_after_ms(self, job: Job) -> int | None:
         """When it is worth asking again; None: never."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -24,6 +25,7 @@ from wan.files import hold_folder
 
 STATES = ("queued", "in_progress", "completed", "failed")
 MOST_DEATHS = 2  # of workers, after which a job is no more tried
+_ID = re.compile(r"video_[0-9a-f]{32}")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL,
@@ -89,8 +91,9 @@ class Store:
     def __init__(self, folder: Path):
         self.folder, self._jobs = folder, folder / "jobs"
         try:
-            self._jobs.mkdir(parents=True, exist_ok=True)
-            os.chmod(folder, 0o700)  # inputs and prompts are nobody else's
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for one in (folder, self._jobs):
+                one.mkdir(mode=0o700, exist_ok=True)  # inputs and prompts are nobody else's
             self._lock = hold_folder(folder)
             self._rows = sqlite3.connect(folder / "jobs.db", isolation_level=None)
             self._rows.executescript(
@@ -107,7 +110,7 @@ class Store:
         self._rows.execute("UPDATE jobs SET state='queued' WHERE state='in_progress'")
         known = {id for (id,) in self._rows.execute("SELECT id FROM jobs")}
         for name in os.listdir(self._jobs):
-            if name not in known:
+            if name not in known and _ID.fullmatch(name):
                 shutil.rmtree(self._jobs / name, ignore_errors=True)
         for job in self._select("WHERE state='completed'"):
             if not self.result(job).is_file():

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from wan.distributed.launch import World
 from wan.engine import Event
 from wan.engines import Engines
 from wan.errors import Cancelled, SwanError, UsageError, one_line
 from wan.media import read_settings
-from wan.options import Request, build_load, check_device
+from wan.options import LoadOptions, Request, build_load, check_device
 from wan.plan.machine import look_with_torch
 from wan.serve.child import Inbox
 from wan.serve.pictures import write_pictures
@@ -29,8 +30,14 @@ _TOLD_EACH_S = 0.05  # events of one stage; more often nobody looks
 
 
 def main(inbox: Inbox) -> None:
-    """Until the server ends. The first message is {"load": options, "workers": how many share this machine}."""
-    first = inbox.next()
+    """Until the server ends. The first message is {"load": options, "processes": how many share this machine}.
+
+    Of several processes that make each video together, as the environment says, each runs this.
+    """
+    first, world = inbox.next(), World.from_environment()
+    load = build_load(first["load"], world.size)
+    device = check_device(load.device)
+    world.start("cuda" if device.startswith("cuda") else "cpu", load.dist_timeout, {"options": repr(load)})
     current: dict[str, threading.Event] = {}
 
     def heard(message: dict[str, Any]) -> None:
@@ -40,26 +47,29 @@ def main(inbox: Inbox) -> None:
             stop.set()
 
     inbox.on_message = heard
-    inbox.tell({"ready": _machine(first["load"], first["workers"])})
-    with Engines() as engines:
+    gc.collect()
+    gc.freeze()  # what was imported stays: a pipeline that was cancelled collects what it had, and only that
+    inbox.tell(
+        {"ready": _machine(load, f"cuda:{world.local_rank}" if device == "cuda" else device, first["processes"])}
+    )
+    with Engines(world) as engines:
         while True:
             message = inbox.next()
             if "job" in message:
                 stop = current[message["job"]]
-                inbox.tell({"job": message["job"], **_make(engines, message, inbox, stop)})
+                inbox.tell({"job": message["job"], **_make(engines, message, inbox, stop, world.rank)})
                 del current[message["job"]]
 
 
-def _machine(load: dict[str, Any], workers: int) -> dict[str, Any]:
+def _machine(load: LoadOptions, device: str, processes: int) -> dict[str, Any]:
     """What may be planned with, before anything is loaded."""
     import torch
 
-    request = Request(build_load(load), None)
-    device = torch.device(check_device(request.load.device))
-    return asdict(look_with_torch(device, request, workers, lambda machine: request))
+    request = Request(load, None)
+    return asdict(look_with_torch(torch.device(device), request, processes, lambda machine: request))
 
 
-def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.Event) -> dict[str, Any]:
+def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.Event, rank: int) -> dict[str, Any]:
     """The end of a job, as it is told."""
     tell = _Teller(job["job"], inbox)
     try:
@@ -68,6 +78,8 @@ def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.E
         path, report = engines.write(
             options, folder / "video", on_event=tell, cancel=stop, preview_every=every, is_private=True
         )
+        if rank > 0:
+            return {"done": ""}
         write_pictures(path, folder)
         settings = read_settings(path)
         if settings.get("extended_from"):
@@ -81,8 +93,6 @@ def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.E
         with contextlib.suppress(SwanError):
             engines.release()
         return _failed("internal_error", f"{type(error).__name__}: {one_line(error)}")
-    finally:
-        gc.collect()
 
 
 def _failed(code: str, message: str) -> dict[str, Any]:

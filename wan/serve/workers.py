@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 import itertools
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from wan.errors import SwanError
@@ -44,7 +46,9 @@ class Progress:
         if message["event"] not in ("stage", "step"):
             return
         self.stage = message["stage"]
-        first, last = _SHARE.get(self.stage, (self.percent, self.percent))
+        # A film is decoded clip by clip, in between.
+        stage = "denoise" if self.stage == "decode" and message["total"] > 1 else self.stage
+        first, last = _SHARE.get(stage, (self.percent, self.percent))
         percent = first + (last - first) * message["done"] // max(1, message["total"])
         self.percent = max(self.percent, percent)
         passed = time.monotonic() - self.begun
@@ -53,22 +57,30 @@ class Progress:
 
 @dataclass
 class Worker:
-    """A place of work. env: of its process; child: None while there is none; job: that it makes; models: that it has
-    made videos with."""
+    """A place of work. env: of its processes; children: these, of which the first tells what is done, none while there
+    are none; job: that they make; models: that they have made videos with."""
 
     number: int
     env: Mapping[str, str]
-    child: Child | None = None
+    children: list[Child] = field(default_factory=list)
     is_ready: bool = False
     job: Job | None = None
     is_cancelled: bool = False
     models: set[str] = field(default_factory=set)
     failures: int = 0
 
+    def tell(self, message: Message) -> None:
+        for child in self.children:
+            child.tell(message)
+
+    def kill(self) -> None:
+        for child in self.children:
+            child.kill()
+
 
 class Workers:
-    """count: how many workers; None: one a GPU, one without. on_free: is told the id of a job that was deleted, once
-    nothing writes to its files any more."""
+    """count: how many workers; None: as many as there are GPUs for; ranks: processes of each, which make a video
+    together. on_free: is told the id of a job that was deleted, once nothing writes to its files any more."""
 
     def __init__(
         self,
@@ -76,11 +88,12 @@ class Workers:
         models: Mapping[str, Model],
         metrics: Metrics,
         count: int | None,
+        ranks: int,
         on_free: Callable[[str], None],
         say: Callable[[str], None],
     ):
         self.store, self.models, self.metrics = store, models, metrics
-        self._count, self._on_free, self._say = count, on_free, say
+        self._count, self._ranks, self._on_free, self._say = count, ranks, on_free, say
         self.progress: dict[str, Progress] = {}
         self._workers: list[Worker] = []
         self._checker: Child | None = None
@@ -105,9 +118,9 @@ class Workers:
         for worker in self._workers:
             if worker.job is not None:
                 self.store.queue_again(worker.job.id)
-        for child in (self._checker, *(worker.child for worker in self._workers)):
-            if child is not None:
-                child.kill()
+            worker.kill()
+        if self._checker is not None:
+            self._checker.kill()
 
     @property
     def state(self) -> dict[str, int]:
@@ -138,9 +151,9 @@ class Workers:
             self.progress[job.id] = Progress(job.facts.get("expected_seconds", 0.0))
             self.metrics.began(job)
             folder = str(self.store.folder_of(job.id))
-            worker.child.tell({"job": job.id, "options": options, "folder": folder, "preview_every": job.preview_every})
+            worker.tell({"job": job.id, "options": options, "folder": folder, "preview_every": job.preview_every})
             self._publish(job.id, {"event": "started"})
-            self._say(f"{job.id} is made by process {worker.child.pid}")
+            self._say(f"{job.id} is made by process {worker.children[0].pid}")
 
     def cancel(self, id: str) -> None:
         """That nobody works on a job whose row is gone, or says that it is over. Its end is told by on_free, at once
@@ -151,7 +164,8 @@ class Workers:
             self._on_free(id)
         else:
             worker.is_cancelled = True
-            worker.child.tell({"cancel": id})
+            # Several would have to agree on the step after which they stop: they are ended, and others started.
+            worker.tell({"cancel": id}) if self._ranks == 1 else worker.kill()
 
     def position(self, job: Job) -> int:
         """How many are begun before it."""
@@ -196,45 +210,51 @@ class Workers:
     # Workers
 
     def _start_workers(self, gpus: int) -> None:
-        count = self._count or max(1, gpus)
+        count = self._count or max(1, gpus // self._ranks)
         self._workers = [Worker(number, self._env(number, count, gpus)) for number in range(count)]
         for worker in self._workers:
             self._start_worker(worker)
 
     def _env(self, number: int, count: int, gpus: int) -> dict[str, str]:
+        processes = count * self._ranks
         if gpus:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             names = [name.strip() for name in seen.split(",")] if seen else [str(at) for at in range(gpus)]
-            return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
-        if count > 1 and "OMP_NUM_THREADS" not in os.environ:
-            return {"OMP_NUM_THREADS": str(max(1, _cores() // count))}
+            own = [names[(number * self._ranks + rank) % len(names)] for rank in range(self._ranks)]
+            return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own))}
+        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+            return {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
         return {}
 
     def _start_worker(self, worker: Worker) -> None:
+        """Its processes, which find each other as those of torchrun do."""
         if self._is_closing:
             return
         worker.models.clear()
-        worker.child = Child(
-            "wan.serve.worker",
-            worker.env,
-            lambda message: self._heard(worker, message),
-            lambda code: self._worker_ended(worker, code),
-        )
+        group: list[Child] = []
+        worker.children, port = group, str(_free_port())
+        for rank in range(self._ranks):
+            env = {"RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self._ranks}
+            env = {name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            heard, ended = partial(self._heard, worker, group, rank), partial(self._worker_ended, worker, group)
+            group.append(Child("wan.serve.worker", {**worker.env, **env}, heard, ended))
         load = next(iter(self.models.values())).load
-        worker.child.tell({"load": load, "workers": len(self._workers)})
+        worker.tell({"load": load, "processes": len(self._workers) * self._ranks})
 
-    def _heard(self, worker: Worker, message: Message) -> None:
+    def _heard(self, worker: Worker, group: list[Child], rank: int, message: Message) -> None:
+        if "broken" in message:
+            self._say(f"error: worker {worker.number}: {message['broken']}")
+        if worker.children is not group or (rank > 0 and "failed" not in message):
+            return
         if "ready" in message:
             worker.is_ready = True
-            self._say(f"worker {worker.number} is ready (process {worker.child.pid})")
+            self._say(f"worker {worker.number} is ready (process {worker.children[0].pid})")
             self._machine = message["ready"]
             self._open_checks()
             self.give_out()
-        elif "broken" in message:
-            self._say(f"error: worker {worker.number}: {message['broken']}")
         elif "event" in message:
             self._progressed(message)
-        else:
+        elif "job" in message:
             self._job_ended(worker, message)
 
     def _progressed(self, message: Message) -> None:
@@ -246,7 +266,12 @@ class Workers:
 
     def _job_ended(self, worker: Worker, message: Message) -> None:
         id, was_cancelled = message["job"], worker.is_cancelled
+        if worker.job is None or worker.job.id != id:  # another process of it has told
+            return
         worker.job, worker.failures = None, 0
+        if "failed" in message and self._ranks > 1:  # the others may wait for what never comes
+            worker.is_ready = False
+            worker.kill()
         if was_cancelled:
             self.progress.pop(id, None)
             self._on_free(id)
@@ -257,14 +282,16 @@ class Workers:
             self._ended(self.store.fail(id, code, message.get("failed", "cancelled")))
         self.give_out()
 
-    def _worker_ended(self, worker: Worker, code: int) -> None:
-        """Its job is tried again, unless it has ended several workers."""
-        if self._is_closing:
+    def _worker_ended(self, worker: Worker, group: list[Child], code: int) -> None:
+        """One of its processes has. Its job is tried again, unless it has ended several workers."""
+        if self._is_closing or worker.children is not group:
             return
-        job, worker.job, worker.child, worker.is_ready = worker.job, None, None, False
-        worker.failures += 1
-        self.metrics.died()
-        self._say(f"worker {worker.number} has ended with status {code}; it is started again")
+        worker.kill()
+        job, worker.job, worker.children, worker.is_ready = worker.job, None, [], False
+        if job is None or not worker.is_cancelled:
+            worker.failures += 1
+            self.metrics.died()
+            self._say(f"worker {worker.number} has ended with status {code}; it is started again")
         if job is not None and worker.is_cancelled:
             self.progress.pop(job.id, None)
             self._on_free(job.id)
@@ -279,7 +306,7 @@ class Workers:
         self._later(worker.failures, lambda: self._start_worker(worker))
 
     def _later(self, failures: int, start: Callable[[], None]) -> None:
-        wait = min(AGAIN_S * 2 ** (failures - 1), MOST_AGAIN_S)
+        wait = min(AGAIN_S * 2 ** max(0, failures - 1), MOST_AGAIN_S)
         asyncio.get_running_loop().call_later(wait, start)
 
     # Checks
@@ -294,6 +321,7 @@ class Workers:
             number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
             self._checking = (number, answer)
             message = {"check": number, "options": model.merged(options), "machine": self._machine}
+            message["ranks"] = self._ranks
             self._checker.tell(message)
             try:
                 told = await asyncio.wait_for(answer, CHECK_S)
@@ -335,6 +363,11 @@ class Workers:
         if self._checking is not None and not self._checking[1].done():
             self._checking[1].set_result({"refused": DEAD_CHECK})
         self._later(self._checker_failures, self._start_checker)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        return there.getsockname()[1]
 
 
 def _cores() -> int:
