@@ -63,6 +63,7 @@ def extended(request: Request, device: torch.device, say: Say, check: Callable[[
 def _cleaned(answer: str) -> str:
     """One line without what a model thought, or the quotation marks around all."""
     answer = re.sub(r"<think>[\s\S]*?(</think>|$)", "", answer)
+    answer = re.sub(r"[\x00-\x1f\x7f]+", " ", answer).encode("utf-8", "ignore").decode()  # nothing for a terminal
     answer = " ".join(answer.split()).strip("\"'“”")
     if not answer:
         raise SwanError("the model has answered nothing")

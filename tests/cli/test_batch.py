@@ -140,6 +140,8 @@ def test_a_csv_and_a_folder_of_pictures(tmp_path, calls):
         ('{"seed": [1]}', "line 1: --seed must be a number"),
         ('{"seed": 1, "seed": 2}', "duplicate name seed"),
         ("", "has no jobs"),
+        ('{"name": "sheet"}', "but not sheet"),
+        ('{"name": "%s"}' % ("字" * 70), "at most 200 bytes"),
     ],
 )
 def test_wrong_jobs_are_one_line_before_any_work(tmp_path, capsys, calls, text, told):
@@ -174,6 +176,20 @@ def test_files_of_others_are_not_overwritten(tmp_path, capsys):
     assert run(jobs, "--out", tmp_path, *QUICK) == 2
     assert "0001.mp4 is there and of no batch" in capsys.readouterr().err
     assert (tmp_path / "0001.mp4").read_bytes() == b"a holiday"
+
+
+def test_a_sheet_takes_the_place_of_a_sheet_alone(tmp_path, capsys):
+    (tmp_path / "sheet.html").write_text("<title>Invoices</title>")
+    argv = ("--grid", "seed=1..2", "--out", tmp_path, *QUICK)
+    assert run(*argv) == 2 and "sheet.html is there and of no batch" in capsys.readouterr().err
+    (tmp_path / "sheet.html").unlink()
+    assert run(*argv) == 0 and run(*argv) == 0
+
+
+def test_a_prompt_may_have_any_separator(tmp_path, calls):
+    (tmp_path / "j.jsonl").write_text('{"prompt": "a red\u2028circle", "seed": 1}\r\n\n{"seed": 2}\n', encoding="utf-8")
+    assert run(tmp_path / "j.jsonl", "--out", tmp_path / "o", *QUICK) == 0
+    assert calls[0].sample.prompt == "a red\u2028circle" and len(calls) == 2
 
 
 def test_help_imports_no_torch():

@@ -1,5 +1,7 @@
 """Presets: options of a kind of model, below what the user gives."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from wan.options.replay import replay_options
 from wan.plan import look, make_plan
 from wan.solvers import make_solver
 from wan.tasks import load_preset, load_task, preset_names
+
+REPO = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("task", ["t2v-tiny", "i2v-tiny", "t2v-A14B", "ti2v-5B"])
@@ -41,6 +45,18 @@ def test_flags_count_for_more():
 def test_other_steps_take_the_place_of_the_presets(given, steps, shift):
     sample = build_request({"task": "i2v-tiny", "preset": "distill-4step", **given}).sample
     assert (sample.steps, sample.shift, sample.boundary_step_index, sample.guide_scale) == (steps, shift, None, (1, 1))
+
+
+def test_as_many_steps_are_the_presets_own():
+    sample = build_request({"preset": "distill-4step", "sample_steps": 4}).sample
+    assert sample == build_request({"preset": "distill-4step", "seed": sample.seed}).sample
+
+
+def test_a_preset_has_its_own_steps_in_a_replay():
+    stored = build_request({"preset": "distill-4step"}).settings()
+    lora = str(REPO / "wan/assets/tiny/loras/distill-4step.safetensors")
+    again = build_request(replay_options(stored, {"preset": "distill-motion", "lora": lora}))
+    assert again.sample.steps == 6 and again.sample.denoising_step_list is None
 
 
 def test_another_solver_takes_the_presets_shift_along():

@@ -82,6 +82,12 @@ def test_the_language_and_a_first_frame_are_told(service):
     assert "English" in system and "begins with a picture" in system
 
 
+def test_what_a_terminal_would_obey_is_left_out(engine, service):
+    service.answer, events = "a \x1b[31m red\x00 circle\ud800", []
+    video = engine.generate(**QUICK, **service.options, on_event=events.append)
+    assert video.request.sample.prompt == "a [31m red circle"
+
+
 @pytest.mark.parametrize("answer, status", [("", 200), ("<think>for ever", 200), (None, 200), ("fine", 500)])
 def test_a_failure_leaves_the_prompt_with_a_warning(engine, service, answer, status):
     service.answer, service.status, events = answer, status, []

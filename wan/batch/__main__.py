@@ -17,6 +17,7 @@ end (exit code 1) and made again with --retry. With --grid or --sheet, sheet.png
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.batch.jobs import Job, Record, read_jobs, read_record, write_record
-from wan.batch.sheet import Cell, write_sheets
+from wan.batch.sheet import Cell, check_sheets, write_sheets
 from wan.cli import add_flags
 from wan.command import Parser, put, run_process
 from wan.errors import Cancelled, SwanError, UsageError, one_line, printable
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from wan.engines import Engines
 
 _ENDINGS = (".mp4", ".png")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MOST_LISTED = 20
 
 
@@ -82,6 +84,8 @@ class Batch:
         except Cancelled:
             raise
         except Exception as error:
+            if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # nor is there for any other job
+                raise
             line = one_line(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
             self.failed[job.name] = line
             write_record(self.folder, job.name, Record("failed", digest, error=line, options=job.options))
@@ -156,19 +160,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SwanError(f"--out: cannot make {printable(folder)}: {error.strerror}") from error
+    if args.grid or args.sheet:
+        check_sheets(folder)
     batch, started = Batch(folder, jobs), time.perf_counter()
     left = batch.left(args.retry)
     if left:
         _run(batch, left, args.quiet)
-    if args.grid or args.sheet:
-        columns = _columns(job.told for job in jobs)
-        write_sheets(folder, [Cell(job.name, batch.done.get(job.name), job.told) for job in jobs], columns)
     for name, error in list(batch.failed.items())[:_MOST_LISTED]:
         print(f"failed: {name}: {error}", file=sys.stderr)
     if len(batch.failed) > _MOST_LISTED:
         print(f"failed: {len(batch.failed) - _MOST_LISTED} more, see the .json files", file=sys.stderr)
     seconds = round(time.perf_counter() - started, 3)
     put(_summary(len(jobs), len(left), batch, seconds))
+    if args.grid or args.sheet:
+        columns = _columns(job.told for job in jobs)
+        write_sheets(folder, [Cell(job.name, batch.done.get(job.name), job.told) for job in jobs], columns)
     return 1 if batch.failed else 0
 
 

@@ -25,6 +25,7 @@ from wan.options.values import of_kind
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MOST_JOBS = 100_000
 _MOST_BYTES = 100_000_000
+_MOST_NAME_BYTES = 200  # with an ending and what a film adds to it, 255 are the most of usual file systems
 _NAME = re.compile(r"[\w][\w .=,()+-]{0,150}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
@@ -98,8 +99,10 @@ def read_jobs(source: str | None, common: Mapping[str, Any], grid: str | None) -
 
 
 def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value) or value.endswith((" ", ".")):
-        raise UsageError(f"{where}name must be a file name of letters, digits and .=,()+-, not {str(value)[:100]!r}")
+    is_name = isinstance(value, str) and _NAME.fullmatch(value) and len(os.fsencode(value)) <= _MOST_NAME_BYTES
+    if not is_name or value.endswith((" ", ".")) or value == "sheet":
+        told = "a file name of letters, digits and .=,()+-, of at most 200 bytes, but not sheet"
+        raise UsageError(f"{where}name must be {told}, not {str(value)[:100]!r}")
     return value
 
 
@@ -112,6 +115,7 @@ def _rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
                 told = picture.with_suffix(".txt")
                 prompt = {"prompt": _text(told).strip()} if told.is_file() else {}
                 stem = re.sub(r"[^\w.=,()+-]+", "_", picture.stem).strip("._") or "picture"
+                stem = "sheet_" if stem == "sheet" else stem
                 yield f"{printable(picture)}: ", {"name": stem, "image": str(picture), **prompt}
         return
     if not path.is_file():
@@ -120,6 +124,8 @@ def _rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(text), restkey="", strict=True)
         try:
+            if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+                raise UsageError(f"{name}, line 1: a flag is there twice")
             for row in rows:
                 if row.pop("", None):
                     raise UsageError(f"{name}, line {rows.line_num}: more values than flags in the first line")
@@ -129,7 +135,7 @@ def _rows(source: str) -> Iterable[tuple[str, dict[str, Any]]]:
         return
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UsageError(f"{name} must be a .jsonl or .csv file, or a folder of pictures")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines cuts within strings too
         if line.strip():
             where = f"{name}, line {number}: "
             try:

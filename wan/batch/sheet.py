@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wan.errors import SwanError
+from wan.errors import SwanError, UsageError, printable
 from wan.files import atomic
 from wan.video import open_video
 
+_NAMES, _TITLE = ("sheet.png", "sheet.html"), "Clips by Swan"
 _CELL_PX, _MOST_COLUMNS, _MOST_CELLS = 256, 8, 1000
 _LINE_PX, _FONT_PX, _GAP_PX = 18, 14, 8
 _STYLE = (
@@ -36,11 +37,31 @@ class Cell:
         return told if self.file else [*told, "failed"]
 
 
+def check_sheets(folder: Path) -> None:
+    """Raises UsageError where a sheet would take the place of a file that is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    for path in (folder / name for name in _NAMES if (folder / name).exists()):
+        try:
+            if path.suffix == ".png":
+                with Image.open(path) as picture:
+                    is_ours = picture.info.get("title") == _TITLE
+            else:
+                is_ours = f"<title>{_TITLE}</title>" in path.read_text(encoding="utf-8", errors="replace")[:1000]
+        except (OSError, UnidentifiedImageError):
+            is_ours = False
+        if not is_ours:
+            raise UsageError(f"{printable(path)} is there and of no batch: give another --out")
+
+
 def write_sheets(folder: Path, cells: Sequence[Cell], columns: int = 0) -> list[Path]:
     """sheet.png and sheet.html in a folder. columns: of the picture, 0: as many as fit. Atomic; raises SwanError."""
-    paths = [folder / "sheet.png", folder / "sheet.html"]
+    from PIL.PngImagePlugin import PngInfo
+
+    paths, about = [folder / name for name in _NAMES], PngInfo()
+    about.add_text("title", _TITLE)
     with atomic(paths[0]) as temporary:
-        _picture(cells[:_MOST_CELLS], columns).save(temporary, format="PNG")
+        _picture(cells[:_MOST_CELLS], columns).save(temporary, format="PNG", pnginfo=about)
     with atomic(paths[1]) as temporary:
         temporary.write_text(_page(cells), encoding="utf-8")
     return paths
@@ -101,5 +122,5 @@ def _page(cells: Sequence[Cell]) -> str:
                 f'<img src="{source}" alt="">' if is_picture else f'<video src="{source}" muted loop controls></video>'
             )
         figures.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
-    head = f'<!doctype html><meta charset="utf-8"><title>Swan</title><style>{_STYLE}</style>'
+    head = f'<!doctype html><meta charset="utf-8"><title>{_TITLE}</title><style>{_STYLE}</style>'
     return f"{head}<main>{''.join(figures)}</main>\n"

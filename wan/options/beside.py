@@ -10,6 +10,7 @@ from easydict import EasyDict
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.cache.options import POLICIES as CACHES
 from wan.options.names import GGUF_FLAGS, RCM_NAMES
+from wan.options.values import listed
 from wan.tasks import load_preset
 
 # What says how many steps there are, or where -> what of the other options that replaces.
@@ -21,13 +22,14 @@ _REPLACED = {
     "boundary": ("boundary_step_index",),
     "boundary_step_index": ("boundary",),
 }
+_STEPS = {*_REPLACED, "sigma_max"}
 
 
 def left_beside(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `options` that those `given`, none of them None, do not replace by what they mean."""
     left = dict(options)
     for one, replaced in _REPLACED.items():
-        if one in given:
+        if one in given and not (one == "sample_steps" and _says_the_same(left, given[one])):
             left = {name: value for name, value in left.items() if name not in replaced}
     if given.get("sample_solver", "") not in ("", left.get("sample_solver")):
         if given["sample_solver"] not in RCM_NAMES:
@@ -39,6 +41,17 @@ def left_beside(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     if any(given.get(name) and not left.get(name) for name in ("cache", *CACHES)):  # another, with its own settings
         left = {name: value for name, value in left.items() if name not in CACHE_OPTIONS}
     return left
+
+
+def without_steps(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that do not say which steps there are: beside a preset, which says it, they are left out."""
+    return {name: value for name, value in options.items() if name not in _STEPS}
+
+
+def _says_the_same(options: Mapping[str, Any], steps: Any) -> bool:
+    """Whether a list of steps has that many."""
+    listed_steps = options.get("denoising_step_list") or options.get("sigmas")
+    return listed_steps is not None and "phases" not in options and str(len(listed(listed_steps))) == str(steps)
 
 
 def with_preset(given: Mapping[str, Any], spec: EasyDict) -> dict[str, Any]:

@@ -35,6 +35,10 @@ def check_extend(at: Asked, name: str, given: Any) -> str | None:
             raise UsageError("--prompt_extend_url is for --prompt_extend_method api")
         return None
     url = or_default(given, os.environ.get("OPENAI_BASE_URL") or _API_URL)
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    try:
+        is_address = urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).hostname)
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise UsageError(f"--prompt_extend_url must be an address as {_API_URL}, not {url[:100]!r}")
     return url

@@ -20,6 +20,7 @@ from wan.options.names import (
     AREA_BELOW_720P,
     CACHE_FILES,
     DTYPE_NAMES,
+    LORA_FLAGS,
     MATMUL_NAMES,
     MAX_RANKS,
     OFFLOAD_NAMES,
@@ -168,6 +169,9 @@ def check_tile(value: Any, stride: int) -> int | None:
     return tile
 
 
+_BESIDE_MEASURED = ("sample_shift", "sample_guide_scale", "video", *LORA_FLAGS)
+
+
 def check_cache(at: Asked, steps: int, area: int, from_image: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the cache, and the coefficients that it needs."""
     spec = at.spec
@@ -180,6 +184,9 @@ def check_cache(at: Asked, steps: int, area: int, from_image: bool) -> tuple[dic
         found = check_coefficients(options, model, tuple(spec.get("experts", ["model"]))) if options else {}
     except ValueError as error:
         raise UsageError(str(error)) from error
+    changed = [name for name in _BESIDE_MEASURED if at.get[name] is not None]
+    if given["cache"] is not None and changed:
+        notes.append(f"--cache auto: it was measured without --{changed[0]}, beside which it may be worse")
     if options and "|" in (at.done["phases"] or ""):
         raise UsageError("a cache is for runs of one phase: --phases changes what it compares from step to step")
     if options:

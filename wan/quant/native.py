@@ -91,6 +91,8 @@ def norm_silu_native(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> bool:
     """RMS norm of the rows of bf16 `x` [rows, C], times fp32 `gamma` [C], perhaps SiLU, to `out`. False: no kernel."""
     if not (x.dtype == out.dtype == torch.bfloat16 and x.device.type == out.device.type == "cpu"):
         return False
+    if type(x) is not Tensor:  # a fake one has no memory
+        return False
     if not (x.is_contiguous() and out.is_contiguous()) or (library := _library()) is None:
         return False
     library.norm_silu(x.data_ptr(), gamma.data_ptr(), *x.shape, out.data_ptr(), silu)

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     _check_packages()
     from wan.serve.app import make_app
+    from wan.serve.refused import hide
     from wan.serve.service import Settings
     from wan.serve.store import Store
 
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     listening = _listen(args.host, whole(args.port, 0, "port", 0, 65535))
     with listening:
-        store, loras = Store(Path(args.data)), Loras(args.lora_dir)
+        data = Path(args.data).resolve()
+        hide(data)
+        store, loras = Store(data), Loras(args.lora_dir)
         url = _url(listening)
         app = make_app(settings, store, models, loras, lambda: put(json.dumps({"url": url, "models": list(models)})))
         _run(app, listening)

@@ -26,7 +26,7 @@ from wan.serve.guard import Guard
 from wan.serve.models import Loras, Model
 from wan.serve.refused import Refused, bad
 from wan.serve.service import Service, Settings
-from wan.serve.store import Job, Store
+from wan.serve.store import Job, NotWritten, Store
 
 _MOST_LISTED, _USUALLY_LISTED = 100, 20
 _BEAT_S = 15.0  # a line for those who watch, so that nothing between closes the connection
@@ -85,6 +85,8 @@ def _as_refused(error: Exception) -> Refused:
         return error
     if isinstance(error, HTTPException):
         return Refused(error.status_code, str(error.detail))
+    if isinstance(error, NotWritten):
+        return Refused(503, "nothing can be kept now: the disk may be full", "not_written", retry_s=30)
     if isinstance(error, SwanError):
         return Refused(400 if isinstance(error, UsageError) else 500, str(error))
     return Refused(500, f"internal error: {type(error).__name__}")
@@ -114,7 +116,7 @@ def _add_videos(app: FastAPI) -> None:
         service = service_of(request)
         if order not in ("asc", "desc"):
             raise bad("order", "order must be asc or desc")
-        if limit and not (limit.isascii() and limit.isdigit() and int(limit) <= 1_000_000):
+        if limit and not (limit.isascii() and limit.isdigit() and len(limit) <= 7):
             raise bad("limit", f"limit must be a whole number up to {_MOST_LISTED}")
         count = min(int(limit or _USUALLY_LISTED), _MOST_LISTED)
         try:

@@ -77,7 +77,7 @@ class Guard:
         if not is_loopback(_name(host)):
             raise Refused(403, "without keys only this machine may ask, by its own name: localhost", "host_refused")
         origin = headers.get("origin")
-        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self._origins and origin.partition("//")[2] != host:
             raise Refused(403, "pages of other origins may not ask", "origin_refused")
 
     def _check_size(self, headers: Headers) -> None:
@@ -113,8 +113,11 @@ def _too_large(most_bytes: int) -> Refused:
 
 
 def _name(host: str) -> str:
-    """Of a host and a port."""
-    return urlsplit(f"//{host}").hostname or ""
+    """Of a host and a port; "" for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

@@ -12,10 +12,11 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError, printable
 from wan.files import visible_files
-from wan.options import FLAGS, PART_OF, build_load
+from wan.options import FLAGS, PART_OF, build_load, build_sample
 from wan.options.beside import left_beside, with_preset
 from wan.options.config import read_table
 from wan.options.values import of_kind
+from wan.serve.refused import hide
 from wan.tasks import load_task
 from wan.tasks.kind import Kind
 from wan.tasks.kinds import kind_of
@@ -83,17 +84,24 @@ def read_models(path: str | None, common: Mapping[str, Any], ranks: int = 1) -> 
 
 def _model(name: str, options: Mapping[str, Any], ranks: int) -> Model:
     options = {flag: of_kind(value, flag, FLAGS[flag].kind) for flag, value in options.items() if value is not None}
-    task = build_load({flag: value for flag, value in options.items() if PART_OF[flag] == "load"}, ranks).task
-    return Model(name or task, options, task)
+    load = build_load({flag: value for flag, value in options.items() if PART_OF[flag] == "load"}, ranks)
+    model = Model(name or load.task, options, load.task)
+    if not model.kind.inputs and ranks == 1:  # else what a video is made from is not here yet
+        build_sample(
+            {flag: value for flag, value in model.merged({"prompt": "a"}).items() if PART_OF[flag] == "sample"}, load
+        )
+    return model
 
 
 class Loras:
     """LoRAs that a request may name: files of one folder, as they are there now."""
 
     def __init__(self, folder: str | None):
-        self._folder = None if folder is None else Path(folder)
+        self._folder = None if folder is None else Path(folder).resolve()
         if self._folder is not None and not self._folder.is_dir():
             raise UsageError(f"--lora_dir: no folder {printable(folder)}")
+        if self._folder is not None:
+            hide(self._folder)
 
     def names(self) -> dict[str, Path]:
         """Files by their names without an ending."""

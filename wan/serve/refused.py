@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 _PATH = re.compile(r"(?<![\w.:/*~-])~?(?:/[^\s/'\";,:()]+)*/(?=[^\s/'\";,:()])")
+_HIDDEN: set[str] = set()
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -27,7 +29,8 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = without_paths(str(self))
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        param = self.param and self.param.encode("utf-8", "replace").decode()
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 def bad(param: str | None, message: str, code: str = "invalid_value") -> Refused:
@@ -37,4 +40,11 @@ def bad(param: str | None, message: str, code: str = "invalid_value") -> Refused
 
 def without_paths(text: str) -> str:
     """A message with the names of files, but not of the folders they are in."""
-    return _PATH.sub("", text)
+    for folder in sorted(_HIDDEN, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(folder)}(?:[^\s/'\";,:()]+/)*", "", text)
+    return _PATH.sub("", text.encode("utf-8", "replace").decode())
+
+
+def hide(folder: Path) -> None:
+    """From now on no message names this folder: it may have blanks in its name."""
+    _HIDDEN.add(f"{folder}/")

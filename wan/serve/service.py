@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -19,7 +20,7 @@ from wan.serve.metrics import Metrics
 from wan.serve.models import Loras, Model
 from wan.serve.pictures import SHEET, THUMBNAIL
 from wan.serve.refused import Refused, bad, without_paths
-from wan.serve.store import Job, KeyTaken, Store
+from wan.serve.store import Job, KeyTaken, NotWritten, Store
 from wan.serve.workers import Workers, say
 
 _SWEEP_S = 20.0
@@ -93,7 +94,8 @@ class Service:
         """Queue what a request asks for, once its files are here and it can be made. Raises Refused."""
         if key is not None and not (0 < len(key) <= _MOST_KEY and key.isprintable()):
             raise bad("Idempotency-Key", f"an idempotency key has 1 to {_MOST_KEY} letters")
-        self._check_room()
+        if key is None or self.store.by_key(key) is None:
+            self._check_room()
         self._accepting += 1
         id, folder = self.store.new_folder()
         try:
@@ -208,7 +210,8 @@ class Service:
             keep = self.settings.keep_s
             before = None if keep is None else time.time() - keep
             for id in self.store.outdated(before, self.settings.keep_bytes):
-                self.store.delete(id)
+                with contextlib.suppress(NotWritten):  # the disk is full: its files go first, the row another time
+                    self.store.delete(id)
                 self._free(id)
             await asyncio.to_thread(self.store.checkpoint)
 

@@ -82,6 +82,10 @@ class KeyTaken(Exception):
         self.job = job
 
 
+class NotWritten(SwanError):
+    """A row was not written, for want of space most often."""
+
+
 class Store:
     """The jobs in a folder, which one server uses at a time. Used by one thread.
 
@@ -160,9 +164,10 @@ class Store:
         """Queue a job. Raises KeyTaken."""
         about = json.dumps({name: getattr(job, name) for name in _ABOUT})
         try:
-            self._rows.execute(
+            size = _bytes_in(self._jobs / job.id)
+            self._write(
                 "INSERT INTO jobs (id, state, created_at, key, bytes, about) VALUES (?, 'queued', ?, ?, ?, ?)",
-                (job.id, time.time(), job.key, _bytes_in(self._jobs / job.id), about),
+                *(job.id, time.time(), job.key, size, about),
             )
         except sqlite3.IntegrityError:
             if job.key is None or (there := self.by_key(job.key)) is None:
@@ -201,14 +206,19 @@ class Store:
         [(total,)] = self._rows.execute("SELECT coalesce(sum(bytes), 0) FROM jobs")
         return total
 
+    def _write(self, statement: str, *values: Any) -> None:
+        """Raises NotWritten."""
+        try:
+            self._rows.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise NotWritten(f"--data: what becomes of jobs cannot be written ({error})") from error
+
     def start(self, job: Job) -> None:
-        self._rows.execute("UPDATE jobs SET state='in_progress' WHERE id=?", (job.id,))
+        self._write("UPDATE jobs SET state='in_progress' WHERE id=?", job.id)
 
     def queue_again(self, id: str, died: bool = False) -> None:
         """What ran is to run again, in its old place; died: the process that made it has, of itself."""
-        self._rows.execute(
-            "UPDATE jobs SET state='queued', deaths=deaths+? WHERE id=? AND state='in_progress'", (int(died), id)
-        )
+        self._write("UPDATE jobs SET state='queued', deaths=deaths+? WHERE id=? AND state='in_progress'", int(died), id)
 
     def finish(self, id: str, file: str, report: Mapping[str, Any]) -> Job | None:
         """Its file is there. None: the job is not any more."""
@@ -221,15 +231,16 @@ class Store:
 
     def _end(self, job: Job, state: str, **more: Any) -> Job | None:
         about = {name: getattr(job, name) for name in _ABOUT} | more
-        self._rows.execute(
+        size = _bytes_in(self._jobs / job.id)
+        self._write(
             "UPDATE jobs SET state=?, completed_at=?, bytes=?, about=? WHERE id=?",
-            (state, time.time(), _bytes_in(self._jobs / job.id), json.dumps(about), job.id),
+            *(state, time.time(), size, json.dumps(about), job.id),
         )
         return self.get(job.id)
 
     def delete(self, id: str) -> None:
         """The row; its files are removed by `remove_folder`, or when the server starts again."""
-        self._rows.execute("DELETE FROM jobs WHERE id=?", (id,))
+        self._write("DELETE FROM jobs WHERE id=?", id)
 
     def outdated(self, before: float | None, most_bytes: int | None) -> list[str]:
         """Ids of jobs to be deleted: those that ended before a time, then the oldest ones that ended while all take

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,10 +23,11 @@ from wan.serve.child import Child, Message
 from wan.serve.metrics import Metrics
 from wan.serve.models import Model
 from wan.serve.refused import Refused, without_paths
-from wan.serve.store import MOST_DEATHS, Job, Store
+from wan.serve.store import MOST_DEATHS, Job, NotWritten, Store
 
 CHECK_S = 60.0  # for one request; whatever takes longer is no honest file
 START_S = 120.0  # until a request that waits for the first process is told to come again
+WRITE_AGAIN_S = 5.0  # what the full disk did not take
 AGAIN_S, MOST_AGAIN_S = 0.5, 60.0  # before a process that has ended is started again, doubled each time
 _SHARE = {"encode": (0, 5), "load": (5, 10), "denoise": (10, 90), "decode": (90, 99)}  # percent, of usual runs
 _MOST_WAITING = 100  # events that a slow reader has not taken yet
@@ -145,7 +147,11 @@ class Workers:
                 self._ended(self.store.fail(job.id, "model_not_found", f"there is no such model {job.model} any more"))
                 continue
             worker = max(free, key=lambda one: job.model in one.models)
-            self.store.start(job)
+            try:
+                self.store.start(job)
+            except NotWritten as error:
+                self._try_again(error, self.give_out)
+                return
             worker.job, worker.is_cancelled = job, False
             worker.models.add(job.model)
             self.progress[job.id] = Progress(job.facts.get("expected_seconds", 0.0))
@@ -276,11 +282,27 @@ class Workers:
             self.progress.pop(id, None)
             self._on_free(id)
         elif "done" in message:
-            self._ended(self.store.finish(id, message["done"], message["report"]))
+            self._save(lambda: self.store.finish(id, message["done"], message["report"]))
         else:
             code = message.get("code", "generation_failed")
-            self._ended(self.store.fail(id, code, message.get("failed", "cancelled")))
+            self._save(lambda: self.store.fail(id, code, message.get("failed", "cancelled")))
         self.give_out()
+
+    def _save(self, change: Callable[[], Job | None]) -> None:
+        """Write what became of a job, now or as soon as it can be written; a job that is over by that has ended."""
+        if self._is_closing:
+            return
+        try:
+            job = change()
+        except NotWritten as error:
+            self._try_again(error, lambda: self._save(change))
+            return
+        self._ended(job)
+        self.give_out()
+
+    def _try_again(self, error: NotWritten, work: Callable[[], None]) -> None:
+        self._say(f"error: {error}; it is tried again")
+        asyncio.get_running_loop().call_later(WRITE_AGAIN_S, lambda: self._is_closing or work())
 
     def _worker_ended(self, worker: Worker, group: list[Child], code: int) -> None:
         """One of its processes has. Its job is tried again, unless it has ended several workers."""
@@ -296,12 +318,13 @@ class Workers:
             self.progress.pop(job.id, None)
             self._on_free(job.id)
         elif job is not None:
-            self.store.queue_again(job.id, died=True)
+            died = code != -signal.SIGTERM  # else somebody has ended it, who most likely ends the server too
             self.progress.pop(job.id, None)
-            if job.deaths + 1 >= MOST_DEATHS:
+            if died and job.deaths + 1 >= MOST_DEATHS:
                 told = "the process that made this video has ended, most likely for want of memory"
-                self._ended(self.store.fail(job.id, "worker_died", told))
+                self._save(lambda: self.store.fail(job.id, "worker_died", told))
             else:
+                self._save(lambda: self.store.queue_again(job.id, died))
                 self._publish(job.id, {"event": "queued"})
         self._later(worker.failures, lambda: self._start_worker(worker))
 

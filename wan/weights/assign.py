@@ -173,7 +173,7 @@ class ModelWeights:
         """Into the model, on the device: whatever is computed is computed there."""
         old = _get(self._model, slot.aliases[0])
         stored = self._bring(slot.stored, where, upload) if stored is None else stored
-        if change and not slot.packed:
+        if change and not slot.packed and isinstance(old, nn.Parameter):  # no buffer
             changed = change(slot.aliases[0], slot.stored, own_rows(old) if self._is_shared(old) else None, stored)
             stored = stored if changed is None else changed
         stored = stored.to(where)

@@ -220,11 +220,11 @@ def _find_in(root: Path, part: str, spec: Mapping[str, Any]) -> Any:
         found = weight_files(folder) if folder.is_dir() else []
         looked_for = f"{spec['experts'][part]}/*.safetensors"
     elif part == "wav2vec":
-        folder = root / spec["files"][part]
+        folder = _official(root, spec, part)
         found = weight_files(folder) if folder.is_dir() else []
         looked_for = f"{spec['files'][part]}/"
     else:
-        official = root / spec["files"][part]
+        official = _official(root, spec, part)
         same = [official.with_suffix(suffix) for suffix in (official.suffix, *WEIGHT_SUFFIXES)]
         found = [path for path in same if path.is_file()][:1] or _quantised_twins(root, part, spec)
         if len(found) > 1:
@@ -274,21 +274,30 @@ def _named_expert(root: Path, part: str) -> list[Path]:
     return found
 
 
+def _official(root: Path, spec: Mapping[str, Any], part: str) -> Path:
+    """Where a part lies by its task. An embedded task takes some from the folder of another one (../NAME/FILE), where
+    that is there; a folder that was converted from it has them all."""
+    name = Path(spec["files"][part])
+    if name.parts[0] == ".." and not (root / name).parent.is_dir():
+        name = Path(*name.parts[2:])
+    return root / name
+
+
 def _quantised_twins(root: Path, part: str, spec: Mapping[str, Any]) -> list[Path]:
     """Files of LightX2V in place of an official encoder: `X-fp8.pth` or `X-int8.pth` for `X-bf16.pth` or `X.pth`."""
     if part not in _TWINS or part not in spec["files"]:
         return []
-    official = root / spec["files"][part]
+    official = _official(root, spec, part)
     stem = official.stem.removesuffix("-bf16")
     return [path for path in visible_files(official.parent, f"{stem}-*") if path.suffix in WEIGHT_SUFFIXES]
 
 
 def _find_tokenizer(root: Path, spec: Mapping[str, Any]) -> Path:
-    folders = [root / spec["files"]["tokenizer"], root / _DIFFUSERS["tokenizer"]]
+    folders = [_official(root, spec, "tokenizer"), root / _DIFFUSERS["tokenizer"]]
     for folder in folders:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
-    looked_for = " and ".join(f"{folder.relative_to(root)}/" for folder in folders)
+    looked_for = " and ".join(f"{os.path.relpath(folder, root)}/" for folder in folders)
     raise _missing(root, "tokenizer", f"{looked_for} with {' or '.join(TOKENIZER_FILES)}")
 
 
