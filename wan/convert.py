@@ -225,9 +225,8 @@ def _find_copies(checkpoint: Path) -> dict[str, Path]:
         return {}
     patterns = ("models_clip*", "image_encoder", "wav2vec2*", "audio_encoder")
     found = {path.name: path for pattern in patterns for path in checkpoint.glob(pattern)}
-    for name in _TOKENIZERS[:2]:
-        if (checkpoint / name).is_dir():
-            found.setdefault(_TOKENIZERS[0], checkpoint / name)
+    if (tokenizer := _located(checkpoint).tokenizer) is not None:
+        found[_TOKENIZERS[0]] = tokenizer
     return found
 
 

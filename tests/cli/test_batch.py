@@ -1,6 +1,8 @@
 """python -m wan.batch: many videos by one command."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from PIL import Image
 from wan import engine
 from wan.batch.__main__ import main as batch
 from wan.command import run_command
+from wan.errors import SwanError
 from wan.media import read_settings
 
 QUICK = ["--frame_num", "1", "--sample_steps", "1", "--device", "cpu", "--quiet"]
@@ -93,6 +96,19 @@ def test_failures_are_kept_listed_and_retried(tmp_path, capsys, calls):
     lines(jobs, {"seed": 1}, {"seed": 2, "frame_num": 5}, {"seed": 3})
     assert run(jobs, "--out", tmp_path / "o", "--retry", *QUICK) == 0
     assert [one.sample.seed for one in calls] == [2]
+
+
+def test_a_full_disk_ends_it_and_no_job_is_failed(tmp_path, capsys, monkeypatch):
+    def full(path, *_):
+        raise SwanError(f"cannot write {path}: Error closing file: {os.strerror(errno.ENOSPC)}")
+
+    jobs = lines(tmp_path / "j.jsonl", {"seed": 1}, {"seed": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Video, "write", full)
+        assert run(jobs, "--out", tmp_path / "o", *QUICK) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write") and error.count("\n") == 1 and made(tmp_path / "o") == []
+    assert run(jobs, "--out", tmp_path / "o", *QUICK) == 0
 
 
 def test_jobs_that_load_the_same_come_together(tmp_path, calls):

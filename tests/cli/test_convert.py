@@ -22,6 +22,8 @@ from tests.unit.weight_helpers import DictSource
 from wan.convert import find_parts, find_weights, main, tokenizer_metadata
 from wan.errors import SwanError, UsageError
 from wan.files import atomic
+from wan.tasks import load_task
+from wan.weights.locate import locate
 from wan.weights.source import open_source
 from wan.weights.write.export import export_gguf
 
@@ -589,7 +591,7 @@ def test_what_a_killed_converter_left_is_removed(checkpoint, tmp_path):
 def test_video_from_a_folder(tmp_path, capsys, flags, monkeypatch):
     """The embedded model, quantised, through the command line: the same video with packed and dequantised weights."""
     from wan import cli
-    from wan.tasks import embedded_checkpoint, load_task
+    from wan.tasks import embedded_checkpoint
 
     monkeypatch.chdir(tmp_path)
     source = embedded_checkpoint(load_task("t2v-tiny"))
@@ -610,3 +612,12 @@ def test_video_from_a_folder(tmp_path, capsys, flags, monkeypatch):
     files = ["--dit", "out", "--gguf", str(gguf_file)]
     assert cli.main([*run, *files]) == 2
     assert "both name a file for the same component" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["i2v-tiny", "s2v-tiny"])
+def test_a_folder_of_an_embedded_model_has_all_that_it_takes(task, tmp_path, capsys):
+    """Which has its VAE and tokenizer from the folder of another one."""
+    source = REPO / load_task(task).checkpoint
+    assert main(["--to", "fp8", "--checkpoint-dir", str(source), "--output-dir", str(tmp_path / "f"), "--quiet"]) == 0
+    found = locate(tmp_path / "f", load_task(task))
+    assert all(path.is_relative_to(tmp_path / "f") for path in (found.tokenizer, *found.vae, *found.t5))

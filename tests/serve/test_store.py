@@ -5,7 +5,7 @@ import time
 import pytest
 
 from wan.errors import SwanError
-from wan.serve.store import Job, KeyTaken, Store
+from wan.serve.store import Job, KeyTaken, NotWritten, Store
 
 FACTS = {"frames": 1, "fps": 8, "width": 64, "height": 64}
 
@@ -27,6 +27,22 @@ def add(store, key=None, digest=""):
 def finish(store, job):
     (store.folder_of(job.id) / "video.mp4").write_bytes(b"v" * 900)
     return store.finish(job.id, "video.mp4", {"seconds": {}})
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path):
+    store = Store(tmp_path / "d")
+    id, _ = store.new_folder()
+    store.add(Job(id, "m", {}))
+    [(pages,)] = store._rows.execute("PRAGMA page_count")
+    store._rows.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(NotWritten, match="cannot be written"):
+        for _ in range(1000):
+            other, _ = store.new_folder()
+            store.add(Job(other, "m", {"prompt": "a" * 1000}))
+    assert store.get(id).state == "queued"
+    store._rows.execute("PRAGMA max_page_count=1000000")
+    store.start(store.get(id))
+    assert store.finish(id, "video.mp4", {}).state == "completed"
 
 
 def test_order_and_pages(store):

@@ -59,6 +59,12 @@ def test_a_preset_has_its_own_steps_in_a_replay():
     assert again.sample.steps == 6 and again.sample.denoising_step_list is None
 
 
+def test_cache_auto_doubts_what_it_was_not_measured_with():
+    request = build_request({"cache": "auto", "sample_shift": 2})
+    assert [line for line in request.warnings if "was measured without --sample_shift" in line]
+    assert not [line for line in build_request({"cache": "auto"}).warnings if "measured without" in line]
+
+
 def test_another_solver_takes_the_presets_shift_along():
     assert build_request({"preset": "distill-4step", "sample_solver": "rcm"}).sample.shift == 5  # its steps are listed
     sample = build_request({"preset": "rcm-4step", "sample_solver": "euler"}).sample

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -84,7 +85,7 @@ class Batch:
         except Cancelled:
             raise
         except Exception as error:
-            if getattr(error.__cause__, "errno", None) in _NO_ROOM:  # nor is there for any other job
+            if any(os.strerror(code) in str(error) for code in _NO_ROOM):  # nor is there for any other job
                 raise
             line = one_line(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
             self.failed[job.name] = line

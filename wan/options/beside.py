@@ -43,15 +43,20 @@ def left_beside(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     return left
 
 
-def without_steps(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that do not say which steps there are: beside a preset, which says it, they are left out."""
-    return {name: value for name, value in options.items() if name not in _STEPS}
-
-
 def _says_the_same(options: Mapping[str, Any], steps: Any) -> bool:
     """Whether a list of steps has that many."""
     listed_steps = options.get("denoising_step_list") or options.get("sigmas")
     return listed_steps is not None and "phases" not in options and str(len(listed(listed_steps))) == str(steps)
+
+
+def beside(
+    options: Mapping[str, Any], given: Mapping[str, Any], spec: EasyDict
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is left of earlier options beside those `given`, and these with their preset's, which says the steps."""
+    if "preset" in given:
+        options = {name: value for name, value in options.items() if name not in _STEPS}
+    given = with_preset(given, spec)
+    return left_beside(options, given), given
 
 
 def with_preset(given: Mapping[str, Any], spec: EasyDict) -> dict[str, Any]:

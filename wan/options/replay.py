@@ -11,7 +11,7 @@ from typing import Any
 
 from wan.errors import SwanError, UsageError, printable
 from wan.options import FLAGS, STORED
-from wan.options.beside import left_beside, with_preset, without_steps
+from wan.options.beside import beside
 from wan.options.names import DEFAULT_TASK, LORA_FLAGS, STORED_FILES, STORED_PICTURES
 from wan.options.values import of_kind
 from wan.pictures import image_sha256
@@ -44,10 +44,7 @@ def replay_options(
     if "first_frame" in given:
         given.setdefault("image", given.pop("first_frame"))
     spec = load_task(given.get("task", options.get("task", DEFAULT_TASK)))
-    if "preset" in given:
-        options = without_steps(options)
-    given = with_preset(given, spec)
-    options = left_beside(options, given)
+    options, given = beside(options, given, spec)
     if lost := [name for name in settings.get("in_memory", []) if name not in given]:
         raise UsageError(f"the video was made from a picture in memory, which is in no file: give it with --{lost[0]}")
     named = {name: value for name, value in options.items() if name not in given}

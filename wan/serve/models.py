@@ -13,7 +13,7 @@ from easydict import EasyDict
 from wan.errors import SwanError, UsageError, printable
 from wan.files import visible_files
 from wan.options import FLAGS, PART_OF, build_load, build_sample
-from wan.options.beside import left_beside, with_preset
+from wan.options.beside import beside, with_preset
 from wan.options.config import read_table
 from wan.options.values import of_kind
 from wan.serve.refused import hide
@@ -43,10 +43,10 @@ class Model:
 
     def merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a video, of which those `given` are a request's. Raises UsageError for an unknown preset."""
-        given, usual = with_preset(given, self.spec), with_preset(self.options, self.spec)
+        usual, given = beside(with_preset(self.options, self.spec), given, self.spec)
         if given.get("use_prompt_extend") is False:
             usual = {name: value for name, value in usual.items() if not name.startswith("prompt_extend_")}
-        options = left_beside(usual, given) | given
+        options = usual | given
         options.pop("preset", None)  # what it says is there
         return options
 

@@ -15,7 +15,7 @@ from wan.compat.lightx2v.keys import KEYS
 from wan.compat.lightx2v.models import model_class, task_of
 from wan.errors import SwanError, UsageError
 from wan.options import FLAGS, PART_OF
-from wan.options.beside import left_beside, with_preset
+from wan.options.beside import beside
 from wan.options.files import told_task
 from wan.options.schema import of_kinds
 from wan.tasks import load_task
@@ -87,8 +87,7 @@ def translate(
         raise renamed(error, {flag: keys for flag, keys in at.names().items() if flag not in given}, places) from None
     for part in parts.PARTS:
         options |= part(at, spec)
-    given = with_preset(given, spec)
-    options = left_beside({flag: value for flag, value in options.items() if value is not None}, given)
+    options, given = beside({flag: value for flag, value in options.items() if value is not None}, given, spec)
     said = parts.schemes(at, spec)
     _tell_model(at, spec)
     notes = tuple(at.unused())
