@@ -147,8 +147,8 @@ class Engine:
 
     @property
     def held_bytes(self) -> int:
-        """Of the models that are loaded now."""
-        return self._pipe.held_bytes()
+        """Of the models that are loaded now, but for what stays in files: the system takes that back if it must."""
+        return self._pipe.taken_bytes()
 
     def plan(self, **options: Any) -> dict[str, Any]:
         """What a video would take, with the memory that there is now: see `wan.plan.make_plan`."""

@@ -3,6 +3,7 @@
 import os
 import struct
 import tracemalloc
+from functools import partial
 
 import gguf
 import numpy as np
@@ -27,6 +28,7 @@ from tests.unit.gguf_helpers import (
 from wan.errors import SwanError
 from wan.models.dit import WanModel
 from wan.quant.ggml import BY_ID, BY_NAME, has_bad_scales
+from wan.quant.native import has_bad_scales_native
 from wan.weights.assign import load_weights
 from wan.weights.containers.gguf_header import GGUFArray
 from wan.weights.source import open_source
@@ -308,7 +310,7 @@ def test_infinite_and_nan_scales(tmp_path, name, offset):
         else:
             blocks[-1, offset : offset + 2] = bits & 0xFF, bits >> 8
         source = open_source(write_gguf(tmp_path / "x.gguf", {"good": np.zeros(1, np.float32), "bad": (name, rows)}))
-        for use in (source.read, source.packed):
+        for use in (source.read, source.packed, partial(source.packed, mapped=True)):
             with pytest.raises(SwanError, match="tensor bad has blocks with infinite or NaN scales: .* damaged"):
                 use("bad")
         assert source.read("good").item() == 0
@@ -325,6 +327,7 @@ def test_scales_are_where_dequantisation_finds_them(name):
         weights = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
     bad = [has_bad_scales(torch.from_numpy(block), one) for block in blocks]
     assert bad == [not np.isfinite(row).all() for row in weights] and 0 < sum(bad) < 500
+    assert bad == [has_bad_scales_native(torch.from_numpy(block), one) for block in blocks]
 
 
 # Refusing

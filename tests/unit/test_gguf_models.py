@@ -1,9 +1,5 @@
 """Models from GGUF files: the same numbers whether weights stay packed or not, mapped files, folded tensors."""
 
-import copy
-import os
-import shutil
-
 import gguf
 import pytest
 import torch
@@ -136,49 +132,3 @@ def test_a_quantised_folded_patch_embedding(tmp_path, stream, true_shape, axes):
     assert isinstance(model.blocks[0].self_attn.q, QuantLinear) is stream
     expected = dequantised(path).read("patch_embedding.weight")
     assert torch.equal(model.patch_embedding.weight, expected.reshape(patch.shape))
-
-
-def streamed(tmp_path):
-    """A small transformer whose weights stay in its file, the file, and a call of it."""
-    spec = shrunk("t2v-1.3B")
-    spec.dit.update(dim=64, num_heads=2)
-    path = tmp_path / "model.gguf"
-    export_gguf(DictSource(dit_state(spec)), path, "Q8_0")
-    with torch.device("meta"):
-        model = WanModel(**spec.dit)
-    load_weights(model, open_source(path), "dit", dtype=torch.float32, stream=True)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 16, 1, 8, 8, generator=generator)
-    context = torch.randn(1, 5, spec.dit.text_dim, generator=generator)
-    return model, path, lambda model: model(x, torch.tensor([500]), context)
-
-
-def test_mapped_weights_of_a_file_that_is_cut(tmp_path):
-    """An error, and not SIGBUS, which would end the process."""
-    model, path, call = streamed(tmp_path)
-    with torch.inference_mode():
-        call(model)
-        size = path.stat().st_size
-        os.truncate(path, size - 5000)
-        with pytest.raises(
-            SwanError, match=f"cut from {size:,} to {size - 5000:,} bytes while its weights were in use"
-        ):
-            call(model)
-
-
-@pytest.mark.parametrize("change", [os.remove, lambda path: os.replace(shutil.copy(path, f"{path}2"), path), os.utime])
-def test_mapped_weights_survive_other_changes(tmp_path, change):
-    model, path, call = streamed(tmp_path)
-    with torch.inference_mode():
-        before = call(model)
-        change(path)
-        assert torch.equal(call(model), before)
-
-
-def test_a_copy_of_a_mapped_model_needs_no_file(tmp_path):
-    model, path, call = streamed(tmp_path)
-    copied = copy.deepcopy(model)
-    with torch.inference_mode():
-        before = call(model)
-        os.truncate(path, 100)
-        assert torch.equal(call(copied), before)

@@ -41,6 +41,7 @@ from wan.quant.scratch import free_scratch, return_freed_memory
 from wan.stage_checks import StageChecks
 from wan.weights.assign import load_weights
 from wan.weights.checkpoint import Checkpoint
+from wan.weights.containers.mapped import in_file_bytes
 from wan.weights.infer import vae_config
 from wan.weights.lora import Lora, set_loras
 
@@ -139,8 +140,7 @@ class Residency:
         """
         decided = ("device", "dtype", "auto_dtype", "t5_dtype", "auto_t5_dtype", "matmul", "checkpoint")
         request = request.changed(**{name: getattr(self.load, name) for name in decided})
-        held_bytes = self.held_bytes() + beside
-        held = Held(**{"ram" if self.device.type == "cpu" else "device": held_bytes})
+        held = Held(**{"ram" if self.device.type == "cpu" else "device": self.taken_bytes() + beside})
         check_encodes(request, self.spec)
         machine = measure(self.device, request, self.spec, self.parallel.local_size, held)
         machines = self.parallel.gather_objects(machine)
@@ -234,6 +234,13 @@ class Residency:
         here = [name for name in self._used if name != but and (name in self._models or name in self.experts)]
         rows = self.plan.get("weights", ())
         return sum(row["bytes"] for row in rows if row["component"] in here and row["where"] != "disk")
+
+    def taken_bytes(self) -> int:
+        """Of these, what is not free: weights that lie in files are, as the system counts."""
+        if self.device.type != "cpu":
+            return self.held_bytes()
+        models = [*self._models.values(), *self._loaded.values()]
+        return max(0, self.held_bytes() - sum(in_file_bytes(model) for model in models))
 
     def _let_go(self, name: str) -> None:
         self._used.pop(name, None)

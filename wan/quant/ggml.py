@@ -105,14 +105,14 @@ def has_bad_scales(blocks: torch.Tensor, type: GGMLType) -> bool:
     blocks = blocks.view(-1, type.block_bytes)
     # Slices stay in the cache and below the size from which torch starts threads of its own.
     return any(
-        _all_ones(part, masks).any().item() for masks in _scale_masks(type) for part in blocks.split(_CHECKED_BLOCKS)
+        _all_ones(part, masks).any().item() for masks in scale_masks(type) for part in blocks.split(_CHECKED_BLOCKS)
     )
 
 
 _CHECKED_BLOCKS = 16_384
 
 
-def _scale_masks(type: GGMLType) -> list[tuple[tuple[int, int], ...]]:
+def scale_masks(type: GGMLType) -> list[tuple[tuple[int, int], ...]]:
     """For each scale the bytes and the bits in them that are all ones if it is infinite or NaN."""
     if type.name == "MXFP4":  # E8M0: NaN, or so large that weights overflow
         return [((0, 0xFC),)]

@@ -373,6 +373,18 @@ int dequantize(int type, bytes in, int64_t blocks, void *out, int format) {
     return 0;
 }
 
+/* Whether in one of the blocks the bits of a mask are all ones, in one byte and in another. masks: byte, bits, other
+ * byte, its bits, for each scale. */
+int bad_scales(bytes in, int64_t blocks, int64_t block_bytes, const uint8_t *restrict masks, int count) {
+    int found = 0;
+    for (int64_t i = 0; i < blocks; i++, in += block_bytes)
+        for (int j = 0; j < count; j++) {
+            const uint8_t *mask = masks + 4 * j;
+            found |= (in[mask[0]] & mask[1]) == mask[1] && (in[mask[2]] & mask[3]) == mask[3];
+        }
+    return found;
+}
+
 /* Rows of codes and scales: weight = code * scale (* row scale) (+ offset), see schemes.py. Where the parts of a row
  * begin, in bytes, or -1 for one that it does not have. `codes` and `scales`: the number that each byte, or code of
  * fewer bits, stands for. */

@@ -21,6 +21,7 @@ from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
 from wan.quant.wide import is_narrow, keep_narrow
+from wan.weights.containers.mapped import Guard, guard_uses
 from wan.weights.containers.opened import READERS
 from wan.weights.in_turn import in_turn
 from wan.weights.infer import looks_like, our_names, tensor_info
@@ -39,7 +40,7 @@ class _Slot:
     packed: bool
 
 
-_Read = tuple[_Slot, torch.device, torch.Tensor | PackedTensor | None]
+_Read = tuple[_Slot, torch.device, "torch.Tensor | PackedTensor | None", "Guard | None"]
 Change = Callable[[str, str | Rows, Span | None, torch.Tensor | PackedTensor], torch.Tensor | None]
 
 
@@ -131,19 +132,33 @@ class ModelWeights:
         for slot, (size_bytes, _) in zip(self._slots, self.reads(), strict=True):
             where = place(slot.aliases[0])
             if upload is not None and where.type == upload.kind and self._is_uploaded(slot):
-                yield 0, partial(tuple, (slot, where, None))  # read in its turn, by the thread that enqueues its copies
+                yield (
+                    0,
+                    partial(tuple, (slot, where, None, None)),
+                )  # read in its turn, by the thread that enqueues its copies
             elif where.type != "meta":
                 yield size_bytes, partial(self._read, slot, where)
 
     def _read(self, slot: _Slot, where: torch.device) -> _Read:
-        """A weight, or the rows of it that this rank keeps, as the file has them."""
+        """A weight, or the rows of it that this rank keeps, as the file has them; on a CPU it can stay in the file."""
         old = _get(self._model, slot.aliases[0])
         shared = self._is_shared(old)
-        rows = own_rows(old) if shared else None
-        if not slot.packed:
-            return slot, where, read_stored(self._source, slot.stored, tuple(old.shape), rows)
-        # On a CPU, weights that stay packed can stay in the file.
-        return slot, where, self._source.packed(slot.stored, mapped=not shared and where.type == "cpu", rows=rows)
+        rows, stays = own_rows(old) if shared else None, not shared and where.type == "cpu"
+        if slot.packed:
+            return slot, where, self._source.packed(slot.stored, mapped=stays, rows=rows), None
+        if stays and (there := self._in_file(slot)):
+            return slot, where, *there
+        return slot, where, read_stored(self._source, slot.stored, tuple(old.shape), rows), None
+
+    def _in_file(self, slot: _Slot) -> tuple[torch.Tensor, Guard] | None:
+        """A whole matrix that the model has as the file has it, of a layer that can look before it is used."""
+        path, _, leaf = slot.aliases[0].rpartition(".")
+        layer, is_whole = self._model.get_submodule(path), isinstance(slot.stored, str)
+        if leaf != "weight" or not isinstance(layer, (nn.Linear, nn.Embedding)) or not is_whole:
+            return None
+        if self._source.block_type(slot.stored) or self._source.info(slot.stored).dtype != slot.dtype:
+            return None
+        return self._source.in_file(slot.stored)
 
     def _is_uploaded(self, slot: _Slot) -> bool:
         """Whether it is a whole tensor that lies in one piece."""
@@ -167,6 +182,7 @@ class ModelWeights:
         slot: _Slot,
         where: torch.device,
         stored: torch.Tensor | PackedTensor | None,
+        guard: Guard | None,
         change: Change | None,
         upload: Upload | None,
     ) -> None:
@@ -175,11 +191,13 @@ class ModelWeights:
         stored = self._bring(slot.stored, where, upload) if stored is None else stored
         if change and not slot.packed and isinstance(old, nn.Parameter):  # no buffer
             changed = change(slot.aliases[0], slot.stored, own_rows(old) if self._is_shared(old) else None, stored)
-            stored = stored if changed is None else changed
-        stored = stored.to(where)
+            stored, guard = (stored, guard) if changed is None else (changed, None)
+        stored, layer = stored.to(where), self._model.get_submodule(slot.aliases[0].rpartition(".")[0])
+        if guard is not None:
+            guard_uses(layer, guard)
         if slot.packed:
             tensor = stored.blocks.view(-1, old.shape[-1])  # the file may have folded its rows
-            self._model.get_submodule(slot.aliases[0].rpartition(".")[0]).guard = stored.guard
+            layer.guard = stored.guard
         else:
             tensor = as_tensor(stored, slot.dtype).view(-1, *old.shape[1:]).to(slot.dtype)
         if self._is_shared(old):

@@ -1,16 +1,12 @@
 """GGUF files: typed tensors and tensors of quantised blocks.
 
 The header is read and checked when the file is opened, see `gguf_header`. Tensors are read one at a time with plain
-reads into memory of their own; blocks that a model on the CPU keeps packed stay in the file, which is mapped. A file
-that is cut meanwhile ends in an error: its size is looked at before every use, as reading past its end would be SIGBUS.
+reads into memory of their own, or stay in the file, see `mapped`.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import os
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,9 +14,11 @@ import torch
 
 from wan.errors import SwanError
 from wan.quant.ggml import GGMLType, has_bad_scales
+from wan.quant.native import has_bad_scales_native
 from wan.quant.packed import PackedTensor
 from wan.quant.scratch import empty_bytes
 from wan.weights.containers.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
+from wan.weights.containers.mapped import Guard, MappedFile
 from wan.weights.containers.opened import PIECE_BYTES, OpenedFile, Work, in_pieces
 from wan.weights.source import Source, Span, TensorInfo
 
@@ -48,13 +46,13 @@ class GGUFSource(Source):
 
     def __init__(self, path: Path):
         self._path, self._file = path, OpenedFile(path)
+        self._mapped = MappedFile(self._file)
         with self._file.open() as file:
             header = read_header(path, file, self._file.size_bytes)
         self.metadata: Mapping[str, Value] = header.metadata
         self._entries = {entry.name: entry for entry in header.tensors}
         self._check_model()
         infos = {name: TensorInfo(self._shape(entry), _dtype(entry.type)) for name, entry in self._entries.items()}
-        self._mapping: Callable[[], _Mapping | None] = lambda: None  # while blocks in it are in use
         super().__init__([path], infos)
 
     def array(self, key: str) -> list:
@@ -88,15 +86,19 @@ class GGUFSource(Source):
             return None
         start, size_bytes, shape = self._part(name, rows)
         if mapped:
-            mapping = self._mapping() or _Mapping(self._file)
-            self._mapping = weakref.ref(mapping)
-            blocks, guard = mapping.view(entry)[start : start + size_bytes], mapping.check
-            in_pieces(self._check(blocks, entry), size_bytes, _step(entry))
+            blocks, guard = self._mapped.tensor(entry.offset + start, size_bytes)
+            in_pieces(self._check(blocks, entry, has_bad_scales_native), size_bytes, _step(entry))
         else:
             blocks = empty_bytes(size_bytes)
             self._fill(blocks, entry, start)
         row_bytes = entry.type.row_bytes(entry.ne[0]) if rows is None else size_bytes // max(shape[0], 1)
         return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
+
+    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
+        entry, info = self._entries[name], self.info(name)
+        if entry.type.torch_dtype is None:
+            return None
+        return self._mapped.typed(entry.offset, entry.size_bytes, info.dtype, info.shape)
 
     def block_type(self, name: str) -> GGMLType | None:
         stored = self._entries[name].type
@@ -118,11 +120,11 @@ class GGUFSource(Source):
             memoryview(data.numpy()), entry.offset + start, entry.name, self._check(data, entry), _step(entry)
         )
 
-    def _check(self, data: torch.Tensor, entry: TensorEntry) -> Work:
+    def _check(self, data: torch.Tensor, entry: TensorEntry, is_bad: Callable[..., bool] = has_bad_scales) -> Work:
         """Of whole blocks in `data`: SwanError where their scales are no numbers."""
 
         def check(first: int, last: int) -> None:
-            if has_bad_scales(data[first:last], entry.type):
+            if is_bad(data[first:last], entry.type):
                 problem = f"tensor {entry.name} has blocks with infinite or NaN scales"
                 raise SwanError(f"{self._path}: {problem}: the file is damaged")
 
@@ -158,38 +160,6 @@ class GGUFSource(Source):
         if min(shape) <= 0 or math.prod(shape) != math.prod(stored):
             raise SwanError(f"{self._path}: {key} is {list(shape)}, but the tensor has the shape {list(stored)}")
         return shape
-
-
-class _Mapping:
-    """The file in memory, page by page as it is used: private, so that nobody can write to the file through it."""
-
-    def __init__(self, opened: OpenedFile):
-        self._path, self._size_bytes = opened.path, opened.size_bytes
-        try:
-            with opened.open() as file:
-                self._file = open(os.dup(file.fileno()), "rb", buffering=0)
-                self._memory = mmap.mmap(file.fileno(), self._size_bytes, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise SwanError(f"{self._path}: cannot be mapped ({error})") from None
-        self._start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-
-    def __deepcopy__(self, memo: dict) -> _Mapping:
-        return self  # copies of a model hold blocks of their own
-
-    def view(self, entry: TensorEntry) -> torch.Tensor:
-        """The bytes of a tensor, where they are."""
-        data = torch.frombuffer(self._memory, dtype=torch.uint8, count=entry.size_bytes, offset=entry.offset)
-        self.check(data)
-        return data
-
-    def check(self, data: torch.Tensor) -> None:
-        """SwanError if `data` is still in the mapping, and the file behind it is not whole any more."""
-        if data.device.type != "cpu" or not 0 <= data.data_ptr() - self._start < self._size_bytes:
-            return
-        size_bytes = os.fstat(self._file.fileno()).st_size
-        if size_bytes < self._size_bytes:
-            told = f"cut from {self._size_bytes:,} to {size_bytes:,} bytes"
-            raise SwanError(f"{self._path}: the file was {told} while its weights were in use")
 
 
 def _step(entry: TensorEntry) -> int:

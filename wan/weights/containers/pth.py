@@ -1,16 +1,18 @@
 """PyTorch checkpoints (`.pth`, `.pt`, `.bin`), as data only: a pickle that would run code is refused.
 
-Each tensor is read where it lies, see `pth_header`; nothing of the file is mapped or kept.
+Each tensor is read where it lies, see `pth_header`, or stays there, see `mapped`.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from wan.errors import SwanError
 from wan.quant.scratch import empty
+from wan.weights.containers.mapped import Guard, MappedFile
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.pth_header import read_header, spanned
 from wan.weights.containers.zip_directory import Record, data_start
@@ -22,6 +24,7 @@ class PthSource(Source):
 
     def __init__(self, path: Path):
         self._file = OpenedFile(path)
+        self._mapped = MappedFile(self._file)
         self._views = read_header(self._file)
         for name, view in self._views.items():
             if not hasattr(torch, view.dtype):
@@ -43,14 +46,24 @@ class PthSource(Source):
         self._fill(name, out, start)
         return True
 
+    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
+        view, info = self._views[name], self._infos[name]
+        if not view.is_contiguous:
+            return None
+        size_bytes = math.prod(info.shape) * info.dtype.itemsize
+        return self._mapped.typed(self._start(name), size_bytes, info.dtype, info.shape)
+
     def _fill(self, name: str, memory: torch.Tensor, first: int) -> None:
         """Read from byte `first` of what the tensor spans."""
+        if memory.numel():
+            data = memoryview(memory.view(-1).view(torch.uint8).numpy())
+            self._file.fill(data, self._start(name) + first, name)
+
+    def _start(self, name: str) -> int:
+        """The byte of the file where the tensor begins."""
         view = self._views[name]
-        if memory.numel() == 0:
-            return
         start = view.place
         if isinstance(start, Record):
             with self._file.open() as file:
                 start = data_start(self._file.path, file, start)
-        data = memoryview(memory.view(-1).view(torch.uint8).numpy())
-        self._file.fill(data, start + view.offset + first, name)
+        return start + view.offset

@@ -1,8 +1,7 @@
-"""Safetensors files, read with plain reads.
+"""Safetensors files: tensors that are read, with plain reads, or stay in the file, see `mapped`.
 
-The format is 8 bytes of header length, a JSON header, then the data. Mapping the file (as `safe_open` does) keeps
-every page read so far resident, which doubles the memory of a load, and a file cut while mapped ends the process
-with SIGBUS; a seek and a read do neither.
+The format is 8 bytes of header length, a JSON header, then the data. What is copied is read and not mapped (as by
+`safe_open`): all pages seen so far would stay resident, which doubles the memory of a load.
 
 Format: https://github.com/huggingface/safetensors
 """
@@ -17,6 +16,7 @@ import torch
 from wan.errors import SwanError
 from wan.quant.schemes import E8M0
 from wan.quant.scratch import empty
+from wan.weights.containers.mapped import Guard, MappedFile
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
@@ -48,6 +48,7 @@ class SafetensorsSource(Source):
 
     def __init__(self, path: Path):
         self._file = OpenedFile(path)
+        self._mapped = MappedFile(self._file)
         with self._file.open() as file:
             header, self._data_start = parse_header(path, file, self._file.size_bytes)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -72,6 +73,10 @@ class SafetensorsSource(Source):
     def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
         self._fill(name, out, self._offsets[name][0] + start)
         return True
+
+    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
+        info, (start, end) = self._infos[name], self._offsets[name]
+        return self._mapped.typed(self._data_start + start, end - start, info.dtype, info.shape)
 
     def _fill(self, name: str, tensor: torch.Tensor, start: int) -> None:
         """Read from byte `start` of the data."""

@@ -1,0 +1,114 @@
+"""Weights that stay in their file while a model on a CPU uses them: its pages are the system's cache of the file.
+
+So loading copies nothing, processes share them, and a system that is short of memory lets go of them. A file that is
+cut meanwhile ends in an error: its size is looked at before every use, as reading past its end would be SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wan.errors import SwanError
+from wan.weights.containers.opened import PIECE_BYTES, OpenedFile, in_pieces
+
+_LEAST_BYTES = 256 << 10
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and later
+_NOT_READ = (errno.EFAULT, getattr(errno, "EHWPOISON", 133), errno.EIO)
+
+
+class MappedFile:
+    """A file of which tensors are used where they are. It is mapped while there are such."""
+
+    def __init__(self, opened: OpenedFile):
+        self._opened = opened
+        self._mapping: Callable[[], Guard | None] = lambda: None
+
+    def tensor(self, start: int, size_bytes: int) -> tuple[Tensor, Guard]:
+        """uint8 [size_bytes] from byte `start` of the file, read into the system's cache; and its guard.
+
+        Raises SwanError where the file cannot be mapped or read, or is not whole any more.
+        """
+        guard = self._mapping() or Guard(self._opened)
+        self._mapping = weakref.ref(guard)
+        return guard.view(start, size_bytes), guard
+
+    def typed(
+        self, start: int, size_bytes: int, dtype: torch.dtype, shape: Sequence[int]
+    ) -> tuple[Tensor, Guard] | None:
+        """The same as `dtype` of `shape`; None where it is too small to be worth it, or lies askew."""
+        if size_bytes < _LEAST_BYTES or start % dtype.itemsize:
+            return None
+        data, guard = self.tensor(start, size_bytes)
+        return data.view(dtype).view(shape), guard
+
+
+class Guard:
+    """The mapping of a file, called with a tensor before each use. Nobody can write to the file through it."""
+
+    def __init__(self, opened: OpenedFile):
+        self._path, self._size_bytes = opened.path, opened.size_bytes
+        try:
+            with opened.open() as file:
+                self._file = open(os.dup(file.fileno()), "rb", buffering=0)
+                self._memory = mmap.mmap(file.fileno(), self._size_bytes, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise SwanError(f"{self._path}: cannot be mapped ({error})") from None
+        self._start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    def __deepcopy__(self, memo: dict) -> Guard:
+        return self  # copies of a model hold weights of their own
+
+    def view(self, start: int, size_bytes: int) -> Tensor:
+        with torch.inference_mode(False):  # or it could be written in that mode only
+            data = torch.frombuffer(self._memory, dtype=torch.uint8, count=size_bytes, offset=start)
+        self(data)
+        in_pieces(lambda first, last: self._populate(start + first, start + last), size_bytes, PIECE_BYTES)
+        return data
+
+    def _populate(self, first: int, last: int) -> None:
+        """Read these bytes into the cache, and enter their pages: at once, where the system can; else as they are used.
+
+        Quicker than `read`, which copies; and what cannot be read is an error here, where a use would be SIGBUS.
+        """
+        first -= first % mmap.PAGESIZE
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # no such call on this system
+            call = ctypes.CDLL(None, use_errno=True).madvise
+            failed = call(ctypes.c_void_p(self._start + first), ctypes.c_size_t(last - first), _POPULATE_READ)
+            if failed and (code := ctypes.get_errno()) in _NOT_READ:
+                raise SwanError(f"{self._path}: cannot be read: {os.strerror(code)}")
+
+    def holds(self, data: Tensor) -> bool:
+        """Whether a tensor lies in the file, not in a copy of it."""
+        return data.device.type == "cpu" and 0 <= data.data_ptr() - self._start < self._size_bytes
+
+    def __call__(self, data: Tensor) -> None:
+        """SwanError if `data` is still in the mapping, and the file behind it is not whole any more."""
+        if not self.holds(data):
+            return
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        if size_bytes < self._size_bytes:
+            told = f"cut from {self._size_bytes:,} to {size_bytes:,} bytes"
+            raise SwanError(f"{self._path}: the file was {told} while its weights were in use")
+
+
+def guard_uses(layer: nn.Module, guard: Guard) -> None:
+    """Have the weight of a layer looked at before each use. Packed layers do so by themselves."""
+    if not hasattr(layer, "guard"):
+        layer.register_forward_pre_hook(lambda layer, inputs: layer.guard(layer.weight))
+    layer.guard = guard
+
+
+def in_file_bytes(model: nn.Module) -> int:
+    """Of the weights of a model that lie in files: memory that the system can take back."""
+    guarded = [(layer.guard, layer) for layer in model.modules() if getattr(layer, "guard", None)]
+    weights = [(guard, weight) for guard, layer in guarded for weight in layer.parameters(recurse=False)]
+    return sum(weight.nbytes for guard, weight in weights if guard.holds(weight))
