@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -101,7 +101,7 @@ class ModelWeights:
         shard: Callable[[nn.Module], None] | None = None,
     ):
         names = our_names(source, component)
-        groups = _slots(model)
+        groups = _slots(model, names)
         _check(model, groups, names, source)
         if kept is not None:
             keep_narrow(model, kept)
@@ -122,7 +122,7 @@ class ModelWeights:
         for read in in_turn(self._jobs(place, upload), READERS):
             self._put(*read, change, upload)
             del read  # or it would be in memory until the next one is
-        _place_other_buffers(self._model, place)
+        _place_other_buffers(self._model, place, self._by_name)
         return self._model
 
     def _jobs(
@@ -286,14 +286,17 @@ def _row_bytes(block_type: GGMLType | Scheme | None, shape: Sequence[int]) -> in
 
 def check_weights(model: nn.Module, source: Source, component: str) -> None:
     """The checks of `load_weights` alone: nothing is read. Raises SwanError, one line."""
-    _check(model, _slots(model), our_names(source, component), source)
+    names = our_names(source, component)
+    _check(model, _slots(model, names), names, source)
 
 
-def _slots(model: nn.Module) -> list[list[str]]:
-    """Names of the tensors to fill; tied ones share a slot."""
+def _slots(model: nn.Module, names: Collection[str]) -> list[list[str]]:
+    """Names of the tensors to fill; tied ones share a slot. names: what the file has; a buffer that is not in it keeps
+    the values that it was built with."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
+        if name in names or tensor.is_meta or isinstance(tensor, nn.Parameter):
+            groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())
 
 
@@ -384,12 +387,13 @@ def _report(problem: str, names: list[str], limit: int = 3) -> str:
     return f"{len(names)} {problem} ({', '.join(names[:limit])}{', ...' if len(names) > limit else ''})"
 
 
-def _place_other_buffers(model: nn.Module, place: Callable[[str], torch.device]) -> None:
+def _place_other_buffers(model: nn.Module, place: Callable[[str], torch.device], filled: Collection[str]) -> None:
     """Move the buffers that are in no file, such as tables computed by the constructor."""
     for path, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
-            if buffer is None or leaf not in module._non_persistent_buffers_set:
+            name = f"{path}.{leaf}" if path else leaf
+            if buffer is None or name in filled:
                 continue
             if buffer.is_meta:
-                raise RuntimeError(f"buffer {path}.{leaf} has no values: build it with device='cpu'")
-            module._buffers[leaf] = buffer.to(place(f"{path}.{leaf}"))
+                raise RuntimeError(f"buffer {name} has no values: build it with device='cpu'")
+            module._buffers[leaf] = buffer.to(place(name))

@@ -5,7 +5,8 @@ transformers' names (5.x, that is CLIP without `vision_model.`). A dialect is a 
 path leaves out the last part (`weight`, `bias`, `gamma`, a quantiser's `weight_scale`, ...), which is kept as it is;
 a rule for a bare parameter, such as `scale_shift_table`, holds the full name. In a path `{a}` and `{b}` stand for
 numbers. On our side there are also `{flat}` = a * (b_count + 1) + b and `{last}` = b_count, `{flat_last}` likewise,
-because the VAEs number their blocks through while diffusers nests them.
+because the VAEs number their blocks through while diffusers nests them; `{next}` = a + 1 and `{end}` = b_count + 1,
+because Animate's official convolutions are one list, the first and the last included.
 """
 
 from __future__ import annotations
@@ -77,6 +78,38 @@ _DIT_DIFFUSERS: Table = {
     **_under("vace_blocks.{a}", "vace_blocks.{a}", _DIT_BLOCK),
     "vace_blocks.{a}.proj_in": "vace_blocks.{a}.before_proj",
     "vace_blocks.{a}.proj_out": "vace_blocks.{a}.after_proj",
+}
+
+_CONVS = "motion_encoder.enc.net_app.convs"
+_ANIMATE_DIFFUSERS: Table = {
+    "motion_encoder.conv_in": f"{_CONVS}.0.0",
+    "motion_encoder.conv_in.act_fn": f"{_CONVS}.0.1",
+    **_under(
+        "motion_encoder.res_blocks.{a}",
+        f"{_CONVS}.{{next}}",
+        {
+            "conv1": "conv1.0",
+            "conv1.act_fn": "conv1.1",
+            "conv2": "conv2.1",
+            "conv2.act_fn": "conv2.2",
+            "conv_skip": "skip.1",
+        },
+    ),
+    "motion_encoder.conv_out": f"{_CONVS}.{{end}}",
+    "motion_encoder.motion_network.{a}": "motion_encoder.enc.fc.{a}",
+    "motion_encoder.motion_synthesis_weight": "motion_encoder.dec.direction.weight",
+    **{f"face_encoder.{one}": f"face_encoder.{one}.conv" for one in ("conv1_local", "conv2", "conv3")},
+    **_under(
+        "face_adapter.{a}",
+        "face_adapter.fuser_blocks.{a}",
+        {
+            "to_q": "linear1_q",
+            "to_kv": "linear1_kv",  # two in the file, see `joined`
+            "to_out": "linear2",
+            "norm_q": "q_norm",
+            "norm_k": "k_norm",
+        },
+    ),
 }
 
 _VAE_RESNET: Table = {
@@ -207,7 +240,7 @@ class Dialect:
 
 
 _DIALECTS: dict[str, tuple[Dialect, ...]] = {
-    "dit": (Dialect("diffusers", r"^condition_embedder\.", _DIT_DIFFUSERS),),
+    "dit": (Dialect("diffusers", r"^condition_embedder\.", _DIT_DIFFUSERS | _ANIMATE_DIFFUSERS),),
     "vae": (
         Dialect("diffusers 2.2", r"\.(down_blocks\.\d+\.(resnets|downsampler)|upsampler)\.", _VAE_22_DIFFUSERS),
         Dialect("diffusers", r"^(en|de)coder\.conv_in\.", _VAE_21_DIFFUSERS),
@@ -389,10 +422,12 @@ def _part_starts(name: str) -> list[int]:
 
 
 def _b_count(names: Iterable[str]) -> dict[str, int]:
-    """Residual blocks per stage of a nested VAE, per half: one more than the largest index."""
+    """Residual blocks per stage of a nested VAE, per half, and of a motion encoder: one more than the largest index."""
     counts: dict[str, int] = {}
     for name in names:
-        match = re.match(r"(encoder|decoder)\.(?:down|up)_blocks\.\d+\.resnets\.(\d+)\.", name)
+        match = re.match(
+            r"(encoder|decoder|motion_encoder)\.(?:(?:down|up)_blocks\.\d+\.resnets|res_blocks)\.(\d+)\.", name
+        )
         if match:
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
     return counts
@@ -401,4 +436,12 @@ def _b_count(names: Iterable[str]) -> dict[str, int]:
 def _numbers(groups: dict[str, str], b_count: int) -> dict[str, int]:
     a, b = int(groups.get("a", 0)), int(groups.get("b", 0))
     base = a * (b_count + 1)
-    return {"a": a, "b": b, "flat": base + b, "last": b_count, "flat_last": base + b_count}
+    return {
+        "a": a,
+        "b": b,
+        "flat": base + b,
+        "last": b_count,
+        "flat_last": base + b_count,
+        "next": a + 1,
+        "end": b_count + 1,
+    }

@@ -136,11 +136,12 @@ def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Sou
     """Open a weight file, a `.safetensors.index.json`, a folder of weight files, or a list of files.
 
     Matrices that are stored with scales beside them are one tensor, see `scaled`; files of mlx-video have official
-    names, see `mlx`.
+    names, see `mlx`; what diffusers has in two is one tensor, see `joined`.
 
     Raises SwanError, one line, for what cannot be a checkpoint: missing, empty, truncated, a Git-LFS pointer, a web
     page, an unknown container, missing shards, the same tensor in two files, or scales that do not fit.
     """
+    from wan.weights.joined import join_halves
     from wan.weights.mlx import translate_mlx
     from wan.weights.scaled import join_scales
 
@@ -148,7 +149,7 @@ def open_source(path_or_paths: str | PathLike | Iterable[str | PathLike]) -> Sou
     if not paths:
         raise SwanError("no weight files were given")
     parts = [_open_path(Path(path)) for path in paths]
-    return translate_mlx(join_scales(parts[0] if len(parts) == 1 else MergedSource(parts)))
+    return join_halves(translate_mlx(join_scales(parts[0] if len(parts) == 1 else MergedSource(parts))))
 
 
 def weight_files(folder: Path) -> list[Path]:

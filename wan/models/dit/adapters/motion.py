@@ -20,19 +20,19 @@ _SMALL = 1e-8  # added to the directions before they are made orthogonal
 
 
 class Blur(nn.Module):
-    """A low-pass filter, the same for all channels. It is a buffer, for files have it."""
+    """A low-pass filter, the same for all channels. Official files have it, others leave it to whoever reads them."""
 
     kernel: Tensor
 
     def __init__(self, padding: tuple[int, int]):
         super().__init__()
-        row = torch.tensor(_BLUR, dtype=torch.float32)
+        row = torch.tensor(_BLUR, dtype=torch.float32, device="cpu")
         self.register_buffer("kernel", torch.outer(row, row) / row.sum() ** 2)
         self.padding = padding
 
     def forward(self, x_NCSS: Tensor) -> Tensor:
         channels = x_NCSS.shape[1]
-        kernel = self.kernel.flip(0, 1).to(x_NCSS.dtype).expand(channels, 1, -1, -1)
+        kernel = self.kernel.flip(0, 1).to(x_NCSS).expand(channels, 1, -1, -1)
         return F.conv2d(F.pad(x_NCSS, self.padding * 2), kernel, groups=channels)
 
 
