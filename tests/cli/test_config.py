@@ -39,6 +39,7 @@ def test_flags_beside_it_override(tmp_path, capsys, name):
         ("a: [", 1, "neither JSON nor YAML"),
         ("a: !!python/object/apply:os.system [ls]", 1, "neither JSON nor YAML"),
         ("\0", 1, "neither JSON nor YAML"),
+        ("seed: 1\nfps: 2\nseed: 3", 1, "duplicate name seed"),
         ("replay: a.mp4", 2, "unknown option replay"),
         ("sample_steps: many", 2, "--sample_steps must be a whole number"),
         ("size: {width: 3}", 2, "--size must be"),

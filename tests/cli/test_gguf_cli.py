@@ -115,6 +115,7 @@ def test_two_experts(tmp_path, capsys, monkeypatch):
         (["--gguf", "a.gguf", "--dit", "a.gguf"], "--dit and --gguf both name a file"),
         (["--gguf", "a.safetensors"], "a.safetensors is not a GGUF file; for other formats use --dit"),
         (["--gguf", "."], ". is not a GGUF file"),
+        (["--gguf", "empty.gguf"], "--gguf: empty.gguf is empty: download it again"),
         (["--gguf_mode", "fast"], "unknown --gguf_mode 'fast'; choose one of: auto, resident, stream"),
         (["--tokenizer", "a.gguf"], "--tokenizer takes a folder, and a.gguf is a file"),
     ],
@@ -122,6 +123,7 @@ def test_two_experts(tmp_path, capsys, monkeypatch):
 def test_wrong_flags(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty.gguf").touch()
     (tmp_path / "a.safetensors").write_bytes(b"nothing of the kind")
     code, _, err = generate(capsys, "--quiet", *flags)
     assert code == 2 and message in err and err.count("\n") == 1

@@ -186,6 +186,8 @@ def test_a_lora_is_one_of_the_servers_folder(server, client):
     assert made[0] == made[1] != made[2]
     for name in ("../stripes", str(lora), "stripes/../stripes", "none", ["stripes", "strong"], {"scale": 1}):
         assert server.refused(lora=name)["param"] == "lora"
+    (folder / "junk.safetensors").write_bytes(b"no weights")
+    assert server.refused(lora="junk")["message"].startswith("junk.safetensors: ")
 
 
 def test_a_connection_is_kept(server):

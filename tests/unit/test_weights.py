@@ -144,6 +144,7 @@ def test_truncated_safetensors_says_both_sizes(tmp_path):
     "entry, match",
     [
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "needs 8 bytes, has 4"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "ends at byte 0 of the data, before it begins at 4"),
         ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "damaged"),
         ({"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}, "damaged"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [0]}, "damaged"),

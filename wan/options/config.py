@@ -27,6 +27,16 @@ def config_options(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return told | {one: value for one, value in given.items() if value is not None}
 
 
+class _UniqueNames(yaml.SafeLoader):
+    """Plain data, in which no name may be there twice: the first one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for at, name in enumerate(names) if name in names[:at]), None):
+            raise ValueError(f"duplicate name {twice[:200]}")
+        return super().construct_mapping(node, deep)
+
+
 def read_table(path: str, flag: str, what: str) -> dict[Any, Any]:
     """A JSON or YAML file that must hold `what`, a table; flag: of whoever asks, for messages. Raises as above."""
     name = printable(path)
@@ -37,7 +47,7 @@ def read_table(path: str, flag: str, what: str) -> dict[Any, Any]:
     if len(text) > _MOST_BYTES:
         raise UsageError(f"--{flag}: {name} is larger than {_MOST_BYTES:,} bytes: it is no file of options")
     try:
-        told = parse_json(text, unique=True) if path.lower().endswith(".json") else yaml.safe_load(text)
+        told = parse_json(text, unique=True) if path.lower().endswith(".json") else yaml.load(text, _UniqueNames)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise SwanError(f"--{flag}: {name} is neither JSON nor YAML: {one_line(error)}") from error
     if not isinstance(told, dict) or not told:

@@ -83,7 +83,8 @@ def _file(get: Mapping[str, Any], part: str) -> str | None:
     if len(flags) > 1:
         raise UsageError(f"--{' and --'.join(flags)} both name a file for the same component; give one")
     if flag in GGUF_FLAGS and not _is_gguf(path):
-        raise UsageError(f"--{flag}: {path} is not a GGUF file; for other formats use --{part}")
+        others = f"is not a GGUF file; for other formats use --{part}"
+        raise UsageError(f"--{flag}: {path} {others if os.path.getsize(path) else 'is empty: download it again'}")
     return absolute(path)
 
 

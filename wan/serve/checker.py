@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wan.errors import SwanError, one_line
+from wan.file_checks import open_loras
 from wan.options import FLAGS, PART_OF, build_load, build_sample
 from wan.plan.decide import check_fits
 from wan.plan.machine import Machine
@@ -51,6 +52,7 @@ def _facts(options: Mapping[str, Any], ranks: int, machine: Machine, known: dict
     spec = load_task(load.task)
     request = build_sample(parts["sample"], load)
     sample, kind = request.sample, kind_of(spec)
+    open_loras(sample.loras, spec)  # their files may be others the next time
     shape = (sample.width, sample.height, sample.frame_num, sample.film_frames, sample.num_clip, sample.audio_samples)
     kept = {one: FLAGS[one].kind in _FILES or value for one, value in options.items() if one not in _NOT_IN_PLAN}
     key = json.dumps([kept, shape, len(sample.prompts), vars(machine)], sort_keys=True)

@@ -108,6 +108,8 @@ def _check_entries(path: Path, header: dict[str, Any]) -> int:
         if dtype not in ITEMSIZE:
             raise SwanError(f"{path}: tensor {name} has the element type {dtype}, which torch cannot hold")
         expected = math.prod(shape) * ITEMSIZE[dtype]
+        if end < start:
+            raise SwanError(f"{path}: tensor {name} ends at byte {end} of the data, before it begins at {start}")
         if end - start != expected:
             raise SwanError(f"{path}: tensor {name} of shape {shape} needs {expected} bytes, has {end - start}")
         if math.prod(size or 1 for size in shape) > MAX_BYTES:
