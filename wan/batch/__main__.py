@@ -220,7 +220,7 @@ def _run(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool) -> None:
 def _run_by_ray(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool, address: str, count: int | None) -> None:
     from wan.batch.pool import Pool
 
-    digests, line = {job.name: digest for job, digest in left}, _Line(len(left), quiet)
+    digests = {job.name: digest for job, digest in left}
 
     def done(job: Job, path: Path, report: Mapping[str, Any]) -> None:
         batch.is_done(job, digests[job.name], path, report)
@@ -233,6 +233,7 @@ def _run_by_ray(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool, addr
 
     with joined(address):
         seats = places(count, 1, all(job.options.get("device") == "cpu" for job, _ in left))
+        line = _Line(len(left), quiet)
         if told := said_of(seats):
             line.say(told)
         tell = lambda name, event: line.show(name, event["event"], event)  # noqa: E731

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import temporary_name
 
 REACH_S = 3.0  # for the cluster's port to answer
+# Of Ray's environment: no statistics of use, no log lines, and no minute of tries where nobody is.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_NUM_REDIS_GET_RETRIES": "2"}
 _STORE_BYTES = 256 << 20  # of a Ray of this machine, for files on their way; what is larger goes to its folder
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
@@ -51,12 +54,16 @@ def joined(address: str) -> Iterator[None]:
     check_address(address)
     if match := _ADDRESS.fullmatch(address):
         _reach(address, match["host"].strip("[]"), int(match["port"]))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         with listening() as signals, signals.held():  # an import that is interrupted may go on half done
-            import ray
-
+            for name, value in _QUIET.items():
+                os.environ.setdefault(name, value)
             options = _of_this_machine(stack) if address == "local" else {}
+            with _silence():
+                import ray
+                from ray._private import worker
+
+            worker._worker_logs_enabled = False  # what it prints on stdout, deaths of workers among it
             stack.callback(ray.shutdown)
             _join(ray, address, options)
         yield
@@ -65,17 +72,36 @@ def joined(address: str) -> Iterator[None]:
 def _join(ray: Any, address: str, options: Mapping[str, Any]) -> None:
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address, logging_level=logging.CRITICAL, log_to_driver=False, **options)
+        with _silence():
+            ray.init(address, logging_level=logging.CRITICAL, log_to_driver=False, **options)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError and others
-        told = "there is no such cluster" if address != "local" else "it cannot be started"
+        told = "there is no such cluster, or not for us" if address != "local" else "it cannot be started"
         raise SwanError(f"--ray {address}: {told} ({one_line(error)})") from error
     finally:
         for signum, handler in handlers.items():  # Ray's end the process without a word to anybody
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Within, what code in C++ writes to stdout and stderr is written nowhere."""
+    kept = [os.dup(number) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, there in zip((1, 2), kept):
+            os.dup2(there, number)
+            os.close(there)
+        os.close(nowhere)
+
+
 def _of_this_machine(stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Arguments of a Ray that is nobody else's, and leaves nothing behind."""
+    """Arguments of a Ray that is nobody else's, is reached from this machine alone, and leaves nothing behind."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # or it takes 127.0.0.1 for this machine's name in a network
     # Names of sockets below have a hundred letters at most: not in a TMPDIR that may be long.
     folder = stack.enter_context(temporary_name(Path("/tmp" if os.name == "posix" else "."), is_folder=True))
     folder.chmod(0o700)

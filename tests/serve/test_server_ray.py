@@ -29,7 +29,7 @@ def log(server):
 
 
 @pytest.fixture(scope="module")
-def away(make_server, cluster, tmp_path_factory):  # noqa: F811
+def away(make_server, cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     (folder / "models.yaml").write_text("t2v-tiny: {task: t2v-tiny}\npictures: {task: i2v-tiny, sample_steps: 2}\n")
     server = make_server("--models", folder / "models.yaml", "--ray", cluster.address)
@@ -37,7 +37,7 @@ def away(make_server, cluster, tmp_path_factory):  # noqa: F811
     server.stop()
 
 
-def test_the_same_bytes_as_without_ray(server, away):  # noqa: F811
+def test_the_same_bytes_as_without_ray(server, away):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, format="PNG")
     picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -67,7 +67,8 @@ def test_workers_that_are_killed_cost_a_retry(away):
 
 
 @pytest.mark.dist
-def test_two_processes_there_make_one_video_together(server, make_server, cluster):  # noqa: F811
+def test_two_processes_there_make_one_video_together(server, away, make_server, cluster):
+    away.stop()  # which leaves the cluster's two CPUs to others
     both = make_server("--gpus_per_job", "2", "--ray", cluster.address)
     assert content(both, **FIELDS) == content(server, **FIELDS)
     processes = psutil.Process(int(re.search(r"is ready \(process (\d+) of", log(both))[1])).parent().children()
