@@ -3,16 +3,17 @@
 import base64
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install swan-video[ray]")
-
 from tests.serve.servers import until
 
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install swan-video[ray]")
+pytestmark = [pytest.mark.slow, needs_ray]
 FIELDS = {"num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
 

@@ -144,6 +144,12 @@ class _Line:
     def end(self) -> None:
         self.bar.update()
 
+    def __enter__(self) -> _Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()  # what is said next has a line of its own
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -207,8 +213,7 @@ def _run(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool) -> None:
 
     with listening() as signals, signals.held():  # an import that is interrupted may go on half done
         from wan.engines import Engines
-    line = _Line(len(left), quiet)
-    with listening() as signals, Engines() as engines:
+    with _Line(len(left), quiet) as line, listening() as signals, Engines() as engines:
         for job, digest in left:
             signals.check()
             line.begin(job.name)
@@ -222,23 +227,24 @@ def _run_by_ray(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool, addr
 
     digests = {job.name: digest for job, digest in left}
 
-    def done(job: Job, path: Path, report: Mapping[str, Any]) -> None:
-        batch.is_done(job, digests[job.name], path, report)
-        line.end()
-
-    def failed(job: Job, why: str) -> None:
-        batch.has_failed(job, digests[job.name], why)
-        line.say(f"failed: {job.name}: {why}")
-        line.end()
-
     with joined(address):
         seats = places(count, 1, all(job.options.get("device") == "cpu" for job, _ in left))
-        line = _Line(len(left), quiet)
-        if told := said_of(seats):
-            line.say(told)
-        tell = lambda name, event: line.show(name, event["event"], event)  # noqa: E731
-        pool = Pool(batch.folder, seats, lambda job: line.begin(job.name), tell, done, failed, line.say)
-        pool.make([job for job, _ in left])
+        with _Line(len(left), quiet) as line:
+
+            def done(job: Job, path: Path, report: Mapping[str, Any]) -> None:
+                batch.is_done(job, digests[job.name], path, report)
+                line.end()
+
+            def failed(job: Job, why: str) -> None:
+                batch.has_failed(job, digests[job.name], why)
+                line.say(f"failed: {job.name}: {why}")
+                line.end()
+
+            if told := said_of(seats):
+                line.say(told)
+            tell = lambda name, event: line.show(name, event["event"], event)  # noqa: E731
+            pool = Pool(batch.folder, seats, lambda job: line.begin(job.name), tell, done, failed, line.say)
+            pool.make([job for job, _ in left])
 
 
 def _columns(told: Iterable[dict[str, Any]]) -> int:

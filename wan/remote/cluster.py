@@ -21,8 +21,15 @@ from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import temporary_name
 
 REACH_S = 3.0  # for the cluster's port to answer
-# Of Ray's environment: no statistics of use, no log lines, and no minute of tries where nobody is.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_NUM_REDIS_GET_RETRIES": "2"}
+# Of Ray's environment: no statistics of use, no log lines, no Ray that nobody asked for; and a few seconds of tries,
+# where Ray takes minutes, to reach a cluster that has gone, or what is none.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}
+_TRIES = {
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    "RAY_gcs_rpc_server_connect_timeout_s": "2",
+    "RAY_py_gcs_connect_timeout_s": "3",
+}
+_TRIES |= {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
 _STORE_BYTES = 256 << 20  # of a Ray of this machine, for files on their way; what is larger goes to its folder
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
@@ -56,7 +63,7 @@ def joined(address: str) -> Iterator[None]:
         _reach(address, match["host"].strip("[]"), int(match["port"]))
     with contextlib.ExitStack() as stack:
         with listening() as signals, signals.held():  # an import that is interrupted may go on half done
-            for name, value in _QUIET.items():
+            for name, value in (_QUIET if address == "local" else _QUIET | _TRIES).items():
                 os.environ.setdefault(name, value)
             options = _of_this_machine(stack) if address == "local" else {}
             with _silence():

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from wan.remote.luggage import pack
 from wan.serve.child import Message
 
 _ROOM_S = 5.0  # after which a worker that waits for room says so
+_CLOSE_S = 5.0  # for a worker that is killed to leave nothing behind
+_POLL_S = 0.5  # how often one that waits looks whether it was killed
 
 
 class RemoteGroup:
@@ -52,16 +55,24 @@ class RemoteGroup:
         self._outbox.put(message)
 
     def kill(self) -> None:
-        import ray
-
+        """Its processes end at once, and it soon after; a machine that does not answer is given up."""
         self._is_killed = True
         if self._seat is not None:
             with contextlib.suppress(Exception):  # it has ended, or the cluster has
-                ray.kill(self._seat)
+                self._seat.close.remote()
+            timer = threading.Timer(_CLOSE_S, lambda: self._thread.is_alive() and self._give_up())
+            timer.daemon = True
+            timer.start()
 
     def join(self, seconds: float) -> None:
         """Wait for the end of one that was killed."""
         self._thread.join(seconds)
+
+    def _give_up(self) -> None:
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.kill(self._seat)
 
     def _live(self) -> None:
         import ray
@@ -84,18 +95,18 @@ class RemoteGroup:
                 self._tell_user({"broken": told, "machine": self._machine})
         finally:
             self._outbox.put(None)
-            self.kill()
+            self._give_up()
             self._end_user(code)
 
     def _begin(self) -> None:
         """Start it. Raises SwanError where that machine has another Swan, or none."""
         import ray
 
-        is_told = not self._place.is_expected  # all together were told of
-        while not self._place.wait(_ROOM_S):
+        since, is_told = time.monotonic(), not self._place.is_expected  # else all together were told of
+        while not self._place.wait(_POLL_S):
             if self._is_killed:
                 raise SwanError("ended")
-            if not is_told:
+            if not is_told and time.monotonic() - since > _ROOM_S:
                 is_told = True
                 self._tell_user({"waits": True})
         self._seat = self._place.seat()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,15 @@ class Seat:
         while not self._heard.empty():
             messages.append(self._heard.get_nowait())
         return messages
+
+    async def close(self) -> None:
+        """End the processes, and leave nothing here."""
+        if self._group is not None:
+            self._group.kill()
+        for stack, *_ in self._jobs.values():
+            stack.close()
+        self._jobs.clear()
+        self._heard.put_nowait({"ended": -signal.SIGKILL})
 
     def _placed(self, message: Message, pieces: Sequence[Piece]) -> Message:
         """The message of a job, with a folder of its own here and its files in that."""

@@ -49,6 +49,11 @@ class Group:
         for child in self._children:
             child.kill()
 
+    def join(self, seconds: float) -> None:
+        """Wait for the end of one that was killed."""
+        for child in self._children:
+            child.join(seconds)
+
     def _heard(self, rank: int, message: Message) -> None:
         if not self._has_ended and (rank == 0 or "failed" in message or "broken" in message):
             self._on_message(message)

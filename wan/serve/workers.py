@@ -30,6 +30,7 @@ from wan.serve.store import MOST_DEATHS, Job, NotWritten, Store
 CHECK_S = 60.0  # for one request; whatever takes longer is no honest file
 START_S = 120.0  # until a request that waits for the first process is told to come again
 WRITE_AGAIN_S = 5.0  # what the full disk did not take
+CLOSE_S = 5.0  # for processes that are killed to be gone
 AGAIN_S, MOST_AGAIN_S = 0.5, 60.0  # before a process that has ended is started again, doubled each time
 _SHARE = {"encode": (0, 5), "load": (5, 10), "denoise": (10, 90), "decode": (90, 99)}  # percent, of usual runs
 _MOST_WAITING = 100  # events that a slow reader has not taken yet
@@ -128,6 +129,9 @@ class Workers:
             worker.kill()
         if self._checker is not None:
             self._checker.kill()
+        for worker in self._workers:
+            if worker.group is not None:
+                worker.group.join(CLOSE_S)
 
     @property
     def state(self) -> dict[str, int]:
