@@ -25,8 +25,8 @@ REACH_S = 3.0  # for the cluster's port to answer
 # where Ray takes minutes, to reach a cluster that has gone, or what is none.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}
 _TRIES = {
-    "RAY_NUM_REDIS_GET_RETRIES": "1",
-    "RAY_gcs_rpc_server_connect_timeout_s": "2",
+    "RAY_NUM_REDIS_GET_RETRIES": "2",
+    "RAY_gcs_rpc_server_connect_timeout_s": "3",
     "RAY_py_gcs_connect_timeout_s": "3",
 }
 _TRIES |= {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import signal
 import threading
 import time
@@ -110,7 +111,14 @@ class RemoteGroup:
                 is_told = True
                 self._tell_user({"waits": True})
         self._seat = self._place.seat()
-        version, self._machine, node = ray.get(self._seat.hello.remote())
+        try:
+            version, self._machine, node = ray.get(self._seat.hello.remote())
+        except ray.exceptions.RayActorError as error:
+            *_, last = str(error).strip().splitlines()
+            if not last.startswith(("ModuleNotFoundError", "ImportError")):
+                raise
+            ip = re.search(r"ip=([^,)\s]+)", str(error))
+            raise SwanError(f"there is no such Swan on {ip[1] if ip else 'a machine'} ({last})") from error
         if version != __version__:
             raise SwanError(
                 f"{self._machine} has Swan {version}, and this machine {__version__}: they must be the same"
