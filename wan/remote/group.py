@@ -143,10 +143,12 @@ class RemoteGroup:
                     options, pieces = pack(message["options"])
                     message = {**message, "options": options}
                 ray.get(self._seat.tell.remote(message, pieces))
-            except SwanError as error:  # a file of the job cannot be read
-                self._tell_user({"job": message["job"], "failed": str(error), "code": "invalid_request"})
-            except Exception:  # its end will be heard of
+            except ray.exceptions.RayActorError:  # its end will be heard of
                 return
+            except Exception as error:  # a file of the job that cannot be read, or too large to travel
+                told = str(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
+                if "job" in message:
+                    self._tell_user({"job": message["job"], "failed": told, "code": "generation_failed"})
 
     def _arrived(self, message: Message) -> Message:
         """A message, once the files that came with it are where they belong."""
