@@ -55,6 +55,7 @@ setup(
             *("fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"),
             *("httptools>=0.6", "uvloop>=0.19; sys_platform != 'win32'"),  # a request takes half as long
         ],
+        "ray": ["ray>=2.52"],
         "plots": ["matplotlib>=3.8"],
         "flash": ["flash-attn>=2.5"],
     },

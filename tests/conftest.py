@@ -34,6 +34,16 @@ def quick_collection():
         _frozen_at = len(sys.modules)
 
 
+@pytest.fixture(scope="session")
+def cluster():
+    """One Ray for all tests, of two CPUs."""
+    from tests.serve.clusters import Cluster
+
+    made = Cluster()
+    yield made
+    made.stop()
+
+
 @pytest.fixture
 def two_threads():
     """For code of ours that shares its work among threads."""

@@ -46,11 +46,14 @@ class Engines:
             engine = self._engine(options)
             return engine.planned(build_sample(_part(options, "sample"), engine.load), self._held_beside(engine))
 
-    def generate(self, options: Mapping[str, Any], is_private: bool = False, **call: Any) -> Video:
-        """See `Engine.generate`: `call` are its arguments beside the options; is_private: see `Request`."""
+    def generate(
+        self, options: Mapping[str, Any], is_private: bool = False, called: Mapping[str, str] | None = None, **call: Any
+    ) -> Video:
+        """See `Engine.generate`: `call` are its arguments beside the options; is_private, called: see `Request`."""
         with self._my_turn(call.get("cancel")):
             engine = self._engine(options)
-            request = build_sample(_part(options, "sample"), engine.load).changed(is_private=is_private)
+            request = build_sample(_part(options, "sample"), engine.load)
+            request = request.changed(is_private=is_private, called=called or {})
             self._make_room(engine, request)
             return engine.make(request, **call)
 
@@ -58,7 +61,7 @@ class Engines:
         """`generate` into STEM.mp4, or STEM.png where it is one frame: that path, and the report.
 
         A film of several clips goes there clip by clip, in the memory of one; what is left of one that failed is begun
-        anew. Raises UsageError or SwanError.
+        anew. The report also has a prompt that was extended. Raises UsageError or SwanError.
         """
         request = self.check(options)
         spec = load_task(request.load.task)
@@ -75,7 +78,8 @@ class Engines:
                 video = self.generate(options, **call, on_clip=film)
                 if is_writer:
                     film.finish(video)
-        return path, video.report
+        sample = video.request.sample
+        return path, video.report | ({"prompt": sample.prompt} if sample.extended_from else {})
 
     def release(self) -> None:
         """Let go of all models; what is loaded next is loaded anew."""

@@ -114,7 +114,7 @@ def open_video(path: Any) -> VideoFile:
     if isinstance(path, (str, Path)):
         if not os.path.isfile(path):
             raise UsageError(f"no video file {printable(path)}")
-        path = os.path.abspath(path)
+        path = str(Path(path).resolve())
     if not isinstance(path, str) or is_picture(path):
         height, width, _ = read_image(path).shape
         if isinstance(path, str) and (count := frames_of_image(path)) > 1:

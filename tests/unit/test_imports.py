@@ -27,7 +27,7 @@ LAYERS = [
     ("wan.engine", "wan.unfinished"),
     ("wan.engines",),
     ("wan.cli", "wan.convert", "wan.compat", "wan.calibrate", "wan.prepare", "wan.__main__"),
-    ("wan.batch", "wan.serve"),
+    ("wan.batch", "wan.serve", "wan.remote"),
     ("generate",),
 ]
 
@@ -116,7 +116,7 @@ def test_nothing_is_patched(module):
 def test_optional_packages_are_not_needed(module):
     """What only some machines have is imported inside functions; diffusers, the peer, nowhere. So are modules named
     `triton`, which need it."""
-    optional = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers"}
+    optional = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers", "ray"}
     if module.rpartition(".")[2] != "triton":
         assert not imported_roots(TREES[module].body) & optional
     assert not any(name.endswith(".triton") for name, _ in own_imports(module, TREES[module].body))
@@ -141,6 +141,9 @@ def imported_roots(nodes):
         "wan.convert",
         "wan.serve.__main__",
         "wan.serve.app",
+        "wan.batch.__main__",
+        "wan.batch.pool",
+        "wan.remote.seat",
         "wan.prepare",
         "wan.compat",
         "wan.compat.lightx2v",
@@ -154,6 +157,6 @@ def imported_roots(nodes):
     ],
 )
 def test_import_is_cheap(module):
-    code = f"import sys, {module}; print(*({{'torch', 'numpy', 'transformers', 'cv2'}} & set(sys.modules)))"
+    code = f"import sys, {module}; print(*({{'torch', 'numpy', 'transformers', 'cv2', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

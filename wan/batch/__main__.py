@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from wan.cli import add_flags
 from wan.command import Parser, put, run_process
 from wan.errors import Cancelled, SwanError, UsageError, one_line, printable
 from wan.options import FLAGS, PART_OF
+from wan.options.values import whole
+from wan.remote.cluster import add_ray_flag, check_address, joined, places, said_of
 
 if TYPE_CHECKING:
     from wan.engine import Event
@@ -85,16 +87,24 @@ class Batch:
         except Cancelled:
             raise
         except Exception as error:
-            if any(os.strerror(code) in str(error) for code in _NO_ROOM):  # nor is there for any other job
-                raise
             line = one_line(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
-            self.failed[job.name] = line
-            write_record(self.folder, job.name, Record("failed", digest, error=line, options=job.options))
+            self.has_failed(job, digest, line)
             return False
+        self.is_done(job, digest, path, report)
+        return True
+
+    def is_done(self, job: Job, digest: str, path: Path, report: Mapping[str, Any]) -> None:
+        """Its file is there: keep its record."""
         write_record(self.folder, job.name, Record("done", digest, path.name, report=report, options=job.options))
         self.done[job.name] = path
         self.failed.pop(job.name, None)
-        return True
+
+    def has_failed(self, job: Job, digest: str, line: str) -> None:
+        """Keep why. SwanError where there is no room for its file: nor is there for any other job's."""
+        if any(os.strerror(code) in line for code in _NO_ROOM):
+            raise SwanError(line)
+        self.failed[job.name] = line
+        write_record(self.folder, job.name, Record("failed", digest, error=line, options=job.options))
 
 
 def _digest(job: Job) -> str:
@@ -118,10 +128,14 @@ class _Line:
         self.bar.set_postfix_str(name)
 
     def __call__(self, event: Event) -> None:
-        if event.kind in ("stage", "step"):
-            self.bar.set_postfix_str(f"{self.name}: {event.stage} {event.done} of {event.total}")
-        elif event.kind == "warning":
-            self.say(f"{self.name}: warning: {event.text}")
+        self.show(self.name, event.kind, vars(event))
+
+    def show(self, name: str, kind: str, event: Mapping[str, Any]) -> None:
+        """What happens to a job."""
+        if kind in ("stage", "step"):
+            self.bar.set_postfix_str(f"{name}: {event['stage']} {event['done']} of {event['total']}")
+        elif kind == "warning":
+            self.say(f"{name}: warning: {event['text']}")
 
     def say(self, text: str) -> None:
         if not self.bar.disable:
@@ -129,6 +143,12 @@ class _Line:
 
     def end(self) -> None:
         self.bar.update()
+
+    def __enter__(self) -> _Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()  # what is said next has a line of its own
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -144,6 +164,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--grid", metavar="FLAGS", help="make each job with all combinations: FLAG=A,B,... FLAG=1..8")
     group.add_argument("--sheet", action="store_true", help="write sheet.png and sheet.html, as --grid does")
     group.add_argument("--retry", action="store_true", help="make the jobs again that failed in an earlier run")
+    add_ray_flag(group.add_argument)
+    group.add_argument("--workers", metavar="N", help="with --ray: how many; default: one a GPU, one without")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_flags(parser, {name: one for name, one in FLAGS.items() if PART_OF[name] != "output"})
     return parser
@@ -154,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.jobs is None and args.grid is None:
         raise UsageError("give JOBS, a file or folder, or --grid")
+    if args.workers is not None and args.ray is None:
+        raise UsageError("--workers is for --ray: without it, a batch is one process")
+    workers = None if args.workers is None else whole(args.workers, 0, "workers", 1, 1000)
+    if args.ray is not None:
+        check_address(args.ray)
     common = {name: value for name, value in vars(args).items() if name in FLAGS and value is not None}
     jobs = read_jobs(args.jobs, common, args.grid)
     folder = Path(args.out)
@@ -165,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_sheets(folder)
     batch, started = Batch(folder, jobs), time.perf_counter()
     left = batch.left(args.retry)
-    if left:
+    if left and args.ray is not None:
+        _run_by_ray(batch, left, args.quiet, args.ray, workers)
+    elif left:
         _run(batch, left, args.quiet)
     for name, error in list(batch.failed.items())[:_MOST_LISTED]:
         print(f"failed: {name}: {error}", file=sys.stderr)
@@ -184,14 +213,38 @@ def _run(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool) -> None:
 
     with listening() as signals, signals.held():  # an import that is interrupted may go on half done
         from wan.engines import Engines
-    line = _Line(len(left), quiet)
-    with listening() as signals, Engines() as engines:
+    with _Line(len(left), quiet) as line, listening() as signals, Engines() as engines:
         for job, digest in left:
             signals.check()
             line.begin(job.name)
             if not batch.make(engines, job, digest, line):
                 line.say(f"failed: {job.name}: {batch.failed[job.name]}")
             line.end()
+
+
+def _run_by_ray(batch: Batch, left: Sequence[tuple[Job, str]], quiet: bool, address: str, count: int | None) -> None:
+    from wan.batch.pool import Pool
+
+    digests = {job.name: digest for job, digest in left}
+
+    with joined(address):
+        seats = places(count, 1, all(job.options.get("device") == "cpu" for job, _ in left))
+        with _Line(len(left), quiet) as line:
+
+            def done(job: Job, path: Path, report: Mapping[str, Any]) -> None:
+                batch.is_done(job, digests[job.name], path, report)
+                line.end()
+
+            def failed(job: Job, why: str) -> None:
+                batch.has_failed(job, digests[job.name], why)
+                line.say(f"failed: {job.name}: {why}")
+                line.end()
+
+            if told := said_of(seats):
+                line.say(told)
+            tell = lambda name, event: line.show(name, event["event"], event)  # noqa: E731
+            pool = Pool(batch.folder, seats, lambda job: line.begin(job.name), tell, done, failed, line.say)
+            pool.make([job for job, _ in left])
 
 
 def _columns(told: Iterable[dict[str, Any]]) -> int:

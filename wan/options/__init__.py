@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -38,13 +38,15 @@ STORED = tuple(name for name, one in FLAGS.items() if one.stored)
 @dataclass(frozen=True)
 class Request:
     """A video to make, with certain models, and where it goes. warnings: lines to show before the run; is_private: the
-    settings in the video name files without their folders."""
+    settings in the video name files without their folders; called: how they name a file that lies elsewhere, by where
+    it lies."""
 
     load: LoadOptions
     sample: Sample
     output: Output | None = None
     warnings: tuple[str, ...] = ()
     is_private: bool = False
+    called: Mapping[str, str] = field(default_factory=dict)
 
     def changed(self, **values: Any) -> Request:
         """The same with other values of fields, of whichever part has them."""
@@ -63,26 +65,28 @@ class Request:
         low, high = sample.guide_scale
         values["sample_guide_scale"] = low if low == high else [low, high]
         stored = {name: value for name in STORED if _is_storable(value := values.get(name))}
-        if self.is_private:
+        if self.is_private or self.called:
             paths = stored.keys() & {*STORED_FILES, *STORED_PICTURES}
-            stored |= {name: _without_folders(stored[name]) for name in paths}
+            stored |= {name: self._called(stored[name]) for name in paths}
         memory = [name for name in (*STORED_PICTURES, *VIDEO_FLAGS, "src_ref_images") if _in_memory(values[name])]
         kept = {"in_memory": memory} if memory else {}
         kept |= {"extended_from": list(sample.extended_from)} if sample.extended_from else {}
         return {"swan": __version__, **stored, "image_sha256": sample.image_sha256, **kept}
+
+    def _called(self, value: Any) -> Any:
+        """Of a path, a list of paths, or of pairs of a path and a number."""
+        if isinstance(value, (list, tuple)):
+            return [self._called(one) for one in value]
+        if not isinstance(value, str):
+            return value
+        path = self.called.get(value, value)
+        return os.path.basename(path) if self.is_private else path
 
 
 def _in_memory(value: Any) -> bool:
     """Whether it is a picture without a file, or a list with one."""
     parts = value if isinstance(value, tuple) else (value,)
     return any(part is not None and not isinstance(part, str) for part in parts)
-
-
-def _without_folders(value: Any) -> Any:
-    """Of a path, a list of paths, or of pairs of a path and a number."""
-    if isinstance(value, (list, tuple)):
-        return [_without_folders(one) for one in value]
-    return os.path.basename(value) if isinstance(value, str) else value
 
 
 def _is_storable(value: Any) -> bool:

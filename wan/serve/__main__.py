@@ -10,6 +10,7 @@ in --data: a server that was ended in any way goes on with them. One line of JSO
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import socket
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from wan.errors import SwanError, UsageError, printable
 from wan.files import open_plain
 from wan.options import FLAGS, PART_OF
 from wan.options.values import number, whole
+from wan.remote.cluster import add_ray_flag, check_address, joined, places, said_of
 from wan.serve.models import Loras, read_models
 
 _MOST_KEYS_BYTES, _LEAST_KEY = 1 << 20, 16
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--gpus_per_job", default="1", metavar="N", help="processes of a worker, which make a video together; default 1"
     )
+    add_ray_flag(add)
     add("--quiet", action="store_true", help="no lines about jobs on stderr")
     flags = {name: one for name, one in FLAGS.items() if PART_OF[name] != "output" or name == "preview_every"}
     add_flags(parser, flags)
@@ -66,10 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Until it is told to end."""
     args = make_parser().parse_args(argv)
     _check_packages()
+    if args.ray is not None:
+        check_address(args.ray)
     from wan.serve.app import make_app
     from wan.serve.refused import hide
     from wan.serve.service import Settings
     from wan.serve.store import Store
+    from wan.serve.workers import say
 
     common = {name: value for name, value in vars(args).items() if PART_OF.get(name) in ("load", "sample")}
     ranks = whole(args.gpus_per_job, 1, "gpus_per_job", 1, 64)
@@ -90,13 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet=args.quiet,
     )
     listening = _listen(args.host, whole(args.port, 0, "port", 0, 65535))
-    with listening:
+    with listening, contextlib.ExitStack() as stack:
         data = Path(args.data).resolve()
         hide(data)
         store, loras = Store(data), Loras(args.lora_dir)
         url = _url(listening)
-        app = make_app(settings, store, models, loras, lambda: put(json.dumps({"url": url, "models": list(models)})))
-        _run(app, listening)
+        seats = None
+        if args.ray is not None:
+            stack.enter_context(joined(args.ray))
+            on_cpu = all(model.options.get("device") == "cpu" for model in models.values())
+            seats = places(settings.workers, ranks, on_cpu)
+            if (line := said_of(seats)) and not settings.quiet:
+                say(line)
+        told = json.dumps({"url": url, "models": list(models)})
+        _run(make_app(settings, store, models, loras, lambda: put(told), seats), listening)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from wan import __version__
 from wan.errors import SwanError, UsageError
+from wan.remote.cluster import Place
 from wan.serve import lightx2v
 from wan.serve.body import read_body
 from wan.serve.fields import read_fields
@@ -33,13 +34,18 @@ _BEAT_S = 15.0  # a line for those who watch, so that nothing between closes the
 
 
 def make_app(
-    settings: Settings, store: Store, models: Mapping[str, Model], loras: Loras, on_start: Callable[[], None]
+    settings: Settings,
+    store: Store,
+    models: Mapping[str, Model],
+    loras: Loras,
+    on_start: Callable[[], None],
+    places: Sequence[Place] | None = None,
 ) -> FastAPI:
-    """on_start: is called once requests are heard."""
+    """on_start: is called once requests are heard; places: see `Workers`."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = service = Service(settings, store, models, loras)
+        app.state.service = service = Service(settings, store, models, loras, places)
         service.start()
         on_start()
         yield

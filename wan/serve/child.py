@@ -58,6 +58,10 @@ class Child:
     def kill(self) -> None:
         self._process.kill()
 
+    def join(self, seconds: float) -> None:
+        """Wait for its end."""
+        self._process.join(seconds)
+
     def _listen(self, loop: asyncio.AbstractEventLoop, on_message: Any, on_end: Any) -> None:
         def say(function: Callable[..., None], *values: Any) -> None:
             try:

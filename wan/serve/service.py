@@ -7,13 +7,14 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starlette.responses import FileResponse
 
+from wan.remote.cluster import Place
 from wan.serve.fields import Wanted
 from wan.serve.inputs import Inputs, video_id
 from wan.serve.metrics import Metrics
@@ -53,13 +54,21 @@ class Settings:
 
 
 class Service:
-    """Made within an event loop, and used by its thread."""
+    """Made within an event loop, and used by its thread. places: see Workers."""
 
-    def __init__(self, settings: Settings, store: Store, models: Mapping[str, Model], loras: Loras):
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        models: Mapping[str, Model],
+        loras: Loras,
+        places: Sequence[Place] | None = None,
+    ):
         self.settings, self.store, self.models, self.loras = settings, store, models, loras
         self.metrics = Metrics()
         log = (lambda text: None) if settings.quiet else say
-        self.workers = Workers(store, models, self.metrics, settings.workers, settings.ranks, self._free, log)
+        how_many = (settings.workers, settings.ranks)
+        self.workers = Workers(store, models, self.metrics, *how_many, self._free, log, places)
         self._inputs = Inputs(settings.allow_urls, settings.max_upload_bytes)
         self._accepting = 0
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -1,7 +1,8 @@
 """A process with engines: makes one video at a time, says how far it is, can be told to stop between two steps.
 
-It is told {"job", "options", "folder", "preview_every"} and {"cancel": id}. It tells {"ready": what the machine has},
-{"job": id, "event": ...}, and at the end of each {"job": id, "done" | "failed" | "cancelled": ...}.
+It is told {"job", "options", "folder", "stem" (of the file there), "preview_every", "is_private"} and {"cancel": id};
+"called" is as in `Request`, and with "pictures" there are some of the video beside it. It tells {"ready": what the
+machine has}, {"job": id, "event": ...}, and at the end of each {"job": id, "done" | "failed" | "cancelled": ...}.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from wan.distributed.launch import World
 from wan.engine import Event
 from wan.engines import Engines
 from wan.errors import Cancelled, SwanError, UsageError, one_line
-from wan.media import read_settings
 from wan.options import LoadOptions, Request, build_load, check_device
 from wan.plan.machine import look_with_torch
 from wan.serve.child import Inbox
@@ -74,16 +74,12 @@ def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.E
     tell = _Teller(job["job"], inbox)
     try:
         folder = Path(job["folder"])
-        options, every = job["options"], job["preview_every"]
-        path, report = engines.write(
-            options, folder / "video", on_event=tell, cancel=stop, preview_every=every, is_private=True
-        )
+        call = {"preview_every": job["preview_every"], "is_private": job["is_private"], "called": job.get("called")}
+        path, report = engines.write(job["options"], folder / job["stem"], on_event=tell, cancel=stop, **call)
         if rank > 0:
             return {"done": ""}
-        write_pictures(path, folder)
-        settings = read_settings(path)
-        if settings.get("extended_from"):
-            report = {**report, "prompt": settings["prompt"]}
+        if job.get("pictures"):
+            write_pictures(path, folder)
         return {"done": path.name, "report": report}
     except Cancelled:
         return {"cancelled": True}

@@ -10,16 +10,18 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from wan.errors import SwanError
+from wan.remote.cluster import Place
+from wan.remote.group import RemoteGroup
 from wan.serve.child import Child, Message
+from wan.serve.group import Group
 from wan.serve.metrics import Metrics
 from wan.serve.models import Model
 from wan.serve.refused import Refused, without_paths
@@ -28,6 +30,7 @@ from wan.serve.store import MOST_DEATHS, Job, NotWritten, Store
 CHECK_S = 60.0  # for one request; whatever takes longer is no honest file
 START_S = 120.0  # until a request that waits for the first process is told to come again
 WRITE_AGAIN_S = 5.0  # what the full disk did not take
+CLOSE_S = 5.0  # for processes that are killed to be gone
 AGAIN_S, MOST_AGAIN_S = 0.5, 60.0  # before a process that has ended is started again, doubled each time
 _SHARE = {"encode": (0, 5), "load": (5, 10), "denoise": (10, 90), "decode": (90, 99)}  # percent, of usual runs
 _MOST_WAITING = 100  # events that a slow reader has not taken yet
@@ -59,12 +62,12 @@ class Progress:
 
 @dataclass
 class Worker:
-    """A place of work. env: of its processes; children: these, of which the first tells what is done, none while there
-    are none; job: that they make; models: that they have made videos with."""
+    """A place of work. group: its processes, on this machine or another; None while there are none; machine: what may
+    be planned with there, as they told; job: that they make; models: that they have made videos with."""
 
     number: int
-    env: Mapping[str, str]
-    children: list[Child] = field(default_factory=list)
+    group: Group | RemoteGroup | None = None
+    machine: Message | None = None
     is_ready: bool = False
     job: Job | None = None
     is_cancelled: bool = False
@@ -72,17 +75,18 @@ class Worker:
     failures: int = 0
 
     def tell(self, message: Message) -> None:
-        for child in self.children:
-            child.tell(message)
+        if self.group is not None:
+            self.group.tell(message)
 
     def kill(self) -> None:
-        for child in self.children:
-            child.kill()
+        if self.group is not None:
+            self.group.kill()
 
 
 class Workers:
     """count: how many workers; None: as many as there are GPUs for; ranks: processes of each, which make a video
-    together. on_free: is told the id of a job that was deleted, once nothing writes to its files any more."""
+    together; places: for workers on other machines, in place of any here. on_free: is told the id of a job that was
+    deleted, once nothing writes to its files any more."""
 
     def __init__(
         self,
@@ -93,9 +97,11 @@ class Workers:
         ranks: int,
         on_free: Callable[[str], None],
         say: Callable[[str], None],
+        places: Sequence[Place] | None = None,
     ):
         self.store, self.models, self.metrics = store, models, metrics
         self._count, self._ranks, self._on_free, self._say = count, ranks, on_free, say
+        self._places, self._gpus = places, 0
         self.progress: dict[str, Progress] = {}
         self._workers: list[Worker] = []
         self._checker: Child | None = None
@@ -104,14 +110,14 @@ class Workers:
         self._numbers = itertools.count()
         self._check_turn = asyncio.Lock()
         # Requests can be checked once the checker is there, and a worker has told what there is to plan with.
-        self._can_check, self._is_looking, self._machine = asyncio.Event(), False, None
+        self._can_check, self._is_looking = asyncio.Event(), False
         self._watchers: dict[str, set[asyncio.Queue[Message]]] = {}
         self._is_closing = False
 
     def start(self) -> None:
         """The checker, which tells how many GPUs there are, and with it the workers, for which CPUs need not wait."""
         self._start_checker()
-        if all(model.options.get("device") == "cpu" for model in self.models.values()):
+        if self._places is not None or all(one.options.get("device") == "cpu" for one in self.models.values()):
             self._start_workers(0)
 
     def close(self) -> None:
@@ -123,6 +129,9 @@ class Workers:
             worker.kill()
         if self._checker is not None:
             self._checker.kill()
+        for worker in self._workers:
+            if worker.group is not None:
+                worker.group.join(CLOSE_S)
 
     @property
     def state(self) -> dict[str, int]:
@@ -157,9 +166,10 @@ class Workers:
             self.progress[job.id] = Progress(job.facts.get("expected_seconds", 0.0))
             self.metrics.began(job)
             folder = str(self.store.folder_of(job.id))
-            worker.tell({"job": job.id, "options": options, "folder": folder, "preview_every": job.preview_every})
+            message = {"job": job.id, "options": options, "folder": folder, "stem": "video", "is_private": True}
+            worker.tell({**message, "preview_every": job.preview_every, "pictures": True})
             self._publish(job.id, {"event": "started"})
-            self._say(f"{job.id} is made by process {worker.children[0].pid}")
+            self._say(f"{job.id} is made by {worker.group.name}")
 
     def cancel(self, id: str) -> None:
         """That nobody works on a job whose row is gone, or says that it is over. Its end is told by on_free, at once
@@ -216,13 +226,13 @@ class Workers:
     # Workers
 
     def _start_workers(self, gpus: int) -> None:
-        count = self._count or max(1, gpus // self._ranks)
-        self._workers = [Worker(number, self._env(number, count, gpus)) for number in range(count)]
+        count = len(self._places) if self._places is not None else self._count or max(1, gpus // self._ranks)
+        self._gpus, self._workers = gpus, [Worker(number) for number in range(count)]
         for worker in self._workers:
             self._start_worker(worker)
 
-    def _env(self, number: int, count: int, gpus: int) -> dict[str, str]:
-        processes = count * self._ranks
+    def _env(self, number: int) -> dict[str, str]:
+        processes, gpus = len(self._workers) * self._ranks, self._gpus
         if gpus:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             names = [name.strip() for name in seen.split(",")] if seen else [str(at) for at in range(gpus)]
@@ -233,29 +243,25 @@ class Workers:
         return {}
 
     def _start_worker(self, worker: Worker) -> None:
-        """Its processes, which find each other as those of torchrun do."""
         if self._is_closing:
             return
         worker.models.clear()
-        group: list[Child] = []
-        worker.children, port = group, str(_free_port())
-        for rank in range(self._ranks):
-            env = {"RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self._ranks}
-            env = {name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            heard, ended = partial(self._heard, worker, group, rank), partial(self._worker_ended, worker, group)
-            group.append(Child("wan.serve.worker", {**worker.env, **env}, heard, ended))
-        load = next(iter(self.models.values())).load
-        worker.tell({"load": load, "processes": len(self._workers) * self._ranks})
+        heard, ended = partial(self._heard, worker), partial(self._worker_ended, worker)
+        first = {"load": next(iter(self.models.values())).load, "processes": len(self._workers) * self._ranks}
+        if self._places is None:
+            worker.group = Group(self._ranks, self._env(worker.number), first, heard, ended)
+        else:
+            worker.group = RemoteGroup(self._places[worker.number], first, _in_this_loop(), heard, ended)
 
-    def _heard(self, worker: Worker, group: list[Child], rank: int, message: Message) -> None:
+    def _heard(self, worker: Worker, message: Message) -> None:
         if "broken" in message:
-            self._say(f"error: worker {worker.number}: {message['broken']}")
-        if worker.children is not group or (rank > 0 and "failed" not in message):
-            return
-        if "ready" in message:
-            worker.is_ready = True
-            self._say(f"worker {worker.number} is ready (process {worker.children[0].pid})")
-            self._machine = message["ready"]
+            where = f" on {message['machine']}" if message.get("machine") else ""
+            self._say(f"error: worker {worker.number}{where}: {message['broken']}")
+        elif "waits" in message:
+            self._say(f"worker {worker.number} waits for room in the cluster")
+        elif "ready" in message:
+            worker.is_ready, worker.machine = True, message["ready"]
+            self._say(f"worker {worker.number} is ready ({worker.group.name})")
             self._open_checks()
             self.give_out()
         elif "event" in message:
@@ -304,12 +310,11 @@ class Workers:
         self._say(f"error: {error}; it is tried again")
         asyncio.get_running_loop().call_later(WRITE_AGAIN_S, lambda: self._is_closing or work())
 
-    def _worker_ended(self, worker: Worker, group: list[Child], code: int) -> None:
-        """One of its processes has. Its job is tried again, unless it has ended several workers."""
-        if self._is_closing or worker.children is not group:
+    def _worker_ended(self, worker: Worker, code: int) -> None:
+        """Its job is tried again, unless it has ended several workers."""
+        if self._is_closing:
             return
-        worker.kill()
-        job, worker.job, worker.children, worker.is_ready = worker.job, None, [], False
+        job, worker.job, worker.group, worker.is_ready = worker.job, None, None, False
         if job is None or not worker.is_cancelled:
             worker.failures += 1
             self.metrics.died()
@@ -343,7 +348,7 @@ class Workers:
                 raise Refused(503, "the server is not ready yet", "not_ready", retry_s=10) from error
             number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
             self._checking = (number, answer)
-            message = {"check": number, "options": model.merged(options), "machine": self._machine}
+            message = {"check": number, "options": model.merged(options), "machine": self._machine()}
             message["ranks"] = self._ranks
             self._checker.tell(message)
             try:
@@ -357,8 +362,13 @@ class Workers:
             raise Refused(400, told["refused"], "invalid_value")
         return told["facts"]
 
+    def _machine(self) -> Message | None:
+        """The smallest one that a worker told of, for any of them may get the job."""
+        told = [worker.machine for worker in self._workers if worker.machine is not None]
+        return min(told, key=lambda one: (one["vram_bytes"] or 0, one["ram_bytes"]), default=None)
+
     def _open_checks(self) -> None:
-        if self._is_looking and self._machine is not None:
+        if self._is_looking and self._machine() is not None:
             self._can_check.set()
 
     def _start_checker(self) -> None:
@@ -388,9 +398,15 @@ class Workers:
         self._later(self._checker_failures, self._start_checker)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        return there.getsockname()[1]
+def _in_this_loop() -> Callable[..., None]:
+    """Calls a function from any thread in this one."""
+    loop = asyncio.get_running_loop()
+
+    def call(function: Callable[..., object], *values: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            loop.call_soon_threadsafe(function, *values)
+
+    return call
 
 
 def _cores() -> int:
