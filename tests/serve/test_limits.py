@@ -270,7 +270,9 @@ def test_an_idempotency_key_makes_one_job(server):
         (["--models", "none.json"], "--models: no file none.json"),
         (["--models", "models.json"], "a: unknown option tusk"),
         (["--task", "t2v-14B"], "t2v-14B needs --ckpt_dir"),
-        (["--web"], "unrecognized arguments: --web"),
+        (["--pages"], "unrecognized arguments: --pages"),
+        (["--root_path", "/a"], "--root_path is of --web"),
+        (["--web", "--root_path", "a"], "--root_path is of --web"),
     ],
 )
 def test_wrong_arguments_are_one_line(argv, told, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,341 @@
+"""The components of the page and what happens when they are used. Its handlers run in the server's event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from wan.errors import SwanError
+from wan.options import FLAGS
+from wan.serve.fields import read_fields
+from wan.serve.models import Model
+from wan.serve.refused import Refused, without_paths
+from wan.serve.service import Service
+from wan.serve.web import form, shown
+from wan.serve.web.follow import Follow
+from wan.serve.web.texts import LANGUAGES, help_of, language_of, text
+from wan.serve.web.uploads import Uploads
+
+_HERE = Path(__file__).parent
+_TICK_S = 1.0
+_PAGE = 24  # of the gallery
+_SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei")
+_SYSTEM_FONTS += ("Noto Sans CJK SC", "sans-serif")
+_PICTURES_ALONE = {"image", "last_frame", "src_ref"}
+_LINES = {"prompt": 3, "negative_prompt": 2, "prompts": 3, "others": 4}
+_QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+
+Props = Callable[["_At"], dict[str, Any]]
+
+
+class _Picture(gr.Image):
+    """A picture that is sent and shown, and which nothing here decodes."""
+
+    is_template = True  # it is gradio's, for the browser
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload and payload.path
+
+    def postprocess(self, value: str | None) -> Any:
+        return value and gr.image_utils.ImageData(path=value, orig_name=Path(value).name)
+
+
+class _At:
+    """What the looks of the page depend on."""
+
+    def __init__(self, page: Page, language: str, model: str, preset: str | None, cache: str | None):
+        self.language = language if language in LANGUAGES else "en"
+        self.model = page.model(model)
+        self.cache = cache or ""
+        self.usual = form.usual(self.model, preset or "")
+
+    def text(self, key: str, **values: Any) -> str:
+        return text(key, self.language, **values)
+
+
+class Page:
+    """blocks: gradio's; look: what it is mounted with."""
+
+    def __init__(self, service: Service, uploads: Uploads):
+        self._service, self._uploads, self._follow = service, uploads, Follow(service)
+        self._labelled: list[tuple[gr.blocks.Block, Props]] = []
+        self._fields: dict[str, gr.components.Component] = {}
+        self._first = self._at("en", next(iter(service.models)), None, None)
+        with gr.Blocks(title="Swan", analytics_enabled=False) as self.blocks:
+            self._build()
+            self._listen()
+        theme = gr.themes.Default(font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace"))
+        css = (_HERE / "page.css").read_text(encoding="utf-8")
+        self.look = {"theme": theme, "css": css, "footer_links": []}
+
+    def close(self) -> None:
+        self._follow.close()
+
+    def model(self, name: str) -> Model:
+        models = self._service.models
+        return models.get(name) or next(iter(models.values()))
+
+    def _at(self, language: str, model: str, preset: str | None, cache: str | None) -> _At:
+        return _At(self, language, model, preset, cache)
+
+    # Components
+
+    def _made(self, component: type, props: Props, **more: Any) -> Any:
+        """A component whose looks depend on language and model."""
+        made = component(**{**more, **props(self._first)})
+        self._labelled.append((made, props))
+        return made
+
+    def _build(self) -> None:
+        with gr.Row(elem_classes="swan-top"):
+            self._made(gr.HTML, lambda at: {"value": f'<h1 class="swan-title">{escape(at.text("title"))}</h1>'})
+            choices = [(name, value) for value, name in LANGUAGES.items()]
+            self._language = gr.Radio(choices, value="en", show_label=False, container=False, elem_id="swan-language")
+            if self._service.settings.keys:
+                self._made(gr.HTML, lambda at: {"value": _log_out(at)})
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                self._build_form()
+            with gr.Column(scale=6, min_width=320):
+                self._build_job()
+        self._made(gr.HTML, lambda at: {"value": f"<h2>{at.text('gallery')}</h2>"})
+        self._gallery = gr.HTML(js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"), elem_id="swan-gallery")
+        self._more = self._made(gr.Button, lambda at: {"value": at.text("more")}, visible=False, size="sm")
+
+    def _build_form(self) -> None:
+        names = list(self._service.models)
+        self._model = self._made(
+            gr.Dropdown, lambda at: {"label": at.text("model")}, choices=names, value=names[0], elem_id="swan-model"
+        )
+        for name in form.PARTS["top"]:
+            self._field(name)
+        for part, fields in form.PARTS.items():
+            if part == "top" or (part == "loras" and not self._service.loras.names()):
+                continue
+
+            def is_open(at: _At, part: str = part, fields: tuple[str, ...] = fields) -> dict[str, Any]:
+                return {"label": at.text(part), "visible": any(form.has(at.model, name, at.cache) for name in fields)}
+
+            with self._made(gr.Accordion, is_open, open=part in ("inputs", "shape"), elem_id=f"swan-{part}"):
+                if part == "others":
+                    self._field("others")
+                    self._made(gr.HTML, lambda at: {"value": _option_list(at)})
+                else:
+                    self._build_rows(fields, 3 if part == "loras" else 1 if part == "inputs" else 2)
+
+    def _build_rows(self, fields: Sequence[str], columns: int) -> None:
+        for start in range(0, len(fields), columns):
+            with gr.Row():
+                for name in fields[start : start + columns]:
+                    self._field(name)
+
+    def _field(self, name: str) -> None:
+        def props(at: _At) -> dict[str, Any]:
+            label, info = form.named(name, at.language)
+            found = {"label": label, "visible": form.has(at.model, name, at.cache)}
+            if name in form.FILES:
+                return found
+            found |= {"info": info or None}
+            if offered := form.choices(name, at.model, self._service.loras, at.usual, at.language):
+                return found | {"choices": offered}
+            if form.is_switch(name):
+                return found
+            usual = "1" if name.startswith("lora_strength") else at.usual.get(name, "")
+            return found | {"placeholder": at.text("random") if name == "seed" else usual}
+
+        kind, shape = _kind(name, "choices" in props(self._first))
+        self._fields[name] = self._made(kind, props, **shape, elem_id=f"swan-{name}", min_width=130)
+
+    def _build_job(self) -> None:
+        self._run = self._made(
+            gr.Button, lambda at: {"value": at.text("generate")}, variant="primary", elem_id="swan-run"
+        )
+        self._message, self._queue, self._job = (
+            gr.HTML(elem_id=f"swan-{name}") for name in ("message", "queue", "job")
+        )
+        with gr.Row():
+            self._cancel, self._again, self._delete = (
+                self._made(
+                    gr.Button,
+                    lambda at, name=name: {"value": at.text(name)},
+                    visible=False,
+                    size="sm",
+                    elem_id=f"swan-{name}",
+                    min_width=110,
+                    variant="stop" if name == "cancel" else "secondary",
+                )
+                for name in ("cancel", "again", "delete")
+            )
+        self._preview, self._result = (gr.HTML(elem_id=f"swan-{name}") for name in ("preview", "result"))
+
+    # Events
+
+    def _listen(self) -> None:
+        self._chosen, self._count, self._seen = gr.State(""), gr.State(_PAGE), gr.State({})
+        self._kept = gr.BrowserState({"language": "", "job": ""}, storage_key="swan", secret="swan")
+        looks = [self._language, self._model, self._fields["preset"], self._fields["cache_choice"]]
+        labelled = [one for one, _ in self._labelled]
+        view = [self._chosen, self._language, self._count, self._seen]
+        parts = [self._queue, self._job, self._preview, self._result, self._gallery]
+        parts += [self._cancel, self._again, self._delete, self._more, self._seen]
+        form_fields = list(self._fields.values())
+
+        self.blocks.load(
+            self._loaded, [self._kept, *looks], [self._language, self._chosen, *labelled, *parts], **_QUIET
+        )
+        self._language.input(
+            self._translated,
+            [*looks, self._chosen, self._count],
+            [self._kept, self._message, *labelled, *parts],
+            **_QUIET,
+        )
+        for one in looks[1:]:
+            one.change(self._labels, looks, labelled, **_QUIET)
+        shown_job = [self._message, self._chosen, self._kept, *parts]
+        self._run.click(
+            self._generate,
+            [*view, self._model, *form_fields],
+            shown_job,
+            **{**_QUIET, "show_progress": "minimal"},
+            show_progress_on=self._message,
+        )
+        self._gallery.select(self._choose, view, shown_job, **_QUIET)
+        for button in (self._cancel, self._delete):
+            button.click(self._ended, view, shown_job, **_QUIET)
+        self._again.click(
+            self._settings, [self._chosen, self._language], [self._message, self._model, *form_fields], **_QUIET
+        )
+        self._more.click(lambda count: count + _PAGE, self._count, self._count, **_QUIET).then(
+            self._parts, view, parts, **_QUIET
+        )
+        gr.Timer(_TICK_S).tick(self._parts, view, parts, **_QUIET)
+
+    async def _loaded(
+        self, kept: Any, language: str, model: str, preset: Any, cache: Any, request: gr.Request
+    ) -> list[Any]:
+        kept = kept if isinstance(kept, Mapping) else {}
+        language = kept.get("language") or language_of(request.headers.get("accept-language", ""))
+        language = language if language in LANGUAGES else "en"
+        chosen = kept.get("job") or ""
+        if not isinstance(chosen, str) or self._service.store.get(chosen) is None:
+            chosen = next(iter(self._service.store.ids("in_progress")), "")
+        labels = await self._labels(language, model, preset, cache)
+        return [language, chosen, *labels, *await self._parts(chosen, language, _PAGE, {})]
+
+    async def _translated(
+        self, language: str, model: str, preset: Any, cache: Any, chosen: str, count: int
+    ) -> list[Any]:
+        labels = await self._labels(language, model, preset, cache)
+        kept = {"language": language, "job": chosen}
+        return [kept, "", *labels, *await self._parts(chosen, language, count, {})]
+
+    async def _labels(self, language: str, model: str, preset: Any, cache: Any) -> list[Any]:
+        """What all components are called, and which there are."""
+        at = self._at(language, model, preset, cache)
+        return [gr.update(**props(at)) for _, props in self._labelled]
+
+    async def _parts(self, chosen: str, language: str, count: int, seen: Mapping[str, Any]) -> list[Any]:
+        """Queue, job, preview, result, gallery and buttons, as they are now: those that have changed since `seen`."""
+        service = self._service
+        job = service.store.get(chosen) if chosen else None
+        jobs = service.store.page(None, count + 1, "desc")
+        last = self._follow.last(job.id) if job is not None and not job.is_over else None
+        if job is None:
+            is_gone = text("gone" if chosen else "no_job", language)
+            now: dict[str, Any] = {
+                "job": f'<div class="swan-empty">{escape(is_gone)}</div>',
+                "preview": "",
+                "result": "",
+            }
+        else:
+            now = {"job": shown.job(service, job, last, language), "preview": shown.preview(last, language)}
+            now["result"] = shown.result(job, form.told(job, service.loras), language)
+        now = {"queue": shown.queue(service, language), **now}
+        now["gallery"] = shown.gallery(service, jobs[:count], chosen, language)
+        is_over = job is not None and job.is_over
+        visible = {"cancel": job is not None and not is_over, "again": job is not None, "delete": is_over}
+        now |= {name: gr.update(visible=one) for name, one in visible.items()}
+        now["more"] = gr.update(visible=len(jobs) > count)
+        changed = [gr.skip() if seen.get(name) == value else value for name, value in now.items()]
+        return [*changed, now]
+
+    async def _shown(self, told: str, chosen: str, language: str, count: int, seen: Any) -> list[Any]:
+        kept = {"language": language, "job": chosen}
+        return [told, chosen, kept, *await self._parts(chosen, language, count, seen)]
+
+    async def _generate(self, chosen: str, language: str, count: int, seen: Any, model: str, *values: Any) -> list[Any]:
+        told, service = "", self._service
+        try:
+            asked = self.model(model)
+            body = form.body_of(asked, dict(zip(self._fields, values)), language)
+            wanted = read_fields(body, service.models, service.loras)
+            if not wanted.preview_every and not service.settings.preview_every:
+                wanted = replace(wanted, preview_every=form.preview_every(asked, wanted.options))
+            chosen = (await service.accept(wanted)).id
+        except (Refused, SwanError) as error:
+            why = without_paths(str(error))
+            told = shown.message(text("refused", language, why=why), is_error=True)
+        return await self._shown(told, chosen, language, count, seen)
+
+    async def _choose(self, chosen: str, language: str, count: int, seen: Any, event: gr.EventData) -> list[Any]:
+        return await self._shown("", str(event._data.get("id")), language, count, seen)
+
+    async def _ended(self, chosen: str, language: str, count: int, seen: Any) -> list[Any]:
+        """A job that is waited for is cancelled, another is deleted: it is gone."""
+        told = ""
+        try:
+            is_over = self._service.job(chosen).is_over
+            self._service.delete(chosen)
+            told = shown.message(text("deleted" if is_over else "cancelled", language))
+            chosen = ""
+        except (Refused, SwanError) as error:
+            told = shown.message(without_paths(str(error)), is_error=True)
+        return await self._shown(told, chosen, language, count, seen)
+
+    async def _settings(self, chosen: str, language: str) -> list[Any]:
+        """The form, filled in as it was for a job."""
+        job = self._service.store.get(chosen)
+        model = self._service.models.get(job.model) if job is not None else None
+        if model is None:
+            told = text("gone", language) if job is None else text("model_gone", language, model=job.model)
+            return [shown.message(told, is_error=True), gr.skip(), *[gr.skip() for _ in self._fields]]
+        values = form.values_of(job, model, self._service.loras)
+        inputs = self._service.store.folder_of(job.id) / "inputs"
+        for flag, names in job.files.items():
+            added = [self._uploads.add(inputs / name) for name in (names if isinstance(names, list) else [names])]
+            values[flag] = added if isinstance(names, list) else added[0]
+        told = shown.message(text("taken_over", language))
+        return [told, model.name, *[values[name] for name in self._fields]]
+
+
+def _kind(name: str, has_choices: bool) -> tuple[type, dict[str, Any]]:
+    """The component of a field, and how it is made."""
+    if name in _PICTURES_ALONE:
+        return _Picture, {"sources": ["upload", "clipboard"], "type": "filepath", "height": 220, "buttons": []}
+    if name in form.FILES:
+        is_many = FLAGS[name].kind == "pictures"
+        types = ["audio", "video"] if name == "audio" else ["image"] if is_many else ["video", "image"]
+        return gr.File, {"file_count": "multiple" if is_many else "single", "file_types": types, "height": 130}
+    if has_choices:
+        value = "lora" if name.startswith("lora_expert") else ""
+        return gr.Dropdown, {"value": value, "allow_custom_value": name == "size"}
+    if form.is_switch(name):
+        return gr.Checkbox, {"value": False}
+    return gr.Textbox, {"value": "", "lines": _LINES.get(name, 1), "max_lines": 12 if name in _LINES else 1}
+
+
+def _log_out(at: _At) -> str:
+    return f'<form class="swan-out" method="post" action="logout"><button>{escape(at.text("log_out"))}</button></form>'
+
+
+def _option_list(at: _At) -> str:
+    rows = "".join(
+        f"<tr><th><code>{name}</code></th><td>{escape(help_of(name, at.language))}</td></tr>"
+        for name in form.OTHER_FLAGS
+    )
+    return f"<details class='swan-options'><summary>{at.text('others_list')}</summary><table>{rows}</table></details>"
