@@ -36,7 +36,7 @@ _LORA_NAMES, _LORA_SCALES = ("name", "lora_name", "adapter", "path"), ("scale", 
 FILE_KINDS = ("picture", "pictures", "file")
 # Files of the server's machine, and who writes prompts; whether somebody does, the server says.
 _CLOSED = {"cache_coefficients", "cache_trace", "prompt_extend_method"}
-_EXTEND = ("use_prompt_extend", "prompt_extend_target_lang")
+EXTEND = ("use_prompt_extend", "prompt_extend_target_lang")
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -102,7 +102,7 @@ def _flag(name: str, model: Model) -> str:
         raise bad(name, f"{name} says what is loaded, which is for the server to say; model chooses among what it has")
     if not is_open(flag) or flag in LORA_FLAGS:
         raise bad(name, f"unknown field {shown(name)}", "unknown_parameter")
-    if flag in _EXTEND and not model.options.get("use_prompt_extend"):
+    if flag in EXTEND and not model.options.get("use_prompt_extend"):
         raise bad(name, f"{name}: prompts are not extended by this server")
     return flag
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from wan.errors import SwanError
 from wan.options import FLAGS
-from wan.serve.fields import read_fields
+from wan.serve.fields import EXTEND, read_fields
 from wan.serve.models import Model
 from wan.serve.refused import Refused, without_paths
 from wan.serve.service import Service
@@ -31,18 +31,6 @@ _LINES = {"prompt": 3, "negative_prompt": 2, "prompts": 3, "others": 4}
 _QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 Props = Callable[["_At"], dict[str, Any]]
-
-
-class _Picture(gr.Image):
-    """A picture that is sent and shown, and which nothing here decodes."""
-
-    is_template = True  # it is gradio's, for the browser
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload and payload.path
-
-    def postprocess(self, value: str | None) -> Any:
-        return value and gr.image_utils.ImageData(path=value, orig_name=Path(value).name)
 
 
 class _At:
@@ -69,7 +57,10 @@ class Page:
         with gr.Blocks(title="Swan", analytics_enabled=False) as self.blocks:
             self._build()
             self._listen()
-        theme = gr.themes.Default(font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace"))
+        theme = gr.themes.Default(
+            primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")
+        )
+        theme.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
         css = (_HERE / "page.css").read_text(encoding="utf-8")
         self.look = {"theme": theme, "css": css, "footer_links": []}
 
@@ -85,7 +76,7 @@ class Page:
 
     # Components
 
-    def _made(self, component: type, props: Props, **more: Any) -> Any:
+    def _made(self, component: Callable[..., Any], props: Props, **more: Any) -> Any:
         """A component whose looks depend on language and model."""
         made = component(**{**more, **props(self._first)})
         self._labelled.append((made, props))
@@ -94,39 +85,56 @@ class Page:
     def _build(self) -> None:
         with gr.Row(elem_classes="swan-top"):
             self._made(gr.HTML, lambda at: {"value": f'<h1 class="swan-title">{escape(at.text("title"))}</h1>'})
-            choices = [(name, value) for value, name in LANGUAGES.items()]
-            self._language = gr.Radio(choices, value="en", show_label=False, container=False, elem_id="swan-language")
             if self._service.settings.keys:
-                self._made(gr.HTML, lambda at: {"value": _log_out(at)})
-        with gr.Row():
-            with gr.Column(scale=5, min_width=320):
-                self._build_form()
-            with gr.Column(scale=6, min_width=320):
+                self._made(gr.HTML, lambda at: {"value": _log_out(at)}, elem_classes="swan-small")
+            choices = [(name, value) for value, name in LANGUAGES.items()]
+            self._language = gr.Radio(
+                choices,
+                value="en",
+                show_label=False,
+                container=False,
+                elem_id="swan-language",
+                elem_classes="swan-small",
+            )
+        with gr.Row(elem_classes="swan-main"):
+            with gr.Column(elem_classes="swan-ask"):
+                self._build_question()
+            with gr.Column(elem_classes="swan-jobs"):
                 self._build_job()
-        self._made(gr.HTML, lambda at: {"value": f"<h2>{at.text('gallery')}</h2>"})
-        self._gallery = gr.HTML(js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"), elem_id="swan-gallery")
-        self._more = self._made(gr.Button, lambda at: {"value": at.text("more")}, visible=False, size="sm")
+                self._build_gallery()
+            with gr.Column(elem_classes="swan-form"):
+                self._build_form()
 
-    def _build_form(self) -> None:
+    def _build_question(self) -> None:
         names = list(self._service.models)
         self._model = self._made(
             gr.Dropdown, lambda at: {"label": at.text("model")}, choices=names, value=names[0], elem_id="swan-model"
         )
         for name in form.PARTS["top"]:
             self._field(name)
+        look = {"variant": "primary", "elem_id": "swan-run"}
+        self._run = self._made(gr.Button, lambda at: {"value": at.text("generate")}, **look)
+        self._message = gr.HTML(elem_id="swan-message")
+
+    def _build_form(self) -> None:
+        """What is below the question, part by part."""
+        needs_files = any(model.kind.needed for model in self._service.models.values())
         for part, fields in form.PARTS.items():
             if part == "top" or (part == "loras" and not self._service.loras.names()):
                 continue
 
-            def is_open(at: _At, part: str = part, fields: tuple[str, ...] = fields) -> dict[str, Any]:
+            def props(at: _At, part: str = part, fields: tuple[str, ...] = fields) -> dict[str, Any]:
                 return {"label": at.text(part), "visible": any(form.has(at.model, name, at.cache) for name in fields)}
 
-            with self._made(gr.Accordion, is_open, open=part in ("inputs", "shape"), elem_id=f"swan-{part}"):
-                if part == "others":
-                    self._field("others")
-                    self._made(gr.HTML, lambda at: {"value": _option_list(at)})
+            is_open = part == "shape" or (part == "inputs" and needs_files)
+            with self._made(gr.Accordion, props, open=is_open, elem_id=f"swan-{part}"):
+                if part in ("inputs", "others"):
+                    for name in fields:
+                        self._field(name)
                 else:
-                    self._build_rows(fields, 3 if part == "loras" else 1 if part == "inputs" else 2)
+                    self._build_rows(fields, 3 if part == "loras" else 2)
+                if part == "others":
+                    self._made(gr.HTML, lambda at: {"value": _option_list(at)})
 
     def _build_rows(self, fields: Sequence[str], columns: int) -> None:
         for start in range(0, len(fields), columns):
@@ -149,29 +157,24 @@ class Page:
             return found | {"placeholder": at.text("random") if name == "seed" else usual}
 
         kind, shape = _kind(name, "choices" in props(self._first))
-        self._fields[name] = self._made(kind, props, **shape, elem_id=f"swan-{name}", min_width=130)
+        self._fields[name] = self._made(kind, props, **{"min_width": 120, **shape}, elem_id=f"swan-{name}")
 
     def _build_job(self) -> None:
-        self._run = self._made(
-            gr.Button, lambda at: {"value": at.text("generate")}, variant="primary", elem_id="swan-run"
-        )
-        self._message, self._queue, self._job = (
-            gr.HTML(elem_id=f"swan-{name}") for name in ("message", "queue", "job")
-        )
-        with gr.Row():
-            self._cancel, self._again, self._delete = (
-                self._made(
-                    gr.Button,
-                    lambda at, name=name: {"value": at.text(name)},
-                    visible=False,
-                    size="sm",
-                    elem_id=f"swan-{name}",
-                    min_width=110,
-                    variant="stop" if name == "cancel" else "secondary",
-                )
-                for name in ("cancel", "again", "delete")
-            )
+        self._queue, self._job = (gr.HTML(elem_id=f"swan-{name}") for name in ("queue", "job"))
+        with gr.Row(elem_classes="swan-buttons"):
+            self._cancel, self._again, self._delete = map(self._button, ("cancel", "again", "delete"))
         self._preview, self._result = (gr.HTML(elem_id=f"swan-{name}") for name in ("preview", "result"))
+
+    def _button(self, name: str) -> gr.Button:
+        """One that is there with a job."""
+        look = {"size": "sm", "min_width": 110, "variant": "stop" if name == "cancel" else "secondary"}
+        props = lambda at: {"value": at.text(name)}  # noqa: E731
+        return self._made(gr.Button, props, visible=False, elem_id=f"swan-{name}", **look)
+
+    def _build_gallery(self) -> None:
+        self._made(gr.HTML, lambda at: {"value": f'<h2 class="swan-title">{at.text("gallery")}</h2>'})
+        self._gallery = gr.HTML(js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"), elem_id="swan-gallery")
+        self._more = self._button("more")
 
     # Events
 
@@ -196,14 +199,9 @@ class Page:
         )
         for one in looks[1:]:
             one.change(self._labels, looks, labelled, **_QUIET)
-        shown_job = [self._message, self._chosen, self._kept, *parts]
-        self._run.click(
-            self._generate,
-            [*view, self._model, *form_fields],
-            shown_job,
-            **{**_QUIET, "show_progress": "minimal"},
-            show_progress_on=self._message,
-        )
+        shown_job = self._shown_parts = [self._message, self._chosen, self._kept, self._count, *parts]
+        how = _QUIET | {"show_progress": "minimal", "show_progress_on": self._message, "preprocess": False}
+        self._run.click(self._generate, [self._language, self._model, *form_fields], shown_job, **how)
         self._gallery.select(self._choose, view, shown_job, **_QUIET)
         for button in (self._cancel, self._delete):
             button.click(self._ended, view, shown_job, **_QUIET)
@@ -266,21 +264,22 @@ class Page:
 
     async def _shown(self, told: str, chosen: str, language: str, count: int, seen: Any) -> list[Any]:
         kept = {"language": language, "job": chosen}
-        return [told, chosen, kept, *await self._parts(chosen, language, count, seen)]
+        return [told, chosen, kept, count, *await self._parts(chosen, language, count, seen)]
 
-    async def _generate(self, chosen: str, language: str, count: int, seen: Any, model: str, *values: Any) -> list[Any]:
-        told, service = "", self._service
+    async def _generate(self, language: str, model: str, *values: Any) -> list[Any]:
+        """values: as the browser sends them: files are those of the upload folder, see `mount`."""
+        service = self._service
         try:
             asked = self.model(model)
-            body = form.body_of(asked, dict(zip(self._fields, values)), language)
-            wanted = read_fields(body, service.models, service.loras)
+            given = {name: _path(one) if name in form.FILES else one for name, one in zip(self._fields, values)}
+            wanted = read_fields(form.body_of(asked, given, language), service.models, service.loras)
             if not wanted.preview_every and not service.settings.preview_every:
                 wanted = replace(wanted, preview_every=form.preview_every(asked, wanted.options))
-            chosen = (await service.accept(wanted)).id
+            id = (await service.accept(wanted)).id
         except (Refused, SwanError) as error:
-            why = without_paths(str(error))
-            told = shown.message(text("refused", language, why=why), is_error=True)
-        return await self._shown(told, chosen, language, count, seen)
+            told = shown.message(text("refused", language, why=without_paths(str(error))), is_error=True)
+            return [told, *[gr.skip() for _ in self._shown_parts[1:]]]
+        return await self._shown("", id, language, _PAGE, {})
 
     async def _choose(self, chosen: str, language: str, count: int, seen: Any, event: gr.EventData) -> list[Any]:
         return await self._shown("", str(event._data.get("id")), language, count, seen)
@@ -313,20 +312,27 @@ class Page:
         return [told, model.name, *[values[name] for name in self._fields]]
 
 
-def _kind(name: str, has_choices: bool) -> tuple[type, dict[str, Any]]:
+def _kind(name: str, has_choices: bool) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The component of a field, and how it is made."""
     if name in _PICTURES_ALONE:
-        return _Picture, {"sources": ["upload", "clipboard"], "type": "filepath", "height": 220, "buttons": []}
+        return gr.Image, {"sources": ["upload", "clipboard"], "type": "filepath", "height": 220, "buttons": []}
     if name in form.FILES:
         is_many = FLAGS[name].kind == "pictures"
         types = ["audio", "video"] if name == "audio" else ["image"] if is_many else ["video", "image"]
         return gr.File, {"file_count": "multiple" if is_many else "single", "file_types": types, "height": 130}
     if has_choices:
         value = "lora" if name.startswith("lora_expert") else ""
-        return gr.Dropdown, {"value": value, "allow_custom_value": name == "size"}
+        return gr.Dropdown, {"value": value, "min_width": 190, "allow_custom_value": name == "size"}
     if form.is_switch(name):
         return gr.Checkbox, {"value": False}
     return gr.Textbox, {"value": "", "lines": _LINES.get(name, 1), "max_lines": 12 if name in _LINES else 1}
+
+
+def _path(sent: Any) -> Any:
+    """Of a file that was sent, or of each of several; None where there is none."""
+    if isinstance(sent, list):
+        return [_path(one) for one in sent]
+    return str(sent["path"]) if isinstance(sent, dict) and sent.get("path") else None
 
 
 def _log_out(at: _At) -> str:
@@ -334,8 +340,8 @@ def _log_out(at: _At) -> str:
 
 
 def _option_list(at: _At) -> str:
-    rows = "".join(
-        f"<tr><th><code>{name}</code></th><td>{escape(help_of(name, at.language))}</td></tr>"
-        for name in form.OTHER_FLAGS
-    )
-    return f"<details class='swan-options'><summary>{at.text('others_list')}</summary><table>{rows}</table></details>"
+    """Those that have no field. Whether prompts are extended the server says."""
+    extends = at.model.options.get("use_prompt_extend")
+    names = [name for name in form.OTHER_FLAGS if extends or name not in EXTEND]
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(help_of(name, at.language))}</dd>" for name in names)
+    return f'<details class="swan-options"><summary>{at.text("others_list")}</summary><dl>{rows}</dl></details>'

@@ -8,7 +8,7 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 
 # Key -> English, Chinese.
 TEXTS = {
-    "title": ("Swan · video", "Swan · 视频生成"),
+    "title": ("Swan", "Swan"),
     "language": ("Language", "语言"),
     "log_out": ("Log out", "退出登录"),
     "log_in": ("Log in", "登录"),
