@@ -173,6 +173,7 @@ def test_settings_come_back_as_they_were_given(tmp_path):
         ({"lora_name_1": "none"}, "no LoRA 'none'"),
         ({"seconds": "many"}, "seconds must be a number"),
         ({"prompt": " "}, "prompt is missing"),
+        ({"video": "none.mp4"}, "send it again"),
     ],
 )
 def test_what_is_wrong_in_a_field_is_named(values, told):
@@ -182,7 +183,7 @@ def test_what_is_wrong_in_a_field_is_named(values, told):
 
 
 def test_fields_of_another_model_count_for_nothing():
-    values = {"prompt": "a", "image": "/x.png", "guidance_low": "3", "fb_thresh": "1", "lora_expert_1": "lora_low"}
+    values = {"prompt": "a", "image": "none.png", "guidance_low": "3", "fb_thresh": "1", "lora_expert_1": "lora_low"}
     assert form.body_of(MODELS["t2v-tiny"], values, "en") == {"model": "t2v-tiny", "prompt": "a"}
 
 

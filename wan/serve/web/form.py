@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from wan.serve.models import Loras, Model
 from wan.serve.refused import bad
 from wan.serve.store import Job
 from wan.serve.web.texts import help_of, label, text
-from wan.tasks import preset_names
+from wan.tasks import load_task, preset_names
+from wan.tasks.kinds import kind_of
 
 LORA_ROWS = 4
 _REFUSED = {
@@ -70,13 +72,17 @@ _CHOICES = {
 _FOLLOWS = ("fps", "solver", "denoising_step_list", "sigmas", "phases", "sigma_max", "steps", "shift", "guide_scale")
 
 
+spec_of = lru_cache(load_task)  # reading takes a millisecond, and each field asks
+
+
 def is_switch(field: str) -> bool:
     return field in FLAGS and FLAGS[field].kind == "flag"
 
 
 def has(model: Model, field: str, cache: str = "") -> bool:
     """Whether a field is of use with a model. cache: what is chosen there."""
-    kind, experts = model.kind, "experts" in model.spec
+    spec = spec_of(model.task)
+    kind, experts = kind_of(spec), "experts" in spec
     if field in _KNOBS:
         return cache in POLICIES and field in {*POLICIES[cache].flags, *_COMMON} - {*POLICIES[cache].idle}
     if field in INPUTS:
@@ -151,7 +157,7 @@ def choices(field: str, model: Model, loras: Loras, there: Mapping[str, str], la
     if field in CACHE_OPTIONS and CACHE_OPTIONS[field].kind == "name" and not given:
         given = tuple(one for one in CACHE_OPTIONS[field].allowed.split(", ") if one)
     if field == "size":
-        given = tuple(model.spec.sampling.sizes)
+        given = tuple(spec_of(model.task).sampling.sizes)
     elif not given:
         return []
     value = there.get(field, text("none", language) if field in ("preset", "cache_choice") else "")
@@ -189,15 +195,17 @@ def body_of(model: Model, values: Mapping[str, Any], language: str) -> dict[str,
         given.pop("cache_choice")
     guidance = {"guidance_low": "guidance_scale_low", "guidance_high": "guidance_scale_high"}
     for name, one in given.items():
-        body[guidance.get(name, name)] = _source(name, one) if name in FILES else one
+        body[guidance.get(name, name)] = _source(name, one, language) if name in FILES else one
     if twice := sorted(body.keys() & others):
         raise bad(twice[0], text("twice", language, name=twice[0]))
     return body | others
 
 
-def _source(field: str, path: Any) -> Any:
+def _source(field: str, path: Any, language: str) -> Any:
     """Of uploads, which become files of the job."""
-    many = [Path(one) for one in (path if isinstance(path, list) else [path])]
+    many = [Path(one) for one in _parts(path)]
+    if not all(one.is_file() for one in many):
+        raise bad(field, text("send_again", language, name=label(field, language)))
     return many if FLAGS[field].kind == "pictures" else many[0]
 
 
@@ -239,7 +247,7 @@ def values_of(job: Job, model: Model, loras: Loras) -> dict[str, Any]:
                 else:
                     found |= {f"lora_name_{row}": one["name"], f"lora_strength_{row}": _plain(float(strength))}
                     found[f"lora_expert_{row}"] = flag
-        elif flag == "sample_guide_scale" and "experts" in model.spec:
+        elif flag == "sample_guide_scale" and "experts" in spec_of(model.task):
             parts = listed(value)
             found |= {"guidance_low": _plain(parts[0]), "guidance_high": _plain(parts[-1])}
         elif (flag in POLICIES and value) or flag == "cache":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from wan.serve.fields import EXTEND, read_fields
 from wan.serve.models import Model
 from wan.serve.refused import Refused, without_paths
 from wan.serve.service import Service
+from wan.serve.store import Job
 from wan.serve.web import form, shown
 from wan.serve.web.follow import Follow
 from wan.serve.web.texts import LANGUAGES, help_of, language_of, text
@@ -23,7 +25,8 @@ from wan.serve.web.uploads import Uploads
 
 _HERE = Path(__file__).parent
 _TICK_S = 1.0
-_PAGE = 24  # of the gallery
+_PAGE, _MOST_SHOWN = 24, 2400  # of the gallery
+_MOST_TABS = 200  # whose looks are kept in memory, a megabyte each; others are sent all again
 _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei")
 _SYSTEM_FONTS += ("Noto Sans CJK SC", "sans-serif")
 _PICTURES_ALONE = {"image", "last_frame", "src_ref"}
@@ -31,6 +34,24 @@ _LINES = {"prompt": 3, "negative_prompt": 2, "prompts": 3, "others": 4}
 _QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 Props = Callable[["_At"], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a browser remembers. language: that was chosen, "": none; count: of the gallery."""
+
+    language: str = ""
+    job: str = ""
+    count: int = _PAGE
+
+    @classmethod
+    def of(cls, kept: Any) -> _Kept:
+        """Of what a browser says that it is."""
+        told = kept if isinstance(kept, dict) else {}
+        language, job, count = told.get("language"), told.get("job"), told.get("count")
+        is_count = isinstance(count, int) and _PAGE <= count <= _MOST_SHOWN
+        language = language if language in [*LANGUAGES] else ""
+        return cls(language, job if isinstance(job, str) else "", count if is_count else _PAGE)
 
 
 class _At:
@@ -57,6 +78,7 @@ class Page:
         with gr.Blocks(title="Swan", analytics_enabled=False) as self.blocks:
             self._build()
             self._listen()
+        self.blocks.state_session_capacity = _MOST_TABS
         theme = gr.themes.Default(
             primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")
         )
@@ -179,92 +201,108 @@ class Page:
     # Events
 
     def _listen(self) -> None:
-        self._chosen, self._count, self._seen = gr.State(""), gr.State(_PAGE), gr.State({})
-        self._kept = gr.BrowserState({"language": "", "job": ""}, storage_key="swan", secret="swan")
+        # What a browser remembers, also when the server has been started again: which job it shows, and how many.
+        self._kept = gr.BrowserState(_Kept().__dict__, storage_key="swan", secret="swan")
+        self._seen = gr.State({})
         looks = [self._language, self._model, self._fields["preset"], self._fields["cache_choice"]]
         labelled = [one for one, _ in self._labelled]
-        view = [self._chosen, self._language, self._count, self._seen]
+        view = [self._kept, self._language, self._seen]
         parts = [self._queue, self._job, self._preview, self._result, self._gallery]
         parts += [self._cancel, self._again, self._delete, self._more, self._seen]
-        form_fields = list(self._fields.values())
+        job = self._of_job = [self._message, self._kept, *parts]
+        fields = list(self._fields.values())
 
-        self.blocks.load(
-            self._loaded, [self._kept, *looks], [self._language, self._chosen, *labelled, *parts], **_QUIET
-        )
-        self._language.input(
-            self._translated,
-            [*looks, self._chosen, self._count],
-            [self._kept, self._message, *labelled, *parts],
-            **_QUIET,
-        )
+        self.blocks.load(self._loaded, [self._kept, *looks], [self._language, *labelled, *job], **_QUIET)
+        self._language.input(self._translated, [self._kept, *looks], [*labelled, *job], **_QUIET)
         for one in looks[1:]:
             one.change(self._labels, looks, labelled, **_QUIET)
-        shown_job = self._shown_parts = [self._message, self._chosen, self._kept, self._count, *parts]
-        how = _QUIET | {"show_progress": "minimal", "show_progress_on": self._message, "preprocess": False}
-        self._run.click(self._generate, [self._language, self._model, *form_fields], shown_job, **how)
-        self._gallery.select(self._choose, view, shown_job, **_QUIET)
-        for button in (self._cancel, self._delete):
-            button.click(self._ended, view, shown_job, **_QUIET)
-        self._again.click(
-            self._settings, [self._chosen, self._language], [self._message, self._model, *form_fields], **_QUIET
-        )
-        self._more.click(lambda count: count + _PAGE, self._count, self._count, **_QUIET).then(
-            self._parts, view, parts, **_QUIET
-        )
         gr.Timer(_TICK_S).tick(self._parts, view, parts, **_QUIET)
+        self._gallery.select(self._choose, view, job, **_QUIET)
+        self._more.click(self._older, view, job, **_QUIET)
+        for button in (self._cancel, self._delete):
+            button.click(self._ended, view, job, **_QUIET)
+        self._again.click(self._settings, [self._kept, self._language], [self._message, self._model, *fields], **_QUIET)
+        how = _QUIET | {"show_progress": "minimal", "show_progress_on": self._message, "preprocess": False}
+        self._run.click(self._generate, [self._language, self._model, *fields], job, **how)
 
     async def _loaded(
         self, kept: Any, language: str, model: str, preset: Any, cache: Any, request: gr.Request
     ) -> list[Any]:
-        kept = kept if isinstance(kept, Mapping) else {}
-        language = kept.get("language") or language_of(request.headers.get("accept-language", ""))
-        language = language if language in LANGUAGES else "en"
-        chosen = kept.get("job") or ""
-        if not isinstance(chosen, str) or self._service.store.get(chosen) is None:
-            chosen = next(iter(self._service.store.ids("in_progress")), "")
+        told = _Kept.of(kept)
+        language = told.language or language_of(request.headers.get("accept-language", ""))
+        id = told.job
+        if self._service.store.get(id) is None:
+            id = next(iter(self._service.store.ids("in_progress")), "")
         labels = await self._labels(language, model, preset, cache)
-        return [language, chosen, *labels, *await self._parts(chosen, language, _PAGE, {})]
+        return [language, *labels, *await self._shown("", _Kept(told.language, id), language, {})]
 
-    async def _translated(
-        self, language: str, model: str, preset: Any, cache: Any, chosen: str, count: int
-    ) -> list[Any]:
+    async def _translated(self, kept: Any, language: str, model: str, preset: Any, cache: Any) -> list[Any]:
         labels = await self._labels(language, model, preset, cache)
-        kept = {"language": language, "job": chosen}
-        return [kept, "", *labels, *await self._parts(chosen, language, count, {})]
+        return [*labels, *await self._shown("", replace(_Kept.of(kept), language=language), language, {})]
 
     async def _labels(self, language: str, model: str, preset: Any, cache: Any) -> list[Any]:
         """What all components are called, and which there are."""
         at = self._at(language, model, preset, cache)
         return [gr.update(**props(at)) for _, props in self._labelled]
 
-    async def _parts(self, chosen: str, language: str, count: int, seen: Mapping[str, Any]) -> list[Any]:
+    async def _parts(self, kept: Any, language: str, seen: Mapping[str, Any]) -> list[Any]:
         """Queue, job, preview, result, gallery and buttons, as they are now: those that have changed since `seen`."""
-        service = self._service
-        job = service.store.get(chosen) if chosen else None
-        jobs = service.store.page(None, count + 1, "desc")
-        last = self._follow.last(job.id) if job is not None and not job.is_over else None
+        service, kept = self._service, _Kept.of(kept)
+        job = service.store.get(kept.job) if kept.job else None
+        jobs = service.store.page(None, kept.count + 1, "desc")
+        now: dict[str, Any] = {"queue": shown.queue(service, language)}
         if job is None:
-            is_gone = text("gone" if chosen else "no_job", language)
-            now: dict[str, Any] = {
-                "job": f'<div class="swan-empty">{escape(is_gone)}</div>',
-                "preview": "",
-                "result": "",
-            }
+            now["job"] = shown.empty(text("gone" if kept.job else "no_job", language))
+            now |= {"preview": "", "result": ""}
         else:
-            now = {"job": shown.job(service, job, last, language), "preview": shown.preview(last, language)}
+            last = None if job.is_over else self._follow.last(job.id)
+            now |= {"job": shown.job(service, job, last, language), "preview": shown.preview(last, language)}
             now["result"] = shown.result(job, form.told(job, service.loras), language)
-        now = {"queue": shown.queue(service, language), **now}
-        now["gallery"] = shown.gallery(service, jobs[:count], chosen, language)
+        now["gallery"] = shown.gallery(service, jobs[: kept.count], kept.job, language)
         is_over = job is not None and job.is_over
         visible = {"cancel": job is not None and not is_over, "again": job is not None, "delete": is_over}
+        visible["more"] = len(jobs) > kept.count
         now |= {name: gr.update(visible=one) for name, one in visible.items()}
-        now["more"] = gr.update(visible=len(jobs) > count)
-        changed = [gr.skip() if seen.get(name) == value else value for name, value in now.items()]
-        return [*changed, now]
+        return [*(gr.skip() if seen.get(name) == value else value for name, value in now.items()), now]
 
-    async def _shown(self, told: str, chosen: str, language: str, count: int, seen: Any) -> list[Any]:
-        kept = {"language": language, "job": chosen}
-        return [told, chosen, kept, count, *await self._parts(chosen, language, count, seen)]
+    async def _shown(self, told: str, kept: _Kept, language: str, seen: Mapping[str, Any]) -> list[Any]:
+        return [told, kept.__dict__, *await self._parts(kept.__dict__, language, seen)]
+
+    async def _choose(self, kept: Any, language: str, seen: Any, event: gr.EventData) -> list[Any]:
+        return await self._shown("", replace(_Kept.of(kept), job=str(event._data.get("id"))), language, seen)
+
+    async def _older(self, kept: Any, language: str, seen: Any) -> list[Any]:
+        told = _Kept.of(kept)
+        return await self._shown("", replace(told, count=told.count + _PAGE), language, seen)
+
+    async def _ended(self, kept: Any, language: str, seen: Any) -> list[Any]:
+        """A job that is waited for is cancelled, another is deleted: it is gone."""
+        told = _Kept.of(kept)
+        try:
+            is_over = self._service.job(told.job).is_over
+            self._service.delete(told.job)
+        except (Refused, SwanError) as error:
+            return await self._shown(shown.message(without_paths(str(error)), is_error=True), told, language, seen)
+        done = shown.message(text("deleted" if is_over else "cancelled", language))
+        return await self._shown(done, replace(told, job=""), language, seen)
+
+    async def _settings(self, kept: Any, language: str) -> list[Any]:
+        """The form, filled in as it was for a job."""
+        job = self._service.store.get(_Kept.of(kept).job)
+        model = self._service.models.get(job.model) if job is not None else None
+        if model is None:
+            told = text("gone", language) if job is None else text("model_gone", language, model=job.model)
+            return [shown.message(told, is_error=True), *[gr.skip() for _ in (model, *self._fields)]]
+        files = await asyncio.to_thread(self._sent_again, job)
+        values = form.values_of(job, model, self._service.loras) | files
+        told = shown.message(text("taken_over", language))
+        return [told, model.name, *[values[name] for name in self._fields]]
+
+    def _sent_again(self, job: Job) -> dict[str, Any]:
+        """Its files, as if they came from this browser."""
+        inputs = self._service.store.folder_of(job.id) / "inputs"
+        add = lambda one: [add(part) for part in one] if isinstance(one, list) else self._uploads.add(inputs / one)  # noqa: E731
+        return {flag: add(names) for flag, names in job.files.items()}
 
     async def _generate(self, language: str, model: str, *values: Any) -> list[Any]:
         """values: as the browser sends them: files are those of the upload folder, see `mount`."""
@@ -278,38 +316,8 @@ class Page:
             id = (await service.accept(wanted)).id
         except (Refused, SwanError) as error:
             told = shown.message(text("refused", language, why=without_paths(str(error))), is_error=True)
-            return [told, *[gr.skip() for _ in self._shown_parts[1:]]]
-        return await self._shown("", id, language, _PAGE, {})
-
-    async def _choose(self, chosen: str, language: str, count: int, seen: Any, event: gr.EventData) -> list[Any]:
-        return await self._shown("", str(event._data.get("id")), language, count, seen)
-
-    async def _ended(self, chosen: str, language: str, count: int, seen: Any) -> list[Any]:
-        """A job that is waited for is cancelled, another is deleted: it is gone."""
-        told = ""
-        try:
-            is_over = self._service.job(chosen).is_over
-            self._service.delete(chosen)
-            told = shown.message(text("deleted" if is_over else "cancelled", language))
-            chosen = ""
-        except (Refused, SwanError) as error:
-            told = shown.message(without_paths(str(error)), is_error=True)
-        return await self._shown(told, chosen, language, count, seen)
-
-    async def _settings(self, chosen: str, language: str) -> list[Any]:
-        """The form, filled in as it was for a job."""
-        job = self._service.store.get(chosen)
-        model = self._service.models.get(job.model) if job is not None else None
-        if model is None:
-            told = text("gone", language) if job is None else text("model_gone", language, model=job.model)
-            return [shown.message(told, is_error=True), gr.skip(), *[gr.skip() for _ in self._fields]]
-        values = form.values_of(job, model, self._service.loras)
-        inputs = self._service.store.folder_of(job.id) / "inputs"
-        for flag, names in job.files.items():
-            added = [self._uploads.add(inputs / name) for name in (names if isinstance(names, list) else [names])]
-            values[flag] = added if isinstance(names, list) else added[0]
-        told = shown.message(text("taken_over", language))
-        return [told, model.name, *[values[name] for name in self._fields]]
+            return [told, *[gr.skip() for _ in self._of_job[1:]]]
+        return await self._shown("", _Kept(language, id), language, {})
 
 
 def _kind(name: str, has_choices: bool) -> tuple[Callable[..., Any], dict[str, Any]]:

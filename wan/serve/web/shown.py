@@ -22,6 +22,10 @@ def message(told: str, is_error: bool = False) -> str:
     return f'<div class="swan-message swan-{kind}" role="{role}">{escape(told)}</div>'
 
 
+def empty(told: str) -> str:
+    return f'<div class="swan-empty">{escape(told)}</div>'
+
+
 def queue(service: Service, language: str) -> str:
     """What the server does."""
     state = service.workers.state
@@ -112,7 +116,7 @@ def _plain(value: Any) -> str:
 def gallery(service: Service, jobs: Iterable[Job], chosen: str, language: str) -> str:
     tiles = [_tile(service, job, job.id == chosen, language) for job in jobs]
     if not tiles:
-        return f'<div class="swan-empty">{text("gallery_empty", language)}</div>'
+        return empty(text("gallery_empty", language))
     return f'<div class="swan-tiles">{"".join(tiles)}</div>'
 
 

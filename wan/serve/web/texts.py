@@ -79,6 +79,7 @@ TEXTS = {
     "stage_decode": ("decoding", "解码"),
     "accepted": ("Accepted", "已接受"),
     "refused": ("This cannot be made: {why}", "无法生成：{why}"),
+    "send_again": ("{name}: the file is not here any more: send it again", "{name}：文件已不在，请重新上传"),
     "gone": ("This video is gone", "这个视频已不存在"),
     "taken_over": ("The settings are those of that video now", "已填入该视频的设置"),
     "model_gone": ("The model {model} is not served any more", "模型 {model} 已不再提供"),
@@ -262,4 +263,4 @@ def language_of(accept: str) -> str:
 
 
 def _of(texts: tuple[str, ...], language: str) -> str:
-    return texts[list(LANGUAGES).index(language)]
+    return dict(zip(LANGUAGES, texts)).get(language, texts[0])
