@@ -27,14 +27,9 @@ LONG = {"frame_num": "33", "sample_steps": "900"}  # is cancelled
 QUICK = {"prompt": RED, "frame_num": "5", "sample_steps": "3", "seed": "1"}
 
 
-@pytest.fixture(scope="module")
-def server(make_server, tmp_path_factory):
-    """One with the page, for this machine alone, with two models."""
-    folder = tmp_path_factory.mktemp("paged")
-    (folder / "models.yaml").write_text("words: {task: t2v-tiny}\npictures: {task: i2v-tiny, sample_steps: 2}\n")
-    made = make_server("--models", folder / "models.yaml", "--web", "--max_upload_mb", "1")
-    until(lambda: made.ask("GET", "/health")[0] == 200)
-    return made
+@pytest.fixture
+def server(paged):
+    return paged
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from wan.serve.refused import bad
 from wan.serve.store import Job
 from wan.serve.web.texts import help_of, label, text
 from wan.tasks import load_task, preset_names
-from wan.tasks.kinds import kind_of
+from wan.tasks.kinds import KINDS, kind_of
 
 LORA_ROWS = 4
 _REFUSED = {
@@ -42,10 +42,12 @@ _REFUSED = {
 }  # of s2v, which only says what to do instead
 _KNOBS = ("fb_thresh", "fb_metric", "teacache_thresh", "teacache_policy", "easy_thresh")
 _KNOBS += ("mag_thresh", "mag_K", "mag_retention", "cache_max_skips", "cache_force")
+_INPUTS = [one for one in INPUTS if is_open(one) and one not in _REFUSED]
+_NEEDED = {one for kind in KINDS.values() for one in kind.needed}
 # Fields by the part of the page that they are in.
 PARTS = {
     "top": ("prompt", "negative_prompt"),
-    "inputs": (*(one for one in INPUTS if is_open(one) and one not in _REFUSED), "strength"),
+    "inputs": (*sorted(_INPUTS, key=lambda one: one not in _NEEDED), "strength"),
     "shape": ("size", "frame_num", "seconds", "fps"),
     "sampling": ("preset", "sample_solver", "sample_steps", "sample_shift")
     + ("sample_guide_scale", "guidance_high", "guidance_low", "seed"),

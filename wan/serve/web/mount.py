@@ -32,7 +32,7 @@ _FILE = "/gradio_api/file="
 _UPLOAD = "/gradio_api/upload"
 _REACHED = {
     "GET": r"/|/config|/theme\.css|/favicon\.ico|/(assets|static|svelte)/.+"
-    r"|/gradio_api/(heartbeat/\w+|startup-events|upload_progress|file=.+)",
+    r"|/gradio_api/(heartbeat/\w+|app_id|startup-events|upload_progress|file=.+)",
     "POST": rf"{_EVENT}|{_UPLOAD}",
 }
 _FOREIGN = re.compile(
