@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.serve.servers import Server, until
+from tests.serve.servers import KEY, Server, until
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +42,11 @@ def paged(make_server, tmp_path_factory):
     made = make_server("--models", folder / "models.json", *flags)
     until(lambda: made.ask("GET", "/health")[0] == 200)
     return made
+
+
+@pytest.fixture(scope="session")
+def locked(make_server, tmp_path_factory):
+    """One with the page that asks for a key."""
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "keys.txt").write_text(f"{KEY}\n")
+    return make_server("--task", "t2v-tiny", "--web", "--api_key_file", folder / "keys.txt")

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.serve.servers import PATIENCE_S, RED, until
+from tests.serve.servers import KEY, PATIENCE_S, RED, until
 from wan.media import read_settings
 from wan.video import open_video
 
@@ -54,8 +54,12 @@ class Desk:
         self.page.on("console", lambda one: self.wrong.append(one.text) if one.type == "error" else None)
         self.page.on("pageerror", lambda one: self.wrong.append(str(one)))
         self.page.goto(server.url)
+
+    def wait(self):
+        """Until the page is there as a whole."""
         self.page.locator("#swan-run").wait_for()
         self.page.locator("#swan-job .swan-empty, #swan-job .swan-job").first.wait_for()
+        return self
 
     def fill(self, **values):
         for name, value in values.items():
@@ -92,7 +96,7 @@ class Desk:
 
 
 def test_a_video_from_start_to_end(server, browser, folder, tmp_path):
-    desk = Desk(browser, server, folder, locale="en-US")
+    desk = Desk(browser, server, folder, locale="en-US").wait()
     page = desk.page
     desk.open("sampling")
     desk.fill(prompt=RED, frame_num="9", sample_steps="12", seed="5")
@@ -110,7 +114,8 @@ def test_a_video_from_start_to_end(server, browser, folder, tmp_path):
         page.wait_for_event("response", lambda one: one.url.endswith("/run/predict"))
     assert page.locator("#swan-result video").evaluate("one => one.isTheSame")  # what is played goes on
 
-    desk.fill(prompt="a blue square moving up on a white background", seed="6", **LONG)
+    desk.open("others")
+    desk.fill(prompt="a blue square moving up on a white background", seed="6", others="preview_every = 5", **LONG)
     second = desk.run()
     page.locator("#swan-job [data-state=in_progress]").wait_for()
     page.locator("#swan-preview img").wait_for()
@@ -147,7 +152,7 @@ def test_a_video_from_start_to_end(server, browser, folder, tmp_path):
 
 @pytest.mark.parametrize("language, colours, run", [("en", "dark", "Generate"), ("zh", "light", "生成")])
 def test_all_of_the_form(server, browser, folder, language, colours, run):
-    desk = Desk(browser, server, folder, locale={"en": "en-US", "zh": "zh-CN"}[language], color_scheme=colours)
+    desk = Desk(browser, server, folder, locale={"en": "en-US", "zh": "zh-CN"}[language], color_scheme=colours).wait()
     until(lambda: desk.page.locator("#swan-run").inner_text() == run)
     for part in ("sampling", "caching", "loras", "others"):
         desk.open(part)
@@ -157,4 +162,23 @@ def test_all_of_the_form(server, browser, folder, language, colours, run):
     desk.page.locator("#swan-message [role=alert]").wait_for()
     desk.pictures(f"form-{language}")
     assert desk.wrong == []
+    desk.context.close()
+
+
+def test_a_key_opens_the_page(locked, browser, folder):
+    desk = Desk(browser, locked, folder, locale="zh-CN")
+    desk.page.locator("input[name=key]").fill("another")
+    desk.page.locator("button").click()
+    desk.page.locator("[role=alert]").wait_for()
+    desk.pictures("key-zh")
+    desk.page.locator("input[name=key]").fill(KEY)
+    desk.page.locator("button").click()
+    desk.wait()
+    desk.pictures("opened-zh")
+    desk.page.set_viewport_size({"width": 390, "height": 844})
+    boxes = [desk.page.locator(one).bounding_box() for one in (".swan-title >> nth=0", ".swan-out", "#swan-language")]
+    for left, right in zip(boxes, boxes[1:]):
+        assert left["x"] + left["width"] <= right["x"]
+    desk.page.locator(".swan-out button").click()
+    desk.page.locator("input[name=key]").wait_for()
     desk.context.close()

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from tests.serve.servers import RED, REPO, until
+from tests.serve.servers import KEY, RED, REPO, until
 from wan.command import run_command
 from wan.serve.__main__ import main as serve
 
-KEY = "a-key-of-some-length"
 LONG = {"num_frames": 33, "num_inference_steps": 900}  # is cancelled, or the test ends first
 GIGABYTE = 1_000_000_000
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.serve.pages import Tab
-from tests.serve.servers import RED, REPO, until
+from tests.serve.servers import KEY, RED, REPO, until
 from wan.media import read_settings
 from wan.options import FLAGS
 from wan.serve.fields import is_open, read_fields
@@ -21,7 +21,6 @@ from wan.serve.store import Job
 from wan.serve.web import form, texts
 from wan.video import open_video
 
-KEY = "a-key-of-some-length"
 GIGABYTE = 1_000_000_000
 LONG = {"frame_num": "33", "sample_steps": "900"}  # is cancelled
 QUICK = {"prompt": RED, "frame_num": "5", "sample_steps": "3", "seed": "1"}
@@ -30,14 +29,6 @@ QUICK = {"prompt": RED, "frame_num": "5", "sample_steps": "3", "seed": "1"}
 @pytest.fixture
 def server(paged):
     return paged
-
-
-@pytest.fixture(scope="module")
-def locked(make_server, tmp_path_factory):
-    """One that asks for a key."""
-    folder = tmp_path_factory.mktemp("locked")
-    (folder / "keys.txt").write_text(f"{KEY}\n")
-    return make_server("--task", "t2v-tiny", "--web", "--api_key_file", folder / "keys.txt", key=None)
 
 
 def png(width=64, height=64):
