@@ -101,8 +101,9 @@ class Web:
         elif scope["path"].startswith(_FILE):
             if not self._uploads.holds(scope["path"].removeprefix(_FILE)):
                 raise Refused(404, "Not Found")
-        elif scope["path"] == "/":  # which is read here, so it must not be compressed
-            scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
+        elif scope["path"] == "/":  # which is read here, so it must not be compressed; a query could name a state
+            kept = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
+            scope = {**scope, "headers": kept, "query_string": b""}
         await self._pages(scope, receive, _Answer(send, scope["path"] == "/"))
 
     async def _event(self, receive: Receive) -> Receive:
