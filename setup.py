@@ -26,7 +26,10 @@ setup(
     ],
     package_dir={f"wan.{folder}": folder for folder in ("cache", "configs", "distributed")},
     package_data={
-        "wan": ["assets/**/*", "quant/*.c", "quant/products.json", "models/attention.c", "serve/web/page.css", "serve/web/page.js"],
+        "wan": [
+            *("assets/**/*", "quant/*.c", "quant/products.json", "models/attention.c"),
+            *("serve/web/page.css", "serve/web/page.js"),
+        ],
         "wan.cache": ["data/*.json"],
         "wan.configs": ["**/*.yaml"],
     },
