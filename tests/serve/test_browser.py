@@ -110,7 +110,7 @@ def test_a_video_from_start_to_end(server, browser, folder, tmp_path):
     assert [settings[name] for name in ("prompt", "seed", "sample_steps")] == [RED, 5, 12]
     until(lambda: page.locator("#swan-result video").evaluate("one => one.videoWidth") == 64)
     page.locator("#swan-result video").evaluate("one => one.isTheSame = true")
-    for _ in range(3):
+    for _ in range(2):
         page.wait_for_event("response", lambda one: one.url.endswith("/run/predict"))
     assert page.locator("#swan-result video").evaluate("one => one.isTheSame")  # what is played goes on
 

@@ -24,7 +24,7 @@ from wan.serve.web.texts import LANGUAGES, help_of, language_of, text
 from wan.serve.web.uploads import Uploads
 
 _HERE = Path(__file__).parent
-_TICK_S = 1.0
+_TICK_S, _IDLE_S = 1.0, 3.0  # from look to look, while the job that is shown is made, and else
 _PAGE, _MOST_SHOWN = 24, 2400  # of the gallery
 _MOST_TABS = 200  # whose looks are kept in memory, a megabyte each; others are sent all again
 _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang SC", "Microsoft YaHei")
@@ -208,7 +208,8 @@ class Page:
         labelled = [one for one, _ in self._labelled]
         view = [self._kept, self._language, self._seen]
         parts = [self._queue, self._job, self._preview, self._result, self._gallery]
-        parts += [self._cancel, self._again, self._delete, self._more, self._seen]
+        timer = gr.Timer(_TICK_S)
+        parts += [self._cancel, self._again, self._delete, self._more, timer, self._seen]
         job = self._of_job = [self._message, self._kept, *parts]
         fields = list(self._fields.values())
 
@@ -216,7 +217,7 @@ class Page:
         self._language.input(self._translated, [self._kept, *looks], [*labelled, *job], **_QUIET)
         for one in looks[1:]:
             one.change(self._labels, looks, labelled, **_QUIET)
-        gr.Timer(_TICK_S).tick(self._parts, view, parts, **_QUIET)
+        timer.tick(self._parts, view, parts, **_QUIET)
         self._gallery.select(self._choose, view, job, **_QUIET)
         self._more.click(self._older, view, job, **_QUIET)
         for button in (self._cancel, self._delete):
@@ -263,6 +264,7 @@ class Page:
         visible = {"cancel": job is not None and not is_over, "again": job is not None, "delete": is_over}
         visible["more"] = len(jobs) > kept.count
         now |= {name: gr.update(visible=one) for name, one in visible.items()}
+        now["timer"] = _TICK_S if visible["cancel"] else _IDLE_S
         return [*(gr.skip() if seen.get(name) == value else value for name, value in now.items()), now]
 
     async def _shown(self, told: str, kept: _Kept, language: str, seen: Mapping[str, Any]) -> list[Any]:
