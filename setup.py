@@ -6,6 +6,10 @@ from setuptools import find_packages, setup
 
 REPO = Path(__file__).parent
 VERSION = next(line for line in (REPO / "wan/__init__.py").read_text().splitlines() if "__version__" in line)
+SERVE = [
+    *("fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"),
+    *("httptools>=0.6", "uvloop>=0.19; sys_platform != 'win32'"),  # a request takes half as long
+]
 
 setup(
     name="swan-video",
@@ -22,7 +26,10 @@ setup(
     ],
     package_dir={f"wan.{folder}": folder for folder in ("cache", "configs", "distributed")},
     package_data={
-        "wan": ["assets/**/*", "quant/*.c", "quant/products.json", "models/attention.c"],
+        "wan": [
+            *("assets/**/*", "quant/*.c", "quant/products.json", "models/attention.c"),
+            *("serve/web/page.css", "serve/web/page.js"),
+        ],
         "wan.cache": ["data/*.json"],
         "wan.configs": ["**/*.yaml"],
     },
@@ -51,10 +58,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.35", "matplotlib>=3.8"],
-        "serve": [
-            *("fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"),
-            *("httptools>=0.6", "uvloop>=0.19; sys_platform != 'win32'"),  # a request takes half as long
-        ],
+        "serve": SERVE,
+        "web": [*SERVE, "gradio>=6.31,<7"],
         "ray": ["ray>=2.52"],
         "plots": ["matplotlib>=3.8"],
         "flash": ["flash-attn>=2.5"],

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.serve.servers import Server
+from tests.serve.servers import KEY, Server, until
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,25 @@ def server(make_server, tmp_path_factory):
     (folder / "models.json").write_text(json.dumps(models))
     (folder / "loras").mkdir()
     return make_server("--models", folder / "models.json", "--lora_dir", folder / "loras")
+
+
+@pytest.fixture(scope="session")
+def paged(make_server, tmp_path_factory):
+    """One with the page, for this machine alone, with models of which one needs pictures, and one two files."""
+    folder = tmp_path_factory.mktemp("paged")
+    models = {"words": {"task": "t2v-tiny"}, "pictures": {"task": "i2v-tiny", "sample_steps": 2}}
+    (folder / "models.json").write_text(json.dumps(models | {"speech": {"task": "s2v-tiny"}}))
+    (folder / "loras").mkdir()
+    (folder / "loras" / "stripes.safetensors").write_bytes(b"")
+    flags = ("--lora_dir", folder / "loras", "--web", "--max_upload_mb", "1")
+    made = make_server("--models", folder / "models.json", *flags)
+    until(lambda: made.ask("GET", "/health")[0] == 200)
+    return made
+
+
+@pytest.fixture(scope="session")
+def locked(make_server, tmp_path_factory):
+    """One with the page that asks for a key."""
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "keys.txt").write_text(f"{KEY}\n")
+    return make_server("--task", "t2v-tiny", "--web", "--api_key_file", folder / "keys.txt")

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 REPO = Path(__file__).parents[2]
 QUICK = {"num_frames": 1, "num_inference_steps": 1, "seed": 1}
+KEY = "a-key-of-some-length"
 RED = "a red circle moving right on a black background"
 PATIENCE_S = 600  # for a state, on a machine that is busy
 

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from tests.serve.servers import RED, REPO, until
+from tests.serve.servers import KEY, RED, REPO, until
 from wan.command import run_command
 from wan.serve.__main__ import main as serve
 
-KEY = "a-key-of-some-length"
 LONG = {"num_frames": 33, "num_inference_steps": 900}  # is cancelled, or the test ends first
 GIGABYTE = 1_000_000_000
 
@@ -270,7 +269,9 @@ def test_an_idempotency_key_makes_one_job(server):
         (["--models", "none.json"], "--models: no file none.json"),
         (["--models", "models.json"], "a: unknown option tusk"),
         (["--task", "t2v-14B"], "t2v-14B needs --ckpt_dir"),
-        (["--web"], "unrecognized arguments: --web"),
+        (["--pages"], "unrecognized arguments: --pages"),
+        (["--root_path", "/a"], "--root_path is of --web"),
+        (["--web", "--root_path", "a"], "--root_path is of --web"),
     ],
 )
 def test_wrong_arguments_are_one_line(argv, told, tmp_path, monkeypatch, capsys):

@@ -123,6 +123,14 @@ def test_optional_packages_are_not_needed(module):
     assert "diffusers" not in imported_roots(ast.walk(TREES[module]))
 
 
+def test_the_page_of_a_server_is_imported_where_it_is_asked_for():
+    """Without --web nothing needs gradio."""
+    for module, tree in TREES.items():
+        if not module.startswith("wan.serve.web"):
+            assert not any(name.startswith("wan.serve.web") for name, _ in own_imports(module, tree.body)), module
+            assert "gradio" not in imported_roots(ast.walk(tree)), module
+
+
 def imported_roots(nodes):
     roots = set()
     for node in nodes:

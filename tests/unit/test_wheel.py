@@ -47,6 +47,11 @@ def test_only_wan_is_installed(installed):
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"wan"}
 
 
+def test_the_page_of_a_server_is_installed_whole(installed):
+    own = {path.name for path in (REPO / "wan/serve/web").iterdir() if path.is_file()}
+    assert own == {path.name for path in (installed / "wan/serve/web").iterdir()}
+
+
 def test_embedded_models_are_installed_whole(installed):
     assets = REPO / "wan/assets"
     wanted = {path.relative_to(assets) for path in assets.rglob("*") if path.is_file()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,10 @@ from wan.serve.models import Loras, read_models
 _MOST_KEYS_BYTES, _LEAST_KEY = 1 << 20, 16
 _MOST_CONNECTIONS = 1000
 _CLOSE_S = 5  # for those who watch, when the server ends
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_NEEDED = {
+    "serve": ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client"),
+    "web": ("gradio",),
+}  # by extra
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,6 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--gpus_per_job", default="1", metavar="N", help="processes of a worker, which make a video together; default 1"
     )
     add_ray_flag(add)
+    add("--web", action="store_true", help="a page to make videos with, at the URL of the server")
+    add("--root_path", metavar="PATH", help="of --web: where a proxy has the page, as /swan; default /")
     add("--quiet", action="store_true", help="no lines about jobs on stderr")
     flags = {name: one for name, one in FLAGS.items() if PART_OF[name] != "output" or name == "preview_every"}
     add_flags(parser, flags)
@@ -68,7 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Until it is told to end."""
     args = make_parser().parse_args(argv)
-    _check_packages()
+    _check_packages("serve")
+    if args.web:
+        _check_packages("web")
     if args.ray is not None:
         check_address(args.ray)
     from wan.serve.app import make_app
@@ -95,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         preview_every=whole(args.preview_every, 0, "preview_every", 0, 1000),
         quiet=args.quiet,
     )
+    if args.root_path is not None and not (args.web and re.fullmatch(r"(/[\w.~-]+)+", args.root_path)):
+        raise UsageError("--root_path is of --web, and begins with a slash, as /swan")
     listening = _listen(args.host, whole(args.port, 0, "port", 0, 65535))
     with listening, contextlib.ExitStack() as stack:
         data = Path(args.data).resolve()
@@ -108,16 +118,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             seats = places(settings.workers, ranks, on_cpu)
             if (line := said_of(seats)) and not settings.quiet:
                 say(line)
+        web = _web(data, settings.max_upload_bytes, args.root_path) if args.web else None
         told = json.dumps({"url": url, "models": list(models)})
-        _run(make_app(settings, store, models, loras, lambda: put(told), seats), listening)
+        _run(make_app(settings, store, models, loras, lambda: put(told), seats, web), listening)
     return 0
 
 
 def _run(app: Any, listening: socket.socket) -> None:
     import uvicorn
 
+    from wan.serve.patience import Patience
+
     config = uvicorn.Config(
         app,
+        http=Patience,
         log_level="error",
         access_log=False,
         server_header=False,
@@ -127,11 +141,18 @@ def _run(app: Any, listening: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def _check_packages() -> None:
+def _web(data: Path, most_upload_bytes: int, root_path: str | None) -> Any:
+    from wan.serve.web.mount import Web
+
+    return Web(data, most_upload_bytes, root_path or "")
+
+
+def _check_packages(extra: str) -> None:
     from importlib.util import find_spec
 
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise SwanError(f"{', '.join(missing)} are not installed: pip install swan-video[serve]")
+    if missing := [name for name in _NEEDED[extra] if find_spec(name) is None]:
+        told = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        raise SwanError(f"{told}: pip install swan-video[{extra}]")
 
 
 def _keys(path: str | None, host: str) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,11 +23,14 @@ from wan.remote.cluster import Place
 from wan.serve import lightx2v
 from wan.serve.body import read_body
 from wan.serve.fields import read_fields
-from wan.serve.guard import Guard
+from wan.serve.guard import Guard, Keys
 from wan.serve.models import Loras, Model
 from wan.serve.refused import Refused, bad
 from wan.serve.service import Service, Settings
 from wan.serve.store import Job, NotWritten, Store
+
+if TYPE_CHECKING:
+    from wan.serve.web.mount import Web
 
 _MOST_LISTED, _USUALLY_LISTED = 100, 20
 _BEAT_S = 15.0  # a line for those who watch, so that nothing between closes the connection
@@ -40,15 +43,17 @@ def make_app(
     loras: Loras,
     on_start: Callable[[], None],
     places: Sequence[Place] | None = None,
+    web: Web | None = None,
 ) -> FastAPI:
-    """on_start: is called once requests are heard; places: see `Workers`."""
+    """on_start: is called once requests are heard; places: see `Workers`; web: the page, where there is one."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = service = Service(settings, store, models, loras, places)
         service.start()
-        on_start()
-        yield
+        async with web.life(service) if web else nullcontext():
+            on_start()
+            yield
         service.close()
 
     # Without pages that show it: they load scripts of others.
@@ -57,12 +62,16 @@ def make_app(
     def refused(status: int) -> None:
         app.state.service.metrics.refused(status)
 
+    keys = Keys(settings.keys)
+    if web:
+        web.add_to(app, keys)
     app.add_middleware(
         Guard,
-        keys=settings.keys,
+        keys=keys,
         origins=settings.origins,
         most_bytes=settings.max_upload_bytes,
         on_refused=refused,
+        login=web and web.login,
     )
     if settings.origins:
         app.add_middleware(

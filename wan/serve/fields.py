@@ -36,7 +36,7 @@ _LORA_NAMES, _LORA_SCALES = ("name", "lora_name", "adapter", "path"), ("scale", 
 FILE_KINDS = ("picture", "pictures", "file")
 # Files of the server's machine, and who writes prompts; whether somebody does, the server says.
 _CLOSED = {"cache_coefficients", "cache_trace", "prompt_extend_method"}
-_EXTEND = ("use_prompt_extend", "prompt_extend_target_lang")
+EXTEND = ("use_prompt_extend", "prompt_extend_target_lang")
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -98,14 +98,18 @@ def _flag(name: str, model: Model) -> str:
     if flags := _REFERENCES.get(name):
         return next((flag for flag in flags if flag in model.kind.inputs), flags[0])
     flag = _SAME.get(name, name)
-    part = PART_OF.get(flag)
-    if part == "load":
+    if PART_OF.get(flag) == "load":
         raise bad(name, f"{name} says what is loaded, which is for the server to say; model chooses among what it has")
-    if part != "sample" or FLAGS[flag].kind == "path" or flag in _CLOSED or flag in LORA_FLAGS:
+    if not is_open(flag) or flag in LORA_FLAGS:
         raise bad(name, f"unknown field {shown(name)}", "unknown_parameter")
-    if flag in _EXTEND and not model.options.get("use_prompt_extend"):
+    if flag in EXTEND and not model.options.get("use_prompt_extend"):
         raise bad(name, f"{name}: prompts are not extended by this server")
     return flag
+
+
+def is_open(flag: str) -> bool:
+    """Whether a request may set it, be it as a file that is sent."""
+    return PART_OF.get(flag) == "sample" and FLAGS[flag].kind != "path" and flag not in _CLOSED
 
 
 def _value(flag: str, value: Any) -> Any:

@@ -6,40 +6,77 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse, Response
 
 from wan.serve.refused import Refused
 
 BODY_WAIT_S, BODY_ALL_S = 30.0, 900.0  # for the next part of a body, and for all of it
+COOKIE = "swan"  # of a browser in which a key was given
 _OPEN = ("/health",)
+_LOGIN = "/login"
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Keys:
+    """Of clients; false where there are none. What is given is compared with all of them, in a time that tells nothing.
+
+    A browser that has given a key has a cookie, which is good until the server ends and does not tell the key.
+    """
+
+    def __init__(self, keys: Sequence[str] = ()):
+        self._keys, secret = [hashlib.sha256(key.encode()).digest() for key in keys], secrets.token_bytes(32)
+        self._sign = lambda digest: hmac.digest(secret, digest, "sha256")
+        self._cookies = [self._sign(digest) for digest in self._keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def has(self, key: str) -> bool:
+        return _is_among(hashlib.sha256(key.encode("utf-8", "replace")).digest(), self._keys)
+
+    def cookie(self, key: str) -> str:
+        """Of a key that there is."""
+        return self._sign(hashlib.sha256(key.encode()).digest()).hex()
+
+    def has_cookie(self, value: str) -> bool:
+        try:
+            return _is_among(bytes.fromhex(value), self._cookies)
+        except ValueError:
+            return False
+
+
+def _is_among(given: bytes, all_of: Sequence[bytes]) -> bool:
+    return any([hmac.compare_digest(given, one) for one in all_of])
 
 
 class Guard:
     """Refuses requests without a key, where there are keys; without keys, those of pages in a browser that come from
     elsewhere, as this machine alone may ask then. Ends bodies that are too large or too slow.
 
-    on_refused: is told the status.
+    on_refused: is told the status; login: what a browser is shown at / that has no key yet, None: there is no page
     """
 
     def __init__(
         self,
         app: Any,
-        keys: tuple[str, ...],
+        keys: Keys,
         origins: tuple[str, ...],
         most_bytes: int,
         on_refused: Callable[[int], None],
+        login: Callable[[str], Response] | None = None,
     ):
         self._app, self._origins, self._most_bytes, self._on_refused = app, origins, most_bytes, on_refused
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys, self._login = keys, login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
@@ -48,12 +85,14 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             if scope["path"] not in _OPEN:
-                self._check_key(headers) if self._keys else self._check_origin(headers)
+                self._check_asker(scope, headers)
             self._check_size(headers)
         except Refused as error:
             self._on_refused(error.status)
-            headers = {**error.headers, "Connection": "close"}
-            await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+            answer = JSONResponse(error.body, error.status, {**error.headers, "Connection": "close"})
+            if error.status == 401 and self._login and scope["path"] == "/":
+                answer = self._login(headers.get("accept-language", ""))
+            await answer(scope, receive, send)
             return
         body = _Body(receive, headers, self._most_bytes)
 
@@ -64,19 +103,29 @@ class Guard:
 
         await self._app(scope, body, answer)
 
+    def _check_asker(self, scope: Scope, headers: Headers) -> None:
+        if not self._keys:
+            if not is_loopback(_name(headers.get("host", ""))):
+                raise Refused(403, "without keys only this machine may ask, by its own name: localhost", "host_refused")
+            self._check_origin(headers)
+        elif "authorization" not in headers and self._is_browser(scope):
+            self._check_origin(headers)  # browsers send cookies of themselves
+        else:
+            self._check_key(headers)
+
+    def _is_browser(self, scope: Scope) -> bool:
+        """Whether it is one in which a key was given, or is now."""
+        is_login = self._login is not None and scope["path"] == _LOGIN
+        return is_login or self._keys.has_cookie(HTTPConnection(scope).cookies.get(COOKIE, ""))
+
     def _check_key(self, headers: Headers) -> None:
         kind, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
-        found = [hmac.compare_digest(given, one) for one in self._keys]  # all of them, in a time that tells nothing
-        if kind.lower() != "bearer" or not any(found):
+        if kind.lower() != "bearer" or not self._keys.has(key.strip()):
             raise Refused(401, "no valid key: send Authorization: Bearer KEY", "invalid_api_key")
 
     def _check_origin(self, headers: Headers) -> None:
         """A page of elsewhere may send forms to this machine, and its name may stand for this machine by now."""
-        host = headers.get("host", "")
-        if not is_loopback(_name(host)):
-            raise Refused(403, "without keys only this machine may ask, by its own name: localhost", "host_refused")
-        origin = headers.get("origin")
+        origin, host = headers.get("origin"), headers.get("host", "")
         if origin is not None and origin not in self._origins and origin.partition("//")[2] != host:
             raise Refused(403, "pages of other origins may not ask", "origin_refused")
 

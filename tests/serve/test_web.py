@@ -1,0 +1,443 @@
+"""The page, by what its scripts ask of the server: fields, jobs, files, languages, and who may do what."""
+
+import io
+import re
+import socket
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from tests.serve.pages import Tab
+from tests.serve.servers import KEY, RED, REPO, until
+from wan.media import read_settings
+from wan.options import FLAGS
+from wan.serve.fields import is_open, read_fields
+from wan.serve.models import Loras, read_models
+from wan.serve.refused import Refused
+from wan.serve.store import Job
+from wan.serve.web import form, texts
+from wan.video import open_video
+
+GIGABYTE = 1_000_000_000
+LONG = {"frame_num": "33", "sample_steps": "900"}  # is cancelled
+QUICK = {"prompt": RED, "frame_num": "5", "sample_steps": "3", "seed": "1"}
+
+
+@pytest.fixture
+def server(paged):
+    return paged
+
+
+def png(width=64, height=64):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, format="PNG")
+    return file.getvalue()
+
+
+def job_of(tab):
+    """The id of the job that a tab shows."""
+    return re.search(r'data-id="(video_\w+)"', tab["job"]["value"])[1]
+
+
+# Words
+
+
+def test_both_languages_have_all_words():
+    for key, told in {**texts.TEXTS, **texts.LABELS}.items():
+        assert len(told) == len(texts.LANGUAGES) and all(told), key
+        assert len({frozenset(re.findall(r"{\w+}", one)) for one in told}) == 1, key
+    for field in form.FIELDS:
+        assert all(form.named(field, language)[0] for language in texts.LANGUAGES), field
+
+
+def test_every_option_that_may_be_asked_for_is_told_in_chinese():
+    """A new option gets its words, and has a field or is listed among the others."""
+    no_fields = {"first_frame", "enable_tts", "tts_text", "tts_prompt_audio", "tts_prompt_text"}  # image; refused
+    told = {name for name in FLAGS if is_open(name)} - no_fields
+    assert texts.HELP.keys() == told
+    fields = {*form.FIELDS, *form.OTHER_FLAGS, *form.POLICIES, "lora", "lora_high", "lora_low", "cache"}
+    assert told <= fields
+
+
+@pytest.mark.parametrize(
+    "accept, language",
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("en-US,en;q=0.9,zh;q=0.8", "en"),
+        ("de, zh;q=0.5", "zh"),
+        ("fr", "en"),
+        ("", "en"),
+        ("zh;q=x,en", "en"),
+        ("zh-TW", "zh"),
+    ],
+)
+def test_language_is_the_browsers(accept, language):
+    assert texts.language_of(accept) == language
+
+
+# Fields
+
+
+MODELS = {
+    task: next(iter(read_models(None, {"task": task}).values()))
+    for task in ("t2v-tiny", "i2v-tiny", "vace-tiny", "s2v-tiny", "animate-tiny")
+}
+
+
+def two_experts(tmp_path):
+    return next(iter(read_models(None, {"task": "t2v-A14B", "ckpt_dir": str(tmp_path)}).values()))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_fields_are_those_of_the_task(model):
+    shown = {name for name in form.FIELDS if form.has(model, name)}
+    assert {*model.kind.inputs} & {*form.FIELDS} == shown & {*form.INPUTS}
+    assert {"prompt", "seed", "others", "preset"} <= shown
+    assert ("size" in shown) == model.kind.asks_size
+
+
+def test_what_stands_in_empty_fields_is_what_is_made(tmp_path):
+    usual = form.usual(MODELS["t2v-tiny"])
+    spec = MODELS["t2v-tiny"].spec.sampling
+    assert usual["sample_steps"] == str(spec.steps) and usual["sample_solver"] == spec.solver
+    assert usual["size"] == spec.size and usual["frame_num"] == str(spec.frame_num)
+    preset = form.usual(MODELS["t2v-tiny"], "distill-4step")
+    assert (preset["sample_steps"], preset["sample_solver"], preset["sample_guide_scale"]) == ("4", "euler", "1")
+    experts = form.usual(two_experts(tmp_path))
+    assert (experts["guidance_low"], experts["guidance_high"], experts["sample_shift"]) == ("3", "4", "12")
+
+
+FILLED = {
+    "prompt": "a = b\nc",
+    "negative_prompt": "blur",
+    "size": "64*96",
+    "frame_num": "9",
+    "fps": "12",
+    "preset": "distill-4step",
+    "sample_solver": "dpm++",
+    "sample_shift": "3.5",
+    "seed": "7",
+    "cache_choice": "magcache",
+    "mag_thresh": "0.2",
+    "cache_force": True,
+    "lora_name_1": "style",
+    "lora_strength_1": "0.8",
+    "others": "trim_first_frames = 2\nphases = steps=2,guide=3 | steps=2,guide=1",
+}
+
+
+def test_settings_come_back_as_they_were_given(tmp_path):
+    """Values to a request, its job, and values again; also with guidance and LoRAs for each of two experts."""
+    (tmp_path / "style.safetensors").write_bytes(b"")
+    loras, models = Loras(str(tmp_path)), {"tiny": MODELS["t2v-tiny"], "two": two_experts(tmp_path)}
+    for name, more in (
+        ("tiny", {"sample_guide_scale": "4.5"}),
+        ("two", {"guidance_low": "2", "guidance_high": "5.5", "lora_expert_1": "lora_high", "others": ""}),
+    ):
+        values = FILLED | more
+        body = form.body_of(models[name], values, "en") | {"model": name}
+        wanted = read_fields(body, models, loras)
+        assert wanted.options["frame_num"] == "9" and wanted.options["magcache"] is True
+        back = form.values_of(Job("id", name, wanted.options), models[name], loras)
+        assert {field: back[field] for field in values} == values
+        assert all(back[field] in ("", None, False, "lora") for field in form.FIELDS if field not in values)
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"others": "x"}, "line 1 of the other options"),
+        ({"others": "\n\n= 3"}, "line 3 of the other options"),
+        ({"others": "{"}, "no valid JSON object"),
+        ({"others": "seed = 3", "seed": "4"}, "seed is given twice"),
+        ({"others": "fps = 3\nfps = 3"}, "fps is given twice"),
+        ({"others": "ckpt_dir = /x"}, "says what is loaded"),
+        ({"others": "save_file = /x"}, "unknown field 'save_file'"),
+        ({"lora_name_1": "none"}, "no LoRA 'none'"),
+        ({"seconds": "many"}, "seconds must be a number"),
+        ({"prompt": " "}, "prompt is missing"),
+        ({"video": "none.mp4"}, "send it again"),
+    ],
+)
+def test_what_is_wrong_in_a_field_is_named(values, told):
+    with pytest.raises(Refused, match=told):
+        body = form.body_of(MODELS["t2v-tiny"], {"prompt": "a", **values}, "en")
+        read_fields(body, {"t2v-tiny": MODELS["t2v-tiny"]}, Loras(None))
+
+
+def test_fields_of_another_model_count_for_nothing():
+    values = {"prompt": "a", "image": "none.png", "guidance_low": "3", "fb_thresh": "1", "lora_expert_1": "lora_low"}
+    assert form.body_of(MODELS["t2v-tiny"], values, "en") == {"model": "t2v-tiny", "prompt": "a"}
+
+
+# Jobs
+
+
+def test_a_video_is_made_shown_and_its_settings_are_used_again(server):
+    tab = Tab(server)
+    tab.fill(**QUICK, others="trim_first_frames = 1")
+    tab.fire("run")
+    assert tab.message == ""
+    id = job_of(tab)
+    assert server.wait(id)["seed"] == 1
+    other = Tab(server)  # another browser sees it too
+    assert id in other["gallery"]["value"]
+    tab.tick()
+    assert f'src="v1/videos/{id}/content"' in tab["result"]["value"] and tab["cancel"]["visible"] is False
+    path = server.folder / "jobs" / id / "video.mp4"
+    settings = read_settings(path)
+    assert len(open_video(path)) == 4 and (settings["prompt"], settings["sample_steps"]) == (RED, 3)
+    other.fill(prompt="something else", fps="3")
+    other.fire("gallery", "select", id=id)
+    other.fire("again")
+    assert {name: other[name]["value"] for name in QUICK} == QUICK
+    assert other["fps"]["value"] == "" and other["others"]["value"] == "trim_first_frames = 1"
+    other.fire("run")
+    again = job_of(other)
+    server.wait(again)
+    assert read_settings(server.folder / "jobs" / again / "video.mp4") == settings
+    other.fire("delete")
+    assert server.ask("GET", f"/v1/videos/{again}")[0] == 404 and "Deleted" in other.message
+
+
+def test_a_job_that_is_made_has_previews_and_is_cancelled(server):
+    tab = Tab(server)
+    tab.fill(**QUICK | LONG, others="preview_every = 1")
+    tab.fire("run")
+    id = job_of(tab)
+    tab.fill(prompt="a blue square moving up on a white background")
+    tab.fire("run")
+    waiting = job_of(tab)
+    assert "in the queue" in tab["job"]["value"]
+    tab.fire("cancel")
+    assert server.ask("GET", f"/v1/videos/{waiting}")[0] == 404
+    tab = Tab(server)  # loaded anew, it shows what is made
+    assert job_of(tab) == id
+
+    def seen():
+        tab.tick()
+        return "data:image/png" in (tab["preview"]["value"] or "") and "step" in tab["job"]["value"]
+
+    until(seen)
+    assert tab["cancel"]["visible"] is True and 'role="progressbar"' in tab["job"]["value"]
+    tab.fire("cancel")
+    assert "Cancelled" in tab.message and server.ask("GET", f"/v1/videos/{id}")[0] == 404
+    until(lambda: server.ask("GET", "/health")[1]["busy"] == 0)
+
+
+def test_what_has_not_changed_is_not_sent_again(server):
+    """Or a video would begin anew with each look."""
+    tab = Tab(server)
+    tab.fill(**QUICK)
+    tab.fire("run")
+    server.wait(job_of(tab))
+    tab.tick()
+    _, body = tab.event(None, "tick")
+    told = tab.post(body)[1]["data"]
+    assert all(one["__type__"] == "update" and "value" not in one for one in told[:-1]), told
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"size": "100*100"}, "--size 100*100: t2v-tiny needs multiples of 16"),
+        ({"prompt": ""}, "prompt is missing"),
+        ({"others": "lora = ../x"}, "no LoRA"),
+        ({"frame_num": "<b>6</b>"}, "--frame_num must be a whole number"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(server, values, told):
+    tab, before = Tab(server), len(Tab(server).jobs)
+    tab.fill(**QUICK | values)
+    tab.fire("run")
+    assert told in tab.message and 'role="alert"' in tab.message
+    assert "<b>" not in tab.message and "Traceback" not in tab.message and str(server.folder.parent) not in tab.message
+    assert len(tab.jobs) == before
+
+
+def test_models_have_their_fields_and_languages_their_words(server):
+    tab = Tab(server)
+    assert tab["image"]["visible"] is False and tab["run"]["value"] == "Generate"
+    tab.fill(model="pictures", language="zh", cache_choice="fbcache")
+    tab.fire("model", "change")
+    assert tab["image"]["visible"] is True and tab["sample_steps"]["placeholder"] == "2"
+    assert tab["fb_thresh"]["visible"] is True and tab["mag_K"]["visible"] is False
+    tab.fire("language", "input")
+    assert tab["run"]["value"] == "生成" and tab["prompt"]["label"] == "提示词"
+    assert Tab(server, **{"Accept-Language": "zh-CN"})["run"]["value"] == "生成"
+
+
+# Files
+
+
+def test_a_file_is_sent_used_and_used_again(server):
+    tab = Tab(server)
+    tab.fill(**QUICK, model="pictures", image=tab.send(png()))
+    tab.fire("run")
+    assert tab.message == "", tab.message
+    id = job_of(tab)
+    server.wait(id)
+    [sent] = (server.folder / "jobs" / id / "inputs").iterdir()
+    assert sent.name == "image-0.png" and sent.read_bytes() == png()
+    tab.fire("again")
+    again = tab["image"]["value"]
+    assert again["orig_name"] == "image-0.png"
+    status, data, _ = server.ask("GET", f"/gradio_api/file={again['path']}")
+    assert status == 200 and data == png()
+    tab.fire("run")
+    assert job_of(tab) != id and server.wait(job_of(tab))["status"] == "completed"
+
+
+@pytest.mark.parametrize("data", [b"<!doctype html><script>alert(1)</script>", png()[:100], b"<svg/>"])
+def test_files_that_are_no_pictures_are_refused(server, data):
+    tab, before = Tab(server), len(Tab(server).jobs)
+    sent = tab.send(data)
+    status, _, headers = server.ask("GET", f"/gradio_api/file={sent['path']}")
+    assert status == 200 and "script" not in headers["Content-Type"] and headers["X-Content-Type-Options"] == "nosniff"
+    tab.fill(**QUICK, model="pictures", image=sent)
+    tab.fire("run")
+    assert "image" in tab.message and 'role="alert"' in tab.message
+    assert len(tab.jobs) == before
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://127.0.0.1:1/x.png", "{}/../jobs.db", "{}/uploads/../jobs.db", "x.png", "", 3, None]
+)
+def test_events_name_no_files_but_those_that_were_sent(server, path):
+    tab = Tab(server)
+    path = path.format(server.folder) if isinstance(path, str) else path
+    file = {"path": path, "url": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    for name in ("image", "prompt"):
+        tab.fill(**QUICK, model="pictures", image=None)
+        tab.fill(**{name: file})
+        status, told, _ = tab.post(tab.event("run", "click")[1])
+        assert status == 400 and "files that were sent to it" in told["error"]["message"]
+    assert not any((server.folder / "uploads").glob("*/passwd"))
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "{}/jobs.db", "{}/uploads/../jobs.db", "http://127.0.0.1:1/", "x", ""])
+def test_only_what_was_sent_is_fetched(server, path):
+    status, told, _ = server.ask("GET", f"/gradio_api/file={path.format(server.folder)}")
+    assert status == 404 and told["error"]["message"]
+
+
+def large(server, how):
+    """The answer to a gigabyte for the page, and how much of it was taken."""
+    host, port = urlsplit(server.url).netloc.split(":")
+    start = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\n"
+    start += "Content-Type: multipart/form-data; boundary=x\r\n"
+    with socket.create_connection((host, int(port)), 60) as to:
+        if how == "said":
+            to.sendall(f"{start}Content-Length: {GIGABYTE}\r\n\r\n".encode())
+            return to.recv(100), 0
+        part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        to.sendall(f"{start}Transfer-Encoding: chunked\r\n\r\n{len(part):x}\r\n".encode() + part + b"\r\n")
+        taken, block = 0, bytes(100_000)
+        try:
+            while taken < GIGABYTE:
+                to.sendall(f"{len(block):x}\r\n".encode() + block + b"\r\n")
+                taken += len(block)
+        except OSError:  # the server has answered and closed
+            pass
+        return b"", taken
+
+
+def test_a_gigabyte_is_not_taken(server):
+    assert b" 413 " in large(server, "said")[0]
+    assert large(server, "sent")[1] < 50_000_000
+    kept = sum(path.stat().st_size for path in (server.folder / "uploads").rglob("*") if path.is_file())
+    assert kept < 5_000_000
+    assert server.ask("GET", "/health")[0] == 200
+
+
+# Who may do what
+
+
+def test_the_page_asks_nothing_of_others(server):
+    status, page, headers = server.ask("GET", "/", headers={"Accept-Encoding": "br, gzip"})
+    html = page.decode()
+    assert status == 200 and "gradio_config" in html
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "http" not in policy
+    assert not re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', html)
+    for path in re.findall(r'(?:src|href)="\./([^"]+)"', html):
+        assert server.ask("GET", f"/{path}")[0] == 200, path
+    assert b"url(http" not in server.ask("GET", "/theme.css")[1]
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("GET", "/gradio_api/proxy=https://example.com/"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/gradio_api/call/predict"),
+        ("POST", "/gradio_api/run/generate"),
+        ("GET", "/gradio_api/openapi.json"),
+        ("GET", "/gradio_api/deep_link"),
+        ("GET", "/monitoring"),
+        ("POST", "/login"),
+        ("GET", "/nothing"),
+        ("GET", "/v1/nothing"),
+    ],
+)
+def test_no_more_of_gradio_is_reached_than_the_page_needs(server, method, path):
+    status, told, _ = server.ask(method, path, {} if method == "POST" else None)
+    assert status == 404 and told["error"]["message"] == "Not Found"
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "https://example.com"}, {"Origin": "null"}, {"Host": "example.com"}])
+def test_pages_of_others_start_no_job(server, headers):
+    tab = Tab(server)
+    before = len(tab.jobs)
+    tab.fill(**QUICK)
+    tab.headers = headers
+    status, told, _ = tab.post(tab.event("run", "click")[1])
+    assert status == 403 and told["error"]["code"] in ("origin_refused", "host_refused")
+    assert server.ask("POST", "/gradio_api/upload", b"", headers)[0] == 403
+    assert server.ask("GET", "/", headers={"Host": "example.com"})[0] == 403
+    own = {"Origin": server.url}
+    assert "access-control-allow-origin" not in server.ask("GET", "/config", headers=own)[2]
+    assert len(Tab(server).jobs) == before
+
+
+def test_a_key_is_asked_for(locked):
+    for path in ("/config", "/theme.css", "/assets/x.js", "/v1/videos", "/gradio_api/startup-events"):
+        assert locked.ask("GET", path)[0] == 401, path
+    status, page, headers = locked.ask("GET", "/", headers={"Accept-Language": "zh"})
+    assert status == 401 and 'action="login"' in page.decode() and "密钥" in page.decode()
+    assert "default-src 'none'" in headers["Content-Security-Policy"] and b"<script" not in page
+    form_kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    for wrong in (b"key=", b"key=wrong", b"", b"key=%ff%fe", b"key=a&key=b"):
+        status, page, headers = locked.ask("POST", "/login", wrong, form_kind)
+        assert status == 401 and b"no valid key" in page and "Set-Cookie" not in headers
+    assert locked.ask("POST", "/login", f"key={KEY}".encode(), form_kind | {"Origin": "https://example.com"})[0] == 403
+    status, _, headers = locked.ask("POST", "/login", f"key={KEY}".encode(), form_kind)
+    cookie = headers["Set-Cookie"]
+    assert status == 303 and "HttpOnly" in cookie and "samesite=strict" in cookie.lower() and KEY not in cookie
+    given = {"Cookie": f"other=1; {cookie.partition(';')[0]}"}
+    assert locked.ask("GET", "/v1/videos", headers=given)[0] == 200
+    tab = Tab(locked, **given)
+    assert "logout" in str(tab.config)
+    tab.headers = given | {"Origin": "https://example.com"}
+    assert tab.post(tab.event("run", "click")[1])[0] == 403
+    for wrong in ("swan=", "swan=00", f"swan={KEY}", "swan=zz"):
+        assert locked.ask("GET", "/v1/videos", headers={"Cookie": wrong})[0] == 401
+    _, _, headers = locked.ask("POST", "/logout", b"", given)
+    assert 'swan=""' in headers["Set-Cookie"]
+
+
+def test_the_process_of_the_page_has_no_torch():
+    code = "import sys, wan.serve.web.page; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_without_gradio_it_says_what_to_install():
+    code = "import runpy, sys; sys.modules['gradio'] = None; sys.argv[1:] = ['--web']; "
+    code += "runpy.run_module('wan.serve', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install swan-video[web]" in done.stderr
