@@ -1,6 +1,7 @@
-"""Connections that never finish the head of a request, against uvicorn itself: no model is needed for that."""
+"""Connections that never finish the head of a request, or never end it, against uvicorn itself: no model is needed."""
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -87,3 +88,32 @@ def test_bodies_and_further_requests_may_take_longer(connect):
             assert (part := connection.recv(1 << 16)), answer
             answer += part
         assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+POST = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("start", [b"GET / HTTP/1.1\r\n", POST + b"1\r\na\r\n0\r\n"], ids=["head", "trailers"])
+@pytest.mark.parametrize("more", [b"X: " + b"a" * 1000 + b"\r\n", b"a" * 1000], ids=["many lines", "one line"])
+def test_lines_without_end_are_not_taken(connect, monkeypatch, start, more):
+    monkeypatch.setattr(patience, "HEAD_S", 600.0)  # size alone ends them
+    connection, taken = connect(), 0
+    connection.sendall(start + (b"" if more.endswith(b"\n") else b"X: "))
+    with contextlib.suppress(ConnectionError):
+        while taken < 100_000_000:
+            connection.sendall(100 * more)
+            taken += 100 * len(more)
+    assert taken < 50_000_000  # what the system keeps on the way is no more
+
+
+def test_a_head_that_is_too_large_is_told(connect):
+    connection = connect()
+    connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * (patience.MOST_HEAD_BYTES - 19))
+    connection.sendall(b"a")
+    assert rest_of(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_bodies_are_not_measured(connect):
+    connection, body = connect(), b"a" * 10_000_000
+    connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 10000000\r\n\r\n" + body)
+    assert rest_of(connection).endswith(b"\r\n\r\n" + body)
