@@ -150,6 +150,20 @@ def test_a_video_from_start_to_end(server, browser, folder, tmp_path):
     desk.context.close()
 
 
+def test_many_videos_cover_nothing(server, browser, folder):
+    desk = Desk(browser, server, folder, locale="en-US").wait()
+    tile = '<button class="swan-tile"><span>Waiting</span><em>a</em></button>'
+    tiles = f'<div class="swan-tiles">{80 * tile}</div>'
+    covers = "one => { const at = one.getBoundingClientRect(); "
+    covers += "return one.contains(document.elementFromPoint(at.left + 60, at.bottom + 12)) }"
+    for width in WIDTHS:
+        desk.page.set_viewport_size({"width": width, "height": 3000})
+        desk.page.locator("#swan-gallery .prose").evaluate("(one, tiles) => { one.innerHTML = tiles }", tiles)
+        gallery = desk.page.locator("#swan-gallery")
+        assert gallery.evaluate("one => one.scrollHeight > one.clientHeight") and not gallery.evaluate(covers)
+    desk.context.close()
+
+
 @pytest.mark.parametrize("language, colours, run", [("en", "dark", "Generate"), ("zh", "light", "生成")])
 def test_all_of_the_form(server, browser, folder, language, colours, run):
     desk = Desk(browser, server, folder, locale={"en": "en-US", "zh": "zh-CN"}[language], color_scheme=colours).wait()
