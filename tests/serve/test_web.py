@@ -247,6 +247,7 @@ def test_what_has_not_changed_is_not_sent_again(server):
         ({"prompt": ""}, "prompt is missing"),
         ({"others": "lora = ../x"}, "no LoRA"),
         ({"frame_num": "<b>6</b>"}, "--frame_num must be a whole number"),
+        ({"model": "of before"}, "of before"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(server, values, told):

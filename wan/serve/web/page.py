@@ -15,7 +15,7 @@ from wan.errors import SwanError
 from wan.options import FLAGS
 from wan.serve.fields import EXTEND, read_fields
 from wan.serve.models import Model
-from wan.serve.refused import Refused, without_paths
+from wan.serve.refused import Refused, bad, without_paths
 from wan.serve.service import Service
 from wan.serve.store import Job
 from wan.serve.web import form, shown
@@ -310,7 +310,8 @@ class Page:
         """values: as the browser sends them: files are those of the upload folder, see `mount`."""
         service = self._service
         try:
-            asked = self.model(model)
+            if (asked := service.models.get(str(model))) is None:  # of a server that has others now
+                raise bad("model", text("model_gone", language, model=model))
             given = {name: _path(one) if name in form.FILES else one for name, one in zip(self._fields, values)}
             wanted = read_fields(form.body_of(asked, given, language), service.models, service.loras)
             if not wanted.preview_every and not service.settings.preview_every:
