@@ -21,7 +21,7 @@ from wan.serve.refused import Refused
 BODY_WAIT_S, BODY_ALL_S = 30.0, 900.0  # for the next part of a body, and for all of it
 COOKIE = "swan"  # of a browser in which a key was given
 _OPEN = ("/health",)
-_LOGIN = "/login"
+_LOGIN, _MOST_LOGIN_BYTES = ("/login", "/logout"), 10_000  # of strangers
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -83,10 +83,12 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            headers = Headers(scope=scope)
+            headers, most_bytes = Headers(scope=scope), self._most_bytes
+            if scope["path"] in _LOGIN:
+                most_bytes = min(most_bytes, _MOST_LOGIN_BYTES)
             if scope["path"] not in _OPEN:
                 self._check_asker(scope, headers)
-            self._check_size(headers)
+            _check_size(headers, most_bytes)
         except Refused as error:
             self._on_refused(error.status)
             answer = JSONResponse(error.body, error.status, {**error.headers, "Connection": "close"})
@@ -94,7 +96,7 @@ class Guard:
                 answer = self._login(headers.get("accept-language", ""))
             await answer(scope, receive, send)
             return
-        body = _Body(receive, headers, self._most_bytes)
+        body = _Body(receive, headers, most_bytes)
 
         async def answer(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start" and not body.has_ended:  # what is still to come is not read
@@ -114,8 +116,8 @@ class Guard:
             self._check_key(headers)
 
     def _is_browser(self, scope: Scope) -> bool:
-        """Whether it is one in which a key was given, or is now."""
-        is_login = self._login is not None and scope["path"] == _LOGIN
+        """Whether it is one in which a key was given, is now, or is to be forgotten."""
+        is_login = self._login is not None and scope["path"] in _LOGIN
         return is_login or self._keys.has_cookie(HTTPConnection(scope).cookies.get(COOKIE, ""))
 
     def _check_key(self, headers: Headers) -> None:
@@ -128,11 +130,6 @@ class Guard:
         origin, host = headers.get("origin"), headers.get("host", "")
         if origin is not None and origin not in self._origins and origin.partition("//")[2] != host:
             raise Refused(403, "pages of other origins may not ask", "origin_refused")
-
-    def _check_size(self, headers: Headers) -> None:
-        size = headers.get("content-length", "0")
-        if not size.isdigit() or int(size) > self._most_bytes:
-            raise _too_large(self._most_bytes)
 
 
 class _Body:
@@ -155,6 +152,12 @@ class _Body:
             raise _too_large(self._most_bytes)
         self.has_ended = not message.get("more_body", False)
         return message
+
+
+def _check_size(headers: Headers, most_bytes: int) -> None:
+    size = headers.get("content-length", "0")
+    if not size.isdigit() or int(size) > most_bytes:
+        raise _too_large(most_bytes)
 
 
 def _too_large(most_bytes: int) -> Refused:

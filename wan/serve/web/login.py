@@ -56,6 +56,11 @@ def add_login(app: FastAPI, keys: Keys) -> None:
         answer.set_cookie(COOKIE, keys.cookie(key.strip()), httponly=True, samesite="strict", secure=is_secure)
         return answer
 
+    @app.get("/login")
+    async def again(request: Request) -> Response:
+        """Where a browser is after a wrong key, when it is loaded anew."""
+        return RedirectResponse("./", 303)
+
     @app.post("/logout")
     async def logout(request: Request) -> Response:
         answer = RedirectResponse("./", 303)
