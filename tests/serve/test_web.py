@@ -147,6 +147,26 @@ def test_settings_come_back_as_they_were_given(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [
+        {"lora": [{"name": "style", "scale": n / 10} for n in range(1, 8)]},
+        {"prompts": ["a\nb", "c"]},
+        {"prompts": ["a", "b"]},
+        {"first_frame": "data:,"},
+    ],
+    ids=["more LoRAs than rows", "prompts of several lines", "prompts", "another name of a file"],
+)
+def test_what_the_routes_were_asked_for_comes_back_too(tmp_path, asked):
+    (tmp_path / "style.safetensors").write_bytes(b"")
+    loras, model = Loras(str(tmp_path)), MODELS["i2v-tiny"]
+    first = read_fields({"prompt": "a", **asked}, {"i2v": model}, loras)
+    assert first.sources.keys() <= {*form.FILES}
+    values = form.values_of(Job("id", "i2v", first.options), model, loras)
+    body = form.body_of(model, values, "en") | {"model": "i2v"}
+    assert read_fields(body, {"i2v": model}, loras).options == first.options
+
+
+@pytest.mark.parametrize(
     "values, told",
     [
         ({"others": "x"}, "line 1 of the other options"),

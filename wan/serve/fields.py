@@ -23,6 +23,7 @@ _SAME = {
     "flow_shift": "sample_shift",
     "boundary_ratio": "boundary",
     "enable_teacache": "teacache",
+    "first_frame": "image",
 }
 _BLOCKS = ("video_params", "extra_params", "extra_body")  # fields within fields
 _NEUTRAL = {"user", "metadata", "generator_device"}  # of no effect on what is made
@@ -194,10 +195,14 @@ def _loras(told: dict[str, Any], loras: Loras) -> dict[str, Any]:
     found = {}
     for flag in LORA_FLAGS:
         if flag in told:
-            value = told.pop(flag)
-            is_one = not isinstance(value, list) or (len(value) == 2 and isinstance(value[1], (int, float)))
-            found[flag] = [_lora(flag, one, loras) for one in ([value] if is_one else value)]
+            found[flag] = [_lora(flag, one, loras) for one in each_lora(told.pop(flag))]
     return found
+
+
+def each_lora(value: Any) -> list[Any]:
+    """The LoRAs of a field, which has one or a list of them."""
+    is_one = not isinstance(value, list) or (len(value) == 2 and isinstance(value[1], (int, float)))
+    return [value] if is_one else value
 
 
 def _lora(flag: str, value: Any, loras: Loras) -> list[Any]:

@@ -25,7 +25,7 @@ from wan.options.names import AUDIO_SYNCS, LORA_FLAGS, SOLVER_NAMES
 from wan.options.sampling import check_frame_num
 from wan.options.schema import flag_of
 from wan.options.values import listed
-from wan.serve.fields import FILE_KINDS, is_open
+from wan.serve.fields import FILE_KINDS, each_lora, is_open
 from wan.serve.models import Loras, Model
 from wan.serve.refused import bad
 from wan.serve.store import Job
@@ -192,6 +192,9 @@ def body_of(model: Model, values: Mapping[str, Any], language: str) -> dict[str,
         if name := rows.get(f"lora_name_{row}"):
             flag = rows.get(f"lora_expert_{row}") or "lora"
             body.setdefault(flag, []).append({"name": name, "scale": rows.get(f"lora_strength_{row}", 1)})
+    for flag in LORA_FLAGS:
+        if flag in body and flag in others:  # more than there are rows for
+            body[flag] += each_lora(others.pop(flag))
     if cache:
         body["cache" if cache == _AUTO else cache] = cache if cache == _AUTO else True
         given.pop("cache_choice")
@@ -254,9 +257,9 @@ def values_of(job: Job, model: Model, loras: Loras) -> dict[str, Any]:
             found |= {"guidance_low": _plain(parts[0]), "guidance_high": _plain(parts[-1])}
         elif (flag in POLICIES and value) or flag == "cache":
             found["cache_choice"] = _AUTO if flag == "cache" else flag
-        elif flag == "prompts":
+        elif flag == "prompts" and all(len(one.splitlines()) == 1 for one in value):
             found[flag] = "\n".join(value)
-        elif flag in FIELDS:
+        elif flag in FIELDS and flag != "prompts":
             found[flag] = value if isinstance(value, bool) else ",".join(map(_plain, _parts(value)))
         else:
             others[flag] = value
