@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -136,9 +137,14 @@ def test_other_changes_change_nothing(both, change):
     assert torch.equal(predict(model), before)
 
 
-def test_a_copy_needs_no_file(both):
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, pickled])
+def test_a_copy_needs_no_file(both, copy_of):
     model, path = both
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     before = predict(model)
     os.truncate(path, 100)
     assert torch.equal(predict(copied), before)

@@ -1,6 +1,8 @@
 """Workers on many machines, without Ray: how room is shared out, jobs given out, and files packed."""
 
 import os
+import socket
+import time
 
 import pytest
 
@@ -8,6 +10,7 @@ from wan.batch.jobs import Job
 from wan.batch.pool import Left
 from wan.errors import SwanError
 from wan.options import build_load, build_sample
+from wan.remote import cluster
 from wan.remote.cluster import said_of, share_out
 from wan.remote.luggage import pack, unpack
 
@@ -41,6 +44,22 @@ def test_more_workers_than_there_is_room_for():
         share_out(GPUS, None, 8, False)
     with pytest.raises(SwanError, match="no machine of the cluster has a CPU"):
         share_out({"head": {"CPU": 0}}, None, 1, False)
+
+
+def test_a_head_that_goes_is_told_of(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "_LOOK_S", 0.01)
+    monkeypatch.setattr(cluster, "_AWAY_S", 0.0)
+    head = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{head.getsockname()[1]}"
+    with cluster.watched(address):
+        head.accept()[0].close()  # it was looked at
+        head.close()
+        told = ""
+        while not told.endswith("\n"):
+            time.sleep(0.01)
+            told += capsys.readouterr().err
+    assert told.startswith(f"warning: --ray: the head of the cluster, {address}, does not answer any more")
+    assert told.count("\n") == 1
 
 
 def test_a_worker_gets_what_it_has_loaded_first():

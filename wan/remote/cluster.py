@@ -10,6 +10,9 @@ import re
 import secrets
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,6 +24,7 @@ from wan.errors import SwanError, UsageError, one_line, printable
 from wan.files import temporary_name
 
 REACH_S = 3.0  # for the cluster's port to answer
+_LOOK_S, _AWAY_S = 2.0, 20.0  # how often its head is looked at, and for how long it may be away without a word
 # Of Ray's environment: no statistics of use, no log lines, no Ray that nobody asked for; and a few seconds of tries,
 # where Ray takes minutes, to reach a cluster that has gone, or what is none.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}
@@ -31,6 +35,10 @@ _TRIES = {
 }
 _TRIES |= {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
 _STORE_BYTES = 256 << 20  # of a Ray of this machine, for files on their way; what is larger goes to its folder
+_GONE = (
+    "the head of the cluster, {}, does not answer any more: where it stays away, Ray ends this process within a minute,"
+    " with exit code 1; what is done is kept, and the same command goes on from there"
+)
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 
@@ -73,6 +81,8 @@ def joined(address: str) -> Iterator[None]:
             worker._worker_logs_enabled = False  # what it prints on stdout, deaths of workers among it
             stack.callback(ray.shutdown)
             _join(ray, address, options)
+            if not (match and match["client"]):  # else Ray tells
+                stack.enter_context(watched(ray.get_runtime_context().gcs_address))
         yield
 
 
@@ -118,6 +128,30 @@ def _of_this_machine(stack: contextlib.ExitStack) -> dict[str, Any]:
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": str(folder),
     }
+
+
+@contextlib.contextmanager
+def watched(address: str) -> Iterator[None]:
+    """Within, a line on stderr tells of a head, HOST:PORT, that has gone: Ray ends this process later without one."""
+    host, _, port = address.rpartition(":")
+    over = threading.Event()
+
+    def watch() -> None:
+        seen, is_told = time.monotonic(), False
+        while not over.wait(_LOOK_S):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+                seen, is_told = time.monotonic(), False
+            except OSError as error:
+                if not is_told and time.monotonic() - seen > _AWAY_S:
+                    is_told = True
+                    print(f"warning: --ray: {_GONE.format(address)} ({one_line(error)})", file=sys.stderr, flush=True)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _reach(address: str, host: str, port: int) -> None:

@@ -1,7 +1,8 @@
 """Weights that stay in their file while a model on a CPU uses them: its pages are the system's cache of the file.
 
 So loading copies nothing, processes share them, and a system that is short of memory lets go of them. A file that is
-cut meanwhile ends in an error: its size is looked at before every use, as reading past its end would be SIGBUS.
+cut meanwhile ends in an error: its size is looked at before every use, as reading past its end would be SIGBUS. That it
+still is where the file is cut within a use.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Guard:
             raise SwanError(f"{self._path}: cannot be mapped ({error})") from None
         self._start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
 
-    def __deepcopy__(self, memo: dict) -> Guard:
-        return self  # copies of a model hold weights of their own
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # copies of a model, pickled ones too, hold weights of their own
 
     def view(self, start: int, size_bytes: int) -> Tensor:
         with torch.inference_mode(False):  # or it could be written in that mode only
@@ -103,8 +104,13 @@ class Guard:
 def guard_uses(layer: nn.Module, guard: Guard) -> None:
     """Have the weight of a layer looked at before each use. Packed layers do so by themselves."""
     if not hasattr(layer, "guard"):
-        layer.register_forward_pre_hook(lambda layer, inputs: layer.guard(layer.weight))
+        layer.register_forward_pre_hook(_look)
     layer.guard = guard
+
+
+def _look(layer: nn.Module, inputs: object) -> None:
+    if layer.guard:
+        layer.guard(layer.weight)
 
 
 def in_file_bytes(model: nn.Module) -> int:
