@@ -196,6 +196,15 @@ def test_fields_of_another_model_count_for_nothing():
 # Jobs
 
 
+def test_a_field_of_a_wrong_kind_is_named(server):
+    tab = Tab(server)
+    for name, value in {"others": {"a": 1}, "cache_choice": ["x"], "prompt": {"b": 2}}.items():
+        tab.fill(**{name: value})
+        tab.fire("run")
+        assert f"{name} must be a text" in tab.message
+        tab.fill(**{name: ""})
+
+
 def test_a_video_is_made_shown_and_its_settings_are_used_again(server):
     tab = Tab(server)
     tab.fill(**QUICK, others="trim_first_frames = 1")

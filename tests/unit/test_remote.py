@@ -54,8 +54,8 @@ def test_a_head_that_goes_is_told_of(monkeypatch, capsys):
     with cluster.watched(address):
         head.accept()[0].close()  # it was looked at
         head.close()
-        told = ""
-        while not told.endswith("\n"):
+        told, deadline = "", time.monotonic() + 300
+        while not told.endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.01)
             told += capsys.readouterr().err
     assert told.startswith(f"warning: --ray: the head of the cluster, {address}, does not answer any more")

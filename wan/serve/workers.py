@@ -30,6 +30,7 @@ from wan.serve.store import MOST_DEATHS, Job, NotWritten, Store
 CHECK_S = 60.0  # for one request; whatever takes longer is no honest file
 START_S = 120.0  # until a request that waits for the first process is told to come again
 WRITE_AGAIN_S = 5.0  # what the full disk did not take
+STOP_S = 60.0  # for the step of a cancelled job; whatever takes longer is ended with its process
 CLOSE_S = 5.0  # for processes that are killed to be gone
 AGAIN_S, MOST_AGAIN_S = 0.5, 60.0  # before a process that has ended is started again, doubled each time
 _SHARE = {"encode": (0, 5), "load": (5, 10), "denoise": (10, 90), "decode": (90, 99)}  # percent, of usual runs
@@ -180,8 +181,16 @@ class Workers:
             self._on_free(id)
         else:
             worker.is_cancelled = True
-            # Several would have to agree on the step after which they stop: they are ended, and others started.
-            worker.tell({"cancel": id}) if self._ranks == 1 else worker.kill()
+            if self._ranks > 1:  # they would have to agree on the step after which they stop: others are started
+                worker.kill()
+            else:
+                worker.tell({"cancel": id})
+                asyncio.get_running_loop().call_later(STOP_S, self._stop, worker, worker.job)
+
+    def _stop(self, worker: Worker, job: Job) -> None:
+        """End a worker that is still at the step in which its job was cancelled."""
+        if worker.job is job and not self._is_closing:
+            worker.kill()
 
     def position(self, job: Job) -> int:
         """How many are begun before it."""

@@ -312,7 +312,7 @@ class Page:
         try:
             if (asked := service.models.get(str(model))) is None:  # of a server that has others now
                 raise bad("model", text("model_gone", language, model=model))
-            given = {name: _path(one) if name in form.FILES else one for name, one in zip(self._fields, values)}
+            given = {name: _sent(name, one) for name, one in zip(self._fields, values)}
             wanted = read_fields(form.body_of(asked, given, language), service.models, service.loras)
             if not wanted.preview_every and not service.settings.preview_every:
                 wanted = replace(wanted, preview_every=form.preview_every(asked, wanted.options))
@@ -337,6 +337,15 @@ def _kind(name: str, has_choices: bool) -> tuple[Callable[..., Any], dict[str, A
     if form.is_switch(name):
         return gr.Checkbox, {"value": False}
     return gr.Textbox, {"value": "", "lines": _LINES.get(name, 1), "max_lines": 12 if name in _LINES else 1}
+
+
+def _sent(field: str, value: Any) -> Any:
+    """What a browser sends for a field. Raises Refused for what no field has."""
+    if field in form.FILES:
+        return _path(value)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise bad(field, f"{field} must be a text, a number or true or false")
+    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def _path(sent: Any) -> Any:
