@@ -1,6 +1,6 @@
 """A stand-in for the Python of a script that starts it many times: what it runs is forked from a process that has
-imported torch and planned such videos. `python -m tests.caching.quick_python SOCKET` is that process; `write_client` the
-stand-in.
+imported torch and planned such videos. `python -m tests.caching.quick_python SOCKET` is that process; `write_client`
+the stand-in.
 """
 
 import atexit

@@ -22,8 +22,8 @@ def make_server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(make_server, tmp_path_factory):
-    """One that anybody on this machine may ask, with two models: t2v-tiny and, as "pictures", i2v-tiny. It was started as
-    users start one."""
+    """One that anybody on this machine may ask, with two models: t2v-tiny and, as "pictures", i2v-tiny. It is started
+    as users start one."""
     folder = tmp_path_factory.mktemp("models")
     models = {"t2v-tiny": {"task": "t2v-tiny"}, "pictures": {"task": "i2v-tiny", "sample_steps": 2}}
     (folder / "models.json").write_text(json.dumps(models))

@@ -22,7 +22,8 @@ def serve(flags, folder, stdout, stderr):
     for number, path in ((1, stdout), (2, stderr)):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
-    child.multiprocessing = SimpleNamespace(get_context=lambda _, forks=Forks(): forks)
+    forks = Forks()
+    child.multiprocessing = SimpleNamespace(get_context=lambda _: forks)
     run_process(lambda: main(flags))
 
 
