@@ -69,8 +69,8 @@ def finish(device: torch.device | str) -> None:
 
 
 def in_fresh_process(function: Callable, *args):
-    """`function(*args)` in a new interpreter with as many threads: nothing that ran before is in its memory."""
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+    """`function(*args)` in a new process with as many threads: nothing that ran before is in its memory."""
+    with ProcessPoolExecutor(1, get_context("forkserver"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -38,7 +38,6 @@ from wan.distributed.fsdp import shard_model, weight_mesh
 from wan.distributed.parallel import Parallel
 
 from benchmarks.common import in_fresh_process, machine, report
-from benchmarks.peers import build_ours
 from benchmarks.peers_gguf import write_random
 from wan.command import Parser, run_command
 from wan.models.dit import WanModel
@@ -60,7 +59,8 @@ def write(format: str, gigabytes: float, folder: Path) -> tuple[Path, dict[str, 
         write_random(path, config, "Q8_0")
         return path, config
     noise = torch.randn(1 << 20).mul_(0.02)
-    state = build_ours("dit", config).state_dict()
+    with torch.device("meta"):
+        state = WanModel(**config).state_dict()
     tensors = {
         name: noise.expand(-(-one.numel() // len(noise)), -1).flatten()[: one.numel()].view(one.shape).bfloat16()
         for name, one in state.items()
@@ -197,7 +197,7 @@ def compare(format: str, gigabytes: float, ranks: int, runs: int = 0) -> dict[st
         if runs:
             result["speed"] = in_fresh_process(speed, path, config, runs)
         if ranks:
-            mp.start_processes(_process, (ranks, folder, str(path), config), nprocs=ranks, start_method="spawn")
+            mp.start_processes(_process, (ranks, folder, str(path), config), nprocs=ranks, start_method="forkserver")
             found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
             result["ranks"] = found
             result["worst_rise_over_share"] = max(one["rise_bytes"] / one["share_bytes"] for one in found)

@@ -100,6 +100,20 @@ class Parallel:
         dist.all_gather_object(results, mine)
         return results
 
+    def told(self, make: Callable[[], Any]) -> Any:
+        """`make()` of the first rank, or the error that it raises there, on every rank; the others do not call it. For
+        small things: they travel pickled."""
+        mine = None, None
+        if self.world.rank == 0:
+            try:
+                mine = make(), None
+            except Exception as error:
+                mine = None, error
+        made, error = self.gather_objects(mine)[0]
+        if error is not None:
+            raise error
+        return made
+
     def once(self, make: Callable[[], list[Tensor]], device: torch.device | str) -> list[Tensor]:
         """`make()` of the first rank, on every rank's `device`; the others do not call it."""
         if self.world.size == 1:

@@ -1,5 +1,6 @@
 import atexit
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,9 +17,20 @@ torch.set_num_threads(1)  # where torch came before
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# A shell starts what it runs in the background with interrupts ignored, and so would all processes that tests start.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what it runs in the background with interrupts ignored, nohup with hangups, and so would all processes
+# that tests start.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
+
+# Processes are forked from one that has these and has computed nothing: importing them takes longer than most tests.
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "transformers.models.umt5.modeling_umt5",
+    "wan.pipeline",
+    "wan.distributed.launch",
+]
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 _frozen_at = 0
 atexit.register(gc.unfreeze)  # or Triton tells of all that it still has, behind the last line of a run

@@ -1,9 +1,12 @@
 """A stand-in for the Python of a script that starts it many times: what it runs is forked from a process that has
-imported torch. `python -m tests.caching.quick_python SOCKET` is that process; `write_client` the stand-in.
+imported torch and planned such videos. `python -m tests.caching.quick_python SOCKET` is that process; `write_client`
+the stand-in.
 """
 
 import atexit
+import contextlib
 import gc
+import io
 import json
 import os
 import runpy
@@ -22,6 +25,14 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 
 
+PLANNED = (
+    ("--task", "t2v-tiny"),
+    ("--task", "t2v-tiny", "--frame_num", "5"),
+    ("--task", "i2v-tiny", "--frame_num", "5"),
+    ("--task", "s2v-tiny", "--infer_frames", "8", "--num_clip", "2"),
+)
+
+
 def write_client(path: Path, server: Path) -> None:
     """A program at `path` that takes the arguments of Python and ends as what it runs does."""
     path.write_text(CLIENT.format(python=sys.executable, path=str(server)))
@@ -34,6 +45,9 @@ def serve(path: str) -> None:
     import wan.cli
     import wan.pipeline  # noqa: F401
 
+    with contextlib.redirect_stdout(io.StringIO()):
+        for flags in PLANNED:
+            wan.cli.main([*flags, "--dry_run"])
     gc.freeze()
     atexit.register(gc.unfreeze)  # or Triton tells of all that it still has
     with socket.create_server(path, family=socket.AF_UNIX) as server:

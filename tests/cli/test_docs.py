@@ -102,7 +102,9 @@ def test_commands_run(page, folder, capsys):
             continue
         name, arguments, ranks = program(words)
         if name == "generate.py":
-            few = FEW[2:] if "s2v-tiny" in arguments else FEW  # whose clips are of --infer_frames
+            few = (
+                FEW[2:] if {"s2v-tiny", "animate-tiny"} & {*arguments} else FEW
+            )  # of as many clips as there are inputs for
             few = FEW[:2] if any("cache" in word for word in arguments) else few  # which few steps are not for
             arguments = [*arguments, *(() if {"--preset", "--replay", "--phases"} & {*arguments} else few)]
         if ranks > 1:

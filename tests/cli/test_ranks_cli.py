@@ -1,19 +1,15 @@
 """generate.py as one of several processes: flags, the plan, one video, and the ways a run can fail."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
+from tests.dist.processes import Program, environments
 from wan.cli import main
 from wan.errors import UsageError
 from wan.options import build_request
@@ -23,8 +19,7 @@ from wan.tasks import load_task
 REPO = Path(__file__).resolve().parents[2]
 TINY = REPO / "wan/assets/tiny"
 STRIPES = TINY / "loras/stripes.safetensors"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LIMIT_S = 150  # for what takes some ten seconds on a machine that does nothing else
+LIMIT_S = 150  # for what takes some seconds on a machine that does nothing else
 
 
 # Flags
@@ -174,58 +169,64 @@ def test_a_wrong_flag_is_told_once(monkeypatch, capsys):
 # Real processes
 
 
+class Ranks:
+    """Processes that make one video, each with flags of its own; what they say is in files."""
+
+    def __init__(self, folder, flags, count=None):
+        self.folder, envs = folder, environments(count or len(flags), range(len(flags)))
+        self.processes = [
+            Program([REPO / "generate.py", *own], folder, env, f"stdout-{rank}", f"stderr-{rank}")
+            for rank, (own, env) in enumerate(zip(flags, envs))
+        ]
+
+    def said(self, rank, where="stderr"):
+        path = self.folder / f"{where}-{rank}"
+        return path.read_text() if path.exists() else ""
+
+    def end(self):
+        """Wait for all: their exit codes, and what they said on stderr."""
+        until(lambda: all(process.poll() is not None for process in self.processes))
+        return [process.returncode for process in self.processes], "".join(map(self.said, range(len(self.processes))))
+
+
+def until(condition):
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def start(tmp_path):
-    """start(command, **environment) -> a process, of which nothing is left afterwards."""
+    """start(flags of each rank, how many there should be) -> Ranks, of which nothing is left afterwards."""
     started = []
 
-    def run(command, **variables):
-        inherited = {name: value for name, value in os.environ.items() if name != "SWAN_DEBUG"}
-        variables = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TAG": str(tmp_path)} | variables
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=variables, start_new_session=True, **pipes))
+    def run(*args):
+        started.append(Ranks(tmp_path, *args))
         return started[-1]
 
     yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def torchrun(ranks, *flags):
-    return [*TORCHRUN, f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *flags]
+    for process in (process for ranks in started for process in ranks.processes):
+        process.kill()
+        process.wait()
 
 
 def ours(text):
-    """Lines about the failure; torchrun adds a report of its own."""
+    """Lines about the failure."""
     return [line for line in text.splitlines() if line.startswith(("error:", "internal error:"))]
-
-
-def children(process):
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
 
 
 @pytest.mark.dist
 def test_four_processes_make_one_video(start, tmp_path):
-    flags = [
-        "--cfg_parallel",
-        "--dit_fsdp",
-        "--t5_fsdp",
-        "--fbcache",
-        "--seed",
-        "-1",
-        "--save_file",
-        "a.mp4",
-        "--quiet",
-    ]
-    process = start(torchrun(4, str(REPO / "generate.py"), *flags))
-    out, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, err
-    report = json.loads(out)  # one line, of one rank
+    flags = ["--cfg_parallel", "--dit_fsdp", "--t5_fsdp", "--fbcache", "--seed", "-1", "--frame_num", "5"]
+    ranks = start(4 * [[*flags, "--sample_steps", "10", "--save_file", "a.mp4", "--quiet"]])
+    codes, err = ranks.end()
+    assert codes == [0] * 4, err
+    report = json.loads(ranks.said(0, "stdout"))  # one line, of one rank
+    assert not any(ranks.said(rank, "stdout") for rank in (1, 2, 3))
     assert report["grid"] == {"cfg": 2, "ring": 1, "ulysses": 2} and len(report["peak_by_rank"]) == 4
     assert report["peak_memory_bytes"] == max(peak["peak_memory_bytes"] for peak in report["peak_by_rank"])
-    assert report["cache"]["model"]["uncond"]["total"] == 20
+    assert report["cache"]["model"]["uncond"]["total"] == 10
     assert [path.name for path in tmp_path.glob("*.mp4")] == ["a.mp4"]
     assert "Warning" not in err and not ours(err), err
 
@@ -236,39 +237,25 @@ def test_a_damaged_file_on_one_rank_ends_all(start, tmp_path):
         shutil.copytree(REPO / "wan/assets/tiny", tmp_path / str(rank))
     path = tmp_path / "1/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
-    own = "import os, sys; from wan.cli import main; sys.exit(main(['--ckpt_dir', os.environ['RANK'], '--quiet']))"
-    (tmp_path / "own.py").write_text(own)
-    process = start(torchrun(3, "own.py"))
-    _, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 1
+    codes, err = start([["--ckpt_dir", str(rank), "--quiet"] for rank in range(3)]).end()
+    assert codes == [1, 1, 1]
     [line] = ours(err)
     assert line.startswith("error: rank 1, ") and "truncated" in line
 
 
 @pytest.mark.dist
 def test_a_rank_killed_in_the_loop_ends_all(start):
-    process = start(torchrun(3, str(REPO / "generate.py"), "--sample_steps", "1000", "--save_file", "a.mp4"))
-    for line in iter(process.stderr.readline, ""):  # bars end without a new line, the first one of denoising too
-        if "denoise" in line:
-            break
-    time.sleep(1)
-    victim = next(child for child in children(process) if child.environ().get("RANK") == "2")
-    family = children(process)
-    victim.kill()
-    _, err = process.communicate(timeout=LIMIT_S)
+    ranks = start(3 * [["--sample_steps", "1000", "--save_file", "a.mp4"]])
+    until(lambda: "denoise" in ranks.said(0))
+    ranks.processes[2].kill()
+    codes, err = ranks.end()
     [line] = ours(err)
-    assert process.returncode == 1 and "lost rank 2" in line
-    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert codes == [1, 1, -signal.SIGKILL] and "lost rank 2" in line
 
 
 @pytest.mark.dist
 def test_a_rank_that_never_comes_is_named(start):
-    command = [sys.executable, str(REPO / "generate.py"), "--dist_timeout", "8", "--quiet"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(command, **environment(rank, 3, port)) for rank in range(2)]
-    said = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    [line] = ours("".join(said))
+    codes, err = start(2 * [["--dist_timeout", "8", "--quiet"]], 3).end()
+    assert codes == [1, 1]
+    [line] = ours(err)
     assert "rank 2 did not come within 8 s" in line

@@ -1,7 +1,11 @@
-"""Runs a function on several processes of a gloo group."""
+"""Runs a function on several processes of a gloo group, or a program. All are forked, see tests/conftest.py."""
 
+import atexit
 import gc
 import os
+import runpy
+import socket
+import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +15,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)
-# Processes are forked from one that has these and has computed nothing: importing them takes longer than most tests.
-PRELOADED = ["torch.distributed.fsdp", "transformers.models.umt5.modeling_umt5", "wan.pipeline", "wan.distributed.launch"]
-mp.set_forkserver_preload(PRELOADED)
 
 
 def run(ranks, work, folder, *args):
@@ -44,6 +45,42 @@ class Forked:
 
     def poll(self):
         return self._process.exitcode
+
+
+class Program(Forked):
+    """`python *arguments` in a folder. What it says goes to the ends of files."""
+
+    def __init__(self, arguments, folder, env, stdout=os.devnull, stderr="stderr"):
+        super().__init__(_run, list(map(str, arguments)), folder, env, folder / stdout, folder / stderr)
+
+
+def environments(ranks, only=None, port=None, **more):
+    """What torchrun tells each of so many processes, or `only` some, on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = port or free.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if name != "SWAN_DEBUG"}
+    env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **more}
+    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (range(ranks) if only is None else only)]
+
+
+def _run(arguments, folder, env, stdout, stderr):
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    for number, path in ((1, stdout), (2, stderr)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
+    gc.freeze()
+    sys.argv = arguments
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
 def _main(rank, ranks, work, folder, args):

@@ -1,7 +1,6 @@
 """Jobs of real processes: all of them end, in bounded time, and one says why."""
 
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.dist.processes import Forked
+from tests.dist.processes import Program, environments
 from wan.distributed.launch import World
 from wan.distributed.watchdog import Failure
 
@@ -94,18 +93,6 @@ sys.exit(code)
 """
 
 
-def run_worker(folder, arguments, env):
-    """The program of one rank, in a process that was forked for it."""
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(folder)
-    with open("stderr", "ab") as stderr, open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(stderr.fileno(), 2)
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
 class Job:
     """Processes that run WORKER in a folder: started by torchrun, or one by one, as by srun, but for their imports."""
 
@@ -113,24 +100,15 @@ class Job:
         self.folder, self.ranks, self.mark = folder, ranks, f"mark-{os.getpid()}-{folder.name}"
         self.torchrun = torchrun
         (folder / "worker.py").write_text(WORKER)
-        command = [sys.executable, "worker.py", case, str(timeout_s), self.mark]
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        command = ["worker.py", case, str(timeout_s), self.mark]
         if torchrun:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            self.processes = [self._spawn(launcher + command[1:], env)]
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            self.processes = [Program(launcher + command, folder, env | {"PYTHONPATH": str(REPO)})]
             return
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = port or free.getsockname()[1]
         numbers = named or [rank for rank in range(ranks) if rank not in absent]
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PRESENT": str(len(numbers))}
-        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        by_rank = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in numbers]
-        self.processes = [Forked(run_worker, folder, command[1:], own) for own in by_rank]
-
-    def _spawn(self, command, env):
-        with open(self.folder / "stderr", "ab") as stderr:
-            return subprocess.Popen(command, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=stderr)
+        by_rank = environments(ranks, numbers, port, PRESENT=str(len(numbers)))
+        self.processes = [Program(command, folder, env) for env in by_rank]
 
     def kill(self):
         for process in self.orphans() + [process for process in self.processes if process.poll() is None]:
@@ -303,7 +281,7 @@ def test_interrupted(job, case, ranks):
 def test_end_of_the_launcher(job, signum, said):
     work = job("loop", ranks=2, torchrun=True)
     work.pids()
-    work.processes[0].send_signal(signum)
+    os.kill(work.processes[0].pid, signum)
     _, lines = work.end()
     errors = [line for line in lines if line != "note: kept"]
     if signum == signal.SIGKILL:  # the ranks have lost what they would agree through on who says so

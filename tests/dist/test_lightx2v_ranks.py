@@ -1,16 +1,16 @@
-"""A script of LightX2V's users, started by torchrun."""
+"""A script of LightX2V's users, started as by torchrun."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.dist.processes import Program, environments
 from wan.compat.lightx2v import LightX2VPipeline
 from wan.media import read_settings
 
 pytestmark = pytest.mark.dist
+LIMIT_S = 300
 REPO = Path(__file__).resolve().parents[2]
 MODEL = {"model_path": str(REPO / "wan/assets/tiny"), "model_cls": "wan2.1", "task": "t2v"}
 FEW = {"attn_mode": "torch_sdpa", "infer_steps": 2, "num_frames": 5, "height": 64, "width": 64, "guidance_scale": 1}
@@ -34,10 +34,11 @@ pipe.generate(**{VIDEO!r}, save_result_path="a.avi")
 def test_two_processes_make_the_video_of_one(tmp_path):
     """By keys that go round; one file and no more; and what fails ends both, in one line."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
-    env = {"PYTHONPATH": str(REPO), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode and ": save_result_path must end in .mp4" in done.stderr, done.stderr
+    ranks = [Program(["script.py"], tmp_path, env) for env in environments(2)]
+    for rank in ranks:
+        rank.wait(LIMIT_S)
+    said = (tmp_path / "stderr").read_text()
+    assert all(rank.returncode for rank in ranks) and ": save_result_path must end in .mp4" in said, said
     assert read_settings(tmp_path / "a.mp4")["seed"] == 3
     of_ranks = [torch.load(tmp_path / f"{rank} Grid(cfg=1, ring=2, ulysses=1).pt", weights_only=True) for rank in (0, 1)]
     pipe = LightX2VPipeline(**MODEL)

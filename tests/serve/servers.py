@@ -1,4 +1,4 @@
-"""Real servers, as processes, with tiny models."""
+"""Servers with tiny models: as users start them, or forked, which is quicker."""
 
 import contextlib
 import http.client
@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tests.dist.processes import Forked
+from tests.serve.forked import serve
+
 REPO = Path(__file__).parents[2]
 QUICK = {"num_frames": 1, "num_inference_steps": 1, "seed": 1}
 KEY = "a-key-of-some-length"
@@ -19,22 +22,32 @@ PATIENCE_S = 600  # for a state, on a machine that is busy
 
 
 class Server:
-    """A server on a port of its own, which may be killed and started again."""
+    """A server on a port of its own, which may be killed and started again. is_forked: see `forked`"""
 
-    def __init__(self, folder, *argv, key=None):
-        self.folder, self.argv, self.key = folder, argv, key
+    def __init__(self, folder, *argv, key=None, is_forked=True):
+        self.folder, self.argv, self.key, self.is_forked = folder, argv, key, is_forked
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.process = None
 
     def start(self):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-        command = [sys.executable, "-m", "wan.serve", "--port", "0", "--data", str(self.folder), "--device", "cpu"]
-        self.log = open(f"{self.folder}.log", "a")
-        self.process = subprocess.Popen(
-            [*command, *map(str, self.argv)], stdout=subprocess.PIPE, stderr=self.log, env=env, cwd=self.folder.parent
-        )
-        self.url = json.loads(self.process.stdout.readline())["url"]
+        flags = ["--port", "0", "--data", self.folder, "--device", "cpu", *self.argv]
+        flags, stdout, stderr = list(map(str, flags)), Path(f"{self.folder}.url"), Path(f"{self.folder}.log")
+        stdout.unlink(missing_ok=True)
+        if self.is_forked:
+            self.process = Forked(serve, flags, self.folder.parent, stdout, stderr)
+        else:
+            self.process = self._spawn(flags, stdout, stderr)
+        while not (stdout.exists() and stdout.read_text().endswith("\n")):
+            assert self.process.poll() is None, stderr.read_text()
+            time.sleep(0.05)
+        self.url = json.loads(stdout.read_text())["url"]
         return self
+
+    def _spawn(self, flags, stdout, stderr):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        with open(stdout, "a") as out, open(stderr, "a") as log:
+            command = [sys.executable, "-m", "wan.serve", *flags]
+            return subprocess.Popen(command, stdout=out, stderr=log, env=env, cwd=self.folder.parent)
 
     def kill(self):
         self.process.kill()
@@ -42,13 +55,11 @@ class Server:
 
     def stop(self):
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            os.kill(self.process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(60)
             self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
 
     def ask(self, method, path, body=None, headers=None):
         """(status, object of the body or its bytes, headers). body: an object, sent as JSON, or bytes as they are."""

@@ -14,7 +14,7 @@ from tests.serve.servers import until
 from wan.media import read_settings
 from wan.video import open_video
 
-pytestmark = pytest.mark.slow  # each server that is started imports torch twice
+pytestmark = pytest.mark.slow
 
 FIELDS = {"num_frames": 5, "num_inference_steps": 3}
 

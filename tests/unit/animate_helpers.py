@@ -12,11 +12,11 @@ from tests.unit.video_helpers import still, write
 def small_spec() -> EasyDict:
     """With one look at the face, after the first block, and a motion encoder as narrow as is still quick."""
     spec = shrunk("animate-14B")
-    spec.dit.update(num_layers=6, motion_encoder_dim=24, motion_channels=16)
+    spec.dit.update(num_layers=6, face_px=64, motion_encoder_dim=24, motion_channels=16)
     return spec
 
 
-def write_inputs(folder: Path, frames: int = 12, width: int = 48, height: int = 32, face: int = 512) -> Path:
+def write_inputs(folder: Path, frames: int = 12, width: int = 48, height: int = 32, face: int = 64) -> Path:
     """The files of --src_root_path, those of a replacement included. Lossless, but for the names of codecs."""
     folder.mkdir(exist_ok=True)
     white = np.zeros((frames, height, width, 3), np.uint8)

@@ -5,8 +5,6 @@ import gc
 import os
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.common import in_fresh_process
 from wan import Engine
 from wan.cli import main, make_parser
 from wan.errors import Cancelled, SwanError, UsageError
@@ -294,8 +293,7 @@ KINDS = [
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_day_of_a_service(tmp_path):
     """40 videos of mixed size, LoRA and cache, three cancelled, two failures: memory stays, and so do results."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # whose memory is its own
-        used, made = fresh.submit(day, tmp_path).result()
+    used, made = in_fresh_process(day, tmp_path)
     assert not list(tmp_path.glob("*.mp4"))
     assert median(used[35:41]) <= 1.03 * median(used[5:11]), [number // 2**20 for number in used]
     for kind, options in enumerate(KINDS):
@@ -308,7 +306,7 @@ def day(folder):
 
     Pages of libraries come and go as the kernel likes, and it may join pages to large ones: neither is counted.
     """
-    torch.set_num_threads(1)
+    gc.freeze()
     ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
     engine, used, made = Engine(task="t2v-tiny", device="cpu"), [_own_bytes()], {}
     for number in range(1, 41):

@@ -134,7 +134,7 @@ class Residency:
         return plan
 
     def planned(self, request: Request, beside: int = 0) -> dict[str, Any]:
-        """The plan of a video, which is not followed yet. All ranks plan for the one that has the least memory.
+        """The plan of a video, which is not followed yet: the first rank's, for the one that has the least memory.
 
         beside: bytes of other pipelines of this process, which count as free
         """
@@ -144,7 +144,8 @@ class Residency:
         check_encodes(request, self.spec)
         machine = measure(self.device, request, self.spec, self.parallel.local_size, held)
         machines = self.parallel.gather_objects(machine)
-        return make_plan(request, self.spec, min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes)))
+        least = min(machines, key=lambda one: (one.vram_bytes or 0, one.ram_bytes))
+        return self.parallel.told(lambda: make_plan(request, self.spec, least))
 
     def _choose_attention(self) -> None:
         self.attention, notes = choose_attention(*attention_of(self.load, self.spec))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
 from operator import mul
 from typing import Any, Protocol
@@ -153,7 +153,7 @@ class ModelWeights:
     def _in_file(self, slot: _Slot) -> tuple[torch.Tensor, Guard] | None:
         """A whole matrix that the model has as the file has it, of a layer that can look before it is used."""
         path, _, leaf = slot.aliases[0].rpartition(".")
-        layer, is_whole = self._model.get_submodule(path), isinstance(slot.stored, str)
+        layer, is_whole = _layer(self._model, path), isinstance(slot.stored, str)
         if leaf != "weight" or not isinstance(layer, (nn.Linear, nn.Embedding)) or not is_whole:
             return None
         if self._source.block_type(slot.stored) or self._source.info(slot.stored).dtype != slot.dtype:
@@ -192,7 +192,7 @@ class ModelWeights:
         if change and not slot.packed and isinstance(old, nn.Parameter):  # no buffer
             changed = change(slot.aliases[0], slot.stored, own_rows(old) if self._is_shared(old) else None, stored)
             stored, guard = (stored, guard) if changed is None else (changed, None)
-        stored, layer = stored.to(where), self._model.get_submodule(slot.aliases[0].rpartition(".")[0])
+        stored, layer = stored.to(where), _layer(self._model, slot.aliases[0].rpartition(".")[0])
         if guard is not None:
             guard_uses(layer, guard)
         if slot.packed:
@@ -300,20 +300,25 @@ def _slots(model: nn.Module, names: Collection[str]) -> list[list[str]]:
     return list(groups.values())
 
 
+def _layer(model: nn.Module, path: str) -> nn.Module:
+    """As `get_submodule`, which looks so closely at each step that it took a sixth of a short run."""
+    return reduce(lambda module, name: module._modules[name], path.split("."), model) if path else model
+
+
 def _get(model: nn.Module, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+    return getattr(_layer(model, path), leaf)
 
 
 def _set(model: nn.Module, name: str, value: nn.Module | torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
+    setattr(_layer(model, path), leaf, value)
 
 
 def _packed_layer(model: nn.Module, name: str, weight: PackedTensor, dtype: torch.dtype | None) -> nn.Module | None:
     """The layer that computes with packed weights in place of the one that holds parameter `name`, if there is one."""
     path, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(path)
+    layer = _layer(model, path)
     is_quick = isinstance(weight.type, Scheme) or weight.type.name in UNPACK  # other types are slow to dequantise
     if leaf != "weight" or not is_quick:
         return None

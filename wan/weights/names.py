@@ -14,6 +14,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from wan.errors import SwanError
@@ -307,6 +308,11 @@ def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]
     A name that no rule knows stays as it is, so that it is reported as unexpected by the name its file gives it.
     Raises SwanError if two tensors of the file would get the same name.
     """
+    return dict(_official_names(tuple(keys), component))
+
+
+@lru_cache(maxsize=16)  # a run asks some ten times for each of its files
+def _official_names(keys: tuple[str, ...], component: str) -> dict[str, str | Rows]:
     found = _strip(list(keys), component)
     speaks = _detect(found, component)
     counts = _b_count(found)
