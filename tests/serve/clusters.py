@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine, whose machines come and go."""
+"""A Ray cluster on this machine."""
 
 import contextlib
 import os
@@ -26,17 +26,20 @@ def free_port():
 
 
 class Cluster:
-    """Its first machine, and perhaps more of them, all at this one's loopback."""
+    """Of one machine, at this one's loopback."""
 
     def __init__(self, cpus=2):
         self._folder = tempfile.mkdtemp(prefix="swan-", dir="/tmp")  # names of sockets are short
         self._nodes = []
-        self.address = f"127.0.0.1:{free_port()}"
-        self.add("--head", "--port", self.address.partition(":")[2], "--include-dashboard=false", cpus=cpus)
+        for _ in range(3):  # another process may take a port before Ray does
+            port = str(free_port())
+            self.address = f"127.0.0.1:{port}"
+            if self._started("--head", "--port", port, "--include-dashboard=false", cpus=cpus):
+                return
+        raise AssertionError(Path(f"{self._folder}/node-2.log").read_text())
 
-    def add(self, *argv, cpus=1):
-        """Another machine: its process."""
-        argv = argv or ("--address", self.address)
+    def _started(self, *argv, cpus):
+        """Its process; None where it has ended."""
         log = open(f"{self._folder}/node-{len(self._nodes)}.log", "w+")
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block", *argv]
         command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(cpus), "--num-gpus", "0"]
@@ -46,7 +49,9 @@ class Cluster:
         self._nodes.append(process)
         deadline = time.monotonic() + PATIENCE_S
         while "Ray runtime started" not in Path(log.name).read_text():
-            assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+            assert time.monotonic() < deadline, Path(log.name).read_text()
+            if process.poll() is not None:
+                return None
             time.sleep(0.1)
         return process
 
