@@ -9,8 +9,7 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.dist.processes import Program
 from tests.unit.tiny_checkpoint import shrunk, write_checkpoint
 from wan.cli import main
 from wan.tasks import load_task
@@ -262,15 +262,17 @@ def test_full_disk_while_saving(checkpoint, out, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_while_denoising(checkpoint, out):
+def test_ctrl_c_while_denoising(checkpoint, out, tmp_path):
     flags = ("--frame_num", "5", "--size", "32*32", "--sample_steps", "1000", "--save_file", str(out / "a.mp4"))
-    command = [sys.executable, str(REPO / "generate.py"), "--ckpt_dir", str(checkpoint), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
-        seen = ""
-        while "denoise" not in seen and (character := process.stderr.read(1)):
-            seen += character
-        process.send_signal(signal.SIGINT)
-        printed, rest = process.communicate(timeout=60)
-    assert process.returncode == 130, seen + rest
-    assert printed == "" and rest.splitlines()[-1] == "interrupted" and "Traceback" not in rest
+    command = [REPO / "generate.py", "--ckpt_dir", checkpoint, *flags]
+    process = Program(command, tmp_path, dict(os.environ), "printed", "said")
+    while "denoise" not in (said := (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""):
+        assert process.poll() is None, said
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.wait(60)
+    said = (tmp_path / "said").read_text()
+    assert process.returncode == 130, said
+    assert (tmp_path / "printed").read_text() == "" and said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
     assert not list(out.iterdir())

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.dist.processes import Program
 from tests.unit.tiny_checkpoint import dit_state, shrunk, t5_state, write_checkpoint
 from tests.unit.weight_helpers import DictSource
 from wan.convert import find_parts, find_weights, main, tokenizer_metadata
@@ -45,11 +46,6 @@ def fails(capsys, code, match, *args, **kwargs):
     assert convert(*args, "--quiet", **kwargs) == code
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and match in err
-
-
-def command(*args):
-    """The command line in a process of its own, in a folder of its own."""
-    return [sys.executable, "-m", "wan.convert", *map(str, args)], {**os.environ, "PYTHONPATH": str(REPO)}
 
 
 def test_help_imports_no_torch():
@@ -237,14 +233,16 @@ KILLED = [
 @pytest.mark.parametrize("sent, code, said", KILLED)
 def test_killed_half_way(slow_checkpoint, tmp_path, sent, code, said):
     output = tmp_path / "out.gguf"
-    args, env = command("--type", "IQ4_XS", "--threads", 1, "--checkpoint-dir", slow_checkpoint, "--output", output)
-    process = subprocess.Popen(args, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    args = ["--type", "IQ4_XS", "--threads", 1, "--checkpoint-dir", slow_checkpoint, "--output", output]
+    out, err = Path(f"{tmp_path}.out"), Path(f"{tmp_path}.err")
+    process = Program(["-m", "wan.convert", *args], tmp_path, dict(os.environ), out, err)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(getattr(signal, sent))
-    out, err = process.communicate(timeout=60)
+    os.kill(process.pid, getattr(signal, sent))
+    process.wait(60)
+    out, err = out.read_text(), err.read_text()
     assert process.returncode == code and out == ""
     assert not output.exists()
     if said:
