@@ -45,7 +45,7 @@ def test_other_sizes(capsys, tmp_path, size):
 
 
 def test_same_seed_same_frames_and_replay(capsys, tmp_path):
-    flags = ("--prompt", "a blue triangle moving left on a gray background", "--sample_steps", "6")
+    flags = ("--prompt", "a blue triangle moving left on a gray background", "--sample_steps", "6", "--frame_num", "5")
     first, _ = generate(capsys, *flags, "--save_file", str(tmp_path / "a.mp4"))  # a random seed
     again, _ = generate(capsys, *flags, "--seed", str(first["seed"]), "--save_file", str(tmp_path / "b.mp4"))
     replay, _ = generate(capsys, "--replay", first["file"], "--save_file", str(tmp_path / "c.mp4"))
@@ -87,7 +87,7 @@ def test_a_picture_of_other_size(capsys, tmp_path, width, height):
 
 def test_replay_with_the_picture_given_or_the_task_s_own(capsys, tmp_path):
     (tmp_path / "first.png").write_bytes((embedded_checkpoint(I2V) / I2V.image).read_bytes())
-    flags = ("--task", "i2v-tiny", "--seed", "5", "--sample_steps", "4")
+    flags = ("--task", "i2v-tiny", "--seed", "5", "--sample_steps", "4", "--frame_num", "5")
     own, _ = generate(capsys, *flags, "--save_file", str(tmp_path / "a.mp4"))
     given, _ = generate(capsys, *flags, "--image", str(tmp_path / "first.png"), "--save_file", str(tmp_path / "b.mp4"))
     again = [
@@ -103,7 +103,8 @@ def test_both_experts_take_their_steps(capsys, tmp_path):
     assert main(["--task", "i2v-tiny", "--dry_run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps_by_expert"] == {"high": 9, "low": 11}
     high, low = (str(embedded_checkpoint(I2V) / I2V.experts[name]) for name in ("high", "low"))
-    flags = ("--task", "i2v-tiny", "--seed", "0", "--sample_steps", "6", "--save_file", str(tmp_path / "a.mp4"))
+    flags = ("--task", "i2v-tiny", "--seed", "0", "--sample_steps", "6", "--frame_num", "5")
+    flags += ("--save_file", str(tmp_path / "a.mp4"))
     changed = [(), ("--high", low), ("--low", high)]
     assert len({generate(capsys, *flags, *files)[0]["sha256"] for files in changed}) == 3
 
