@@ -213,7 +213,6 @@ def test_margin_best_and_front():
 def test_quality(tmp_path, capsys, task):
     out, picture = tmp_path / "q.json", tmp_path / "q.png"
     flags = ["--task", task, "--prompts", "1", "--steps", "5", "--series", "magcache K=4", "--fewer", "1", "3"]
-    flags += ["--predictors", *PREDICTORS[:2]]
     assert cache_quality.main([*flags, "--out", str(out), "--picture", str(picture)]) == 0
     text, result = capsys.readouterr().out, json.loads(out.read_text())
     assert text.splitlines()[-1].startswith("target ")
@@ -222,7 +221,7 @@ def test_quality(tmp_path, capsys, task):
     rows = result["policies"]
     assert [(row["predictor"], row["threshold"]) for row in rows] == [
         (predictor, threshold)
-        for predictor in PREDICTORS[:2]
+        for predictor in PREDICTORS
         for threshold in (0.01, 0.02, 0.04, 0.08, 0.12, 0.24)
     ]  # fmt: skip
     assert rows[0]["compute"] > rows[5]["compute"] and rows[0]["psnr_db"] > rows[5]["psnr_db"]

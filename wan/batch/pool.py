@@ -15,11 +15,10 @@ from wan.errors import SwanError
 from wan.remote.cluster import Place
 from wan.remote.group import RemoteGroup
 from wan.serve.child import Message
+from wan.serve.group import DEAD, MOST_DEATHS
 
-MOST_DEATHS = 2  # of workers, after which a job is no more tried
 _MOST_STARTS = 3  # of a worker that ends before it is ready
 _AGAIN_S, _END_S = 1.0, 5.0
-DEAD = "the process that made this video has ended, most likely for want of memory"
 
 
 class Left:

@@ -8,6 +8,9 @@ from functools import partial
 
 from wan.serve.child import Child, Message
 
+MOST_DEATHS = 2  # of workers, after which a job is no more tried
+DEAD = "the process that made this video has ended, most likely for want of memory"
+
 
 class Group:
     """So many `ranks`, each running `main` of wan.serve.worker. Used by the thread of an event loop.

@@ -24,7 +24,6 @@ from wan.errors import SwanError, printable
 from wan.files import hold_folder
 
 STATES = ("queued", "in_progress", "completed", "failed")
-MOST_DEATHS = 2  # of workers, after which a job is no more tried
 _ID = re.compile(r"video_[0-9a-f]{32}")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

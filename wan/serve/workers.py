@@ -21,11 +21,11 @@ from wan.errors import SwanError
 from wan.remote.cluster import Place
 from wan.remote.group import RemoteGroup
 from wan.serve.child import Child, Message
-from wan.serve.group import Group
+from wan.serve.group import DEAD, MOST_DEATHS, Group
 from wan.serve.metrics import Metrics
 from wan.serve.models import Model
 from wan.serve.refused import Refused, without_paths
-from wan.serve.store import MOST_DEATHS, Job, NotWritten, Store
+from wan.serve.store import Job, NotWritten, Store
 
 CHECK_S = 60.0  # for one request; whatever takes longer is no honest file
 START_S = 120.0  # until a request that waits for the first process is told to come again
@@ -335,8 +335,7 @@ class Workers:
             died = code != -signal.SIGTERM  # else somebody has ended it, who most likely ends the server too
             self.progress.pop(job.id, None)
             if died and job.deaths + 1 >= MOST_DEATHS:
-                told = "the process that made this video has ended, most likely for want of memory"
-                self._save(lambda: self.store.fail(job.id, "worker_died", told))
+                self._save(lambda: self.store.fail(job.id, "worker_died", DEAD))
             else:
                 self._save(lambda: self.store.queue_again(job.id, died))
                 self._publish(job.id, {"event": "queued"})

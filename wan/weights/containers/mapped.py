@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.errors import SwanError
-from wan.weights.containers.opened import PIECE_BYTES, OpenedFile
+from wan.weights.containers.opened import OpenedFile
 
 _LEAST_BYTES = 256 << 10
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and later
@@ -72,9 +72,7 @@ class Guard:
         with torch.inference_mode(False):  # or it could be written in that mode only
             data = torch.frombuffer(self._memory, dtype=torch.uint8, count=size_bytes, offset=start)
         self(data)
-        # One after another: disks are quickest so.
-        for first in range(0, size_bytes, PIECE_BYTES):
-            self._populate(start + first, start + min(first + PIECE_BYTES, size_bytes))
+        self._populate(start, start + size_bytes)
         return data
 
     def _populate(self, first: int, last: int) -> None:
