@@ -18,7 +18,7 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("data") / "choices.json"
 QUALITIES = {"high": 45, "medium": 40}  # -> dB that the mean over the clips reaches
-BESIDE = ("cache_device", "cache_trace")  # options that may stand beside --cache auto
+BESIDE = ("cache_device",)  # options that may stand beside --cache auto
 
 
 def choose(given: Mapping[str, Any], model: str | None, solver: str, steps: int) -> tuple[dict[str, Any], list[str]]:

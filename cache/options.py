@@ -31,7 +31,6 @@ COMMON = {
         "name", "auto", "where residuals are kept: auto (default: with the model), cpu, cuda, cuda:N"
     ),
     "cache_coefficients": Option("file", None, "coefficients measured by wan.calibrate"),
-    "cache_trace": Option("file", None, "write every decision to this file, for python -m wan.cache.report"),
     "cache_force": Option("flag", False, f"allow a cache in runs of fewer than {MIN_STEPS} steps"),
 }
 OPTIONS: dict[str, Option] = {}

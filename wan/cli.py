@@ -313,7 +313,7 @@ def _report_cache(video: Video, quiet: bool) -> None:
     if not quiet:
         for line in video.cache.summary():
             print(line, file=sys.stderr)
-    if trace := request.sample.cache["cache_trace"]:
+    if trace := request.output.cache_trace:
         sample = request.sample
         header = {"task": request.load.task, "seed": sample.seed, "steps": sample.steps, "cache": sample.cache}
         try:

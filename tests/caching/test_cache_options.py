@@ -56,7 +56,7 @@ def test_options_that_were_given_are_kept():
 WRONG = [
     ({"teacache_thresh": "0.1"}, "--teacache_thresh has no effect without --teacache"),
     ({"fbcache": True, "mag_K": 3}, "--mag_K has no effect without --magcache"),
-    ({"cache_trace": "a"}, "--cache_trace has no effect without --fbcache or --teacache or"),
+    ({"cache_device": "cpu"}, "--cache_device has no effect without --fbcache or --teacache or"),
     ({"magcache": True, "cache_max_skips": 3}, "--cache_max_skips has no effect with --magcache"),
     ({"fbcache": True, "cache_coefficients": "a"}, "--cache_coefficients has no effect: fbcache, as it is set"),
     ({"teacache": True, "cache_coefficients": "a"}, "--cache_coefficients has no effect: teacache, as it is set"),

@@ -151,6 +151,7 @@ def test_a_csv_and_a_folder_of_pictures(tmp_path, calls):
         ('{"seed": 1}\n[]', "line 2: a job must be an object"),
         ('{"sede": 1}', "line 1: unknown option sede"),
         ('{"save_file": "a.mp4"}', "unknown option save_file"),
+        ('{"easycache": true, "cache_trace": "t.jsonl"}', "unknown option cache_trace"),
         ('{"name": "../a"}', "name must be a file name"),
         ('{"name": "a"}\n{"name": "a"}', "two jobs are called a"),
         ('{"seed": [1]}', "line 1: --seed must be a number"),

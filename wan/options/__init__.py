@@ -164,5 +164,4 @@ def check_written(request: Request, replayed: str | None = None) -> None:
     coefficients = ("cache_coefficients", sample.cache.get("cache_coefficients"))
     made_from = [(flag, path) for flag, path in made_from if isinstance(path, str)]  # and is no image in memory
     inputs = [*made_from, *loras, *load.files.items(), ("ckpt_dir", load.ckpt_dir), coefficients, ("replay", replayed)]
-    written = {"save_file": request.output.save_file, "preview": request.output.preview}
-    check_outputs({**written, "cache_trace": sample.cache.get("cache_trace")}, inputs)
+    check_outputs({name: getattr(request.output, name) for name in ("save_file", "preview", "cache_trace")}, inputs)

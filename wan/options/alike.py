@@ -14,7 +14,7 @@ from easydict import EasyDict
 from wan import __version__
 from wan.files import open_plain
 from wan.options import Request
-from wan.options.names import CACHE_FILES, FILE_FLAGS, LORA_FLAGS, VIDEO_FLAGS
+from wan.options.names import FILE_FLAGS, LORA_FLAGS, VIDEO_FLAGS
 from wan.options.schema import flag_of
 
 # Each machine may have its own: paths (what lies there is compared by `file_fact`), memory, patience, a random seed.
@@ -42,7 +42,7 @@ def request_facts(request: Request, spec: EasyDict, device_type: str, seeded: bo
                 told.setdefault(f"--{flag}", []).append(getattr(part, one.name))
     # Which files they are is told by what is in them.
     told |= {f"--{flag}": [strength for _, strength in chosen] for flag, chosen in sample.loras.items()}
-    told |= {f"--{name}": [value] for name, value in sample.cache.items() if name not in CACHE_FILES}
+    told |= {f"--{name}": [value] for name, value in sample.cache.items() if name != "cache_coefficients"}
     told["--task"].append(spec)
     return {name: repr(values) for name, values in told.items()}
 

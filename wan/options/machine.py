@@ -15,10 +15,8 @@ from wan.conditioning.sizes import latent_shape
 from wan.distributed.grid import Grid, choose_grid
 from wan.errors import UsageError
 from wan.models.attention_names import ATTENTION_NAMES, AUTO, BACK_END_NAMES, split_names
-from wan.options.files import check_writable
 from wan.options.names import (
     AREA_BELOW_720P,
-    CACHE_FILES,
     DTYPE_NAMES,
     LORA_FLAGS,
     MATMUL_NAMES,
@@ -191,8 +189,6 @@ def check_cache(at: Asked, steps: int, area: int, from_image: bool) -> tuple[dic
         raise UsageError("a cache is for runs of one phase: --phases changes what it compares from step to step")
     if options:
         device = check_device_name(options["cache_device"], "cache_device")
-        options |= {"cache_device": device} | {name: absolute(options[name]) for name in CACHE_FILES}
-        if trace := options["cache_trace"]:
-            check_writable(trace, "cache_trace")
+        options |= {"cache_device": device, "cache_coefficients": absolute(options["cache_coefficients"])}
     at.warnings += notes
     return options, found

@@ -14,7 +14,6 @@ GGUF_FLAGS = {"gguf": "dit", "gguf_high": "high", "gguf_low": "low", "t5_gguf": 
 LORA_FLAGS = {"lora": None, "lora_high": "high", "lora_low": "low"}  # -> the expert that they are for, None: each
 GGUF_MODES = ("auto", "resident", "stream")
 MATMUL_NAMES = ("bf16", "fp8", "int8", "auto")
-CACHE_FILES = ("cache_coefficients", "cache_trace")
 MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
 LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
 MAX_CHARS = {"text": 10_000, "name": 200, "path": 4_096}  # by kind; of a prompt models read 512 tokens at most

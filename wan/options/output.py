@@ -30,9 +30,19 @@ def _preview(at: Asked, given: Any) -> str | None:
     return os.path.abspath(given)
 
 
+def _trace(at: Asked, given: Any) -> str | None:
+    if given is None:
+        return None
+    if not at.done["cache"]:
+        raise UsageError("--cache_trace has no effect without a cache")
+    check_writable(given, "cache_trace")
+    return given
+
+
 @dataclass(frozen=True)
 class Output:
-    """save_file: absolute path of the mp4 or PNG; preview: of the PNG or GIF that shows how it goes on, or None."""
+    """save_file: absolute path of the mp4 or PNG; preview: of the PNG or GIF that shows how it goes on, or None;
+    cache_trace: path of what the cache decided, or None."""
 
     save_file: str = option(
         "path",
@@ -57,6 +67,15 @@ class Output:
         "N",
         "steps from preview to preview; default 5",
         lambda at, given: whole(given, 5, "preview_every", 1, MAX_STEPS),
+        stored=False,
+    )
+
+    cache_trace: str | None = option(
+        "path",
+        "output",
+        "FILE",
+        "write every decision of the cache to this file, for python -m wan.cache.report",
+        _trace,
         stored=False,
     )
 

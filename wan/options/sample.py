@@ -423,7 +423,7 @@ class Sample:
             stored=False,
         ),
         **{
-            name: Option(one.kind, one.help, _CACHE, stored=name not in ("cache", "cache_quality", "cache_trace"))
+            name: Option(one.kind, one.help, _CACHE, stored=name not in ("cache", "cache_quality"))
             for name, one in CACHE_OPTIONS.items()
         },
     }

@@ -13,7 +13,6 @@ from typing import Any
 
 from wan.files import open_plain, visible_files
 from wan.options import FLAGS
-from wan.options.names import CACHE_FILES
 
 _KINDS = ("file", "picture", "pictures")
 _FOLDER = "src_root_path"  # the one option that names a folder of inputs
@@ -65,7 +64,7 @@ def unpack(
 
 def _named(flag: str, value: Any) -> list[str]:
     """Paths of inputs."""
-    if value is None or flag == "cache_trace" or (FLAGS[flag].kind not in _KINDS and flag != _FOLDER):
+    if value is None or (FLAGS[flag].kind not in _KINDS and flag != _FOLDER):
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -79,7 +78,7 @@ def _piece(flag: str, value: str) -> Piece:
     files = []
     for one in paths:
         with open_plain(one) as file:
-            told = value if flag in CACHE_FILES else str(one.resolve())
+            told = value if flag == "cache_coefficients" else str(one.resolve())
             files.append((os.path.relpath(os.path.abspath(one), base), told, file.readall()))
     return Piece(value, files)
 

@@ -36,7 +36,7 @@ _REFERENCES = {
 _LORA_NAMES, _LORA_SCALES = ("name", "lora_name", "adapter", "path"), ("scale", "lora_scale", "strength")
 FILE_KINDS = ("picture", "pictures", "file")
 # Files of the server's machine, and who writes prompts; whether somebody does, the server says.
-_CLOSED = {"cache_coefficients", "cache_trace", "prompt_extend_method"}
+_CLOSED = {"cache_coefficients", "prompt_extend_method"}
 EXTEND = ("use_prompt_extend", "prompt_extend_target_lang")
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
