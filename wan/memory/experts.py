@@ -172,7 +172,6 @@ def load_expert(
     at_rest = torch.device("cpu" if blocks_from == "ram" else "meta")
 
     def place(name: str) -> torch.device:
-        check()
         travels = name.startswith(prefixes) and name in parameters and is_streamed(name, parameters[name])
         return at_rest if travels else device
 
@@ -181,7 +180,7 @@ def load_expert(
         return with_loras(model, name, Base(source, stored, shape, rows, held), compute_device)
 
     set_loras(model, source, loras, compute_device)  # of packed layers; all others get them as they are read, once
-    weights.fill(place, merged, make_upload(device))
+    weights.fill(place, merged, make_upload(device), check)
     if device != compute_device and not units:
         model.to(device)  # what LoRAs have put beside packed layers
     if units:

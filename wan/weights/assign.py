@@ -21,7 +21,7 @@ from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
 from wan.quant.wide import is_narrow, keep_narrow
-from wan.weights.containers.mapped import Guard, guard_uses
+from wan.weights.containers.mapped import Extent, Guard, bring_in, guard_uses
 from wan.weights.containers.opened import READERS
 from wan.weights.in_turn import in_turn
 from wan.weights.infer import looks_like, our_names, tensor_info
@@ -111,54 +111,68 @@ class ModelWeights:
         if shard is not None:
             shard(model)
 
-    def fill(self, device: Place, change: Change | None = None, upload: Upload | None = None) -> nn.Module:
+    def fill(
+        self,
+        device: Place,
+        change: Change | None = None,
+        upload: Upload | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> nn.Module:
         """Read the weights and freeze the model; on the meta device, leave them unread. Returns the model.
 
         Threads read ahead: beside the model are one weight as it is stored, or a few small ones (`in_turn`).
         change(name, place in the file, rows, what was read of them): the value of a weight that is not packed, where it
-        is another. upload: how whole weights come to a GPU, see `memory.upload`.
+        is another. upload: how whole weights come to a GPU, see `memory.upload`. check: is called before each weight.
         """
         place = device if callable(device) else lambda name: torch.device(device)
-        for read in in_turn(self._jobs(place, upload), READERS):
+        devices = [place(slot.aliases[0]) for slot in self._slots]
+        extents = [self._extent(slot) if where.type == "cpu" else None for slot, where in zip(self._slots, devices)]
+        kept = bring_in((one for one in extents if one), check)
+        for read in in_turn(self._jobs(devices, extents, upload), READERS):
+            check()
             self._put(*read, change, upload)
             del read  # or it would be in memory until the next one is
+        del kept  # by now, the weights keep it
         _place_other_buffers(self._model, place, self._by_name)
         return self._model
 
     def _jobs(
-        self, place: Callable[[str], torch.device], upload: Upload | None
+        self, devices: Sequence[torch.device], extents: Sequence[Extent | None], upload: Upload | None
     ) -> Iterator[tuple[int, Callable[[], _Read]]]:
-        """Of each weight that is to be read: its bytes in the file, and what reads it. `place` is asked in turn."""
-        for slot, (size_bytes, _) in zip(self._slots, self.reads(), strict=True):
-            where = place(slot.aliases[0])
+        """Of each weight that is to be read: its bytes in the file, and what reads it."""
+        for slot, where, extent, (size_bytes, _) in zip(self._slots, devices, extents, self.reads(), strict=True):
             if upload is not None and where.type == upload.kind and self._is_uploaded(slot):
-                yield (
-                    0,
-                    partial(tuple, (slot, where, None, None)),
-                )  # read in its turn, by the thread that enqueues its copies
+                # Read in its turn, by the thread that enqueues its copies.
+                yield 0, partial(tuple, (slot, where, None, None))
             elif where.type != "meta":
-                yield size_bytes, partial(self._read, slot, where)
+                yield size_bytes, partial(self._read, slot, where, extent)
 
-    def _read(self, slot: _Slot, where: torch.device) -> _Read:
-        """A weight, or the rows of it that this rank keeps, as the file has them; on a CPU it can stay in the file."""
+    def _read(self, slot: _Slot, where: torch.device, extent: Extent | None) -> _Read:
+        """A weight, or the rows of it that this rank keeps, as the file has them, or in the file."""
         old = _get(self._model, slot.aliases[0])
         shared = self._is_shared(old)
-        rows, stays = own_rows(old) if shared else None, not shared and where.type == "cpu"
+        rows = own_rows(old) if shared else None
         if slot.packed:
+            stays = not shared and where.type == "cpu"
             return slot, where, self._source.packed(slot.stored, mapped=stays, rows=rows), None
-        if stays and (there := self._in_file(slot)):
-            return slot, where, *there
+        if extent is not None:
+            data, guard = extent.tensor(slot.dtype)
+            return slot, where, data.view(self._source.info(slot.stored).shape), guard
         return slot, where, read_stored(self._source, slot.stored, tuple(old.shape), rows), None
 
-    def _in_file(self, slot: _Slot) -> tuple[torch.Tensor, Guard] | None:
-        """A whole matrix that the model has as the file has it, of a layer that can look before it is used."""
+    def _extent(self, slot: _Slot) -> Extent | None:
+        """Where a weight of a model on a CPU can stay in its file: packed, or a whole matrix that the model has as the
+        file has it, of a layer that can look before it is used."""
         path, _, leaf = slot.aliases[0].rpartition(".")
-        layer, is_whole = _layer(self._model, path), isinstance(slot.stored, str)
-        if leaf != "weight" or not isinstance(layer, (nn.Linear, nn.Embedding)) or not is_whole:
+        if not isinstance(slot.stored, str) or self._is_shared(_get(self._model, slot.aliases[0])):
             return None
-        if self._source.block_type(slot.stored) or self._source.info(slot.stored).dtype != slot.dtype:
-            return None
-        return self._source.in_file(slot.stored)
+        if not slot.packed:
+            is_matrix = leaf == "weight" and isinstance(_layer(self._model, path), (nn.Linear, nn.Embedding))
+            is_as_stored = is_matrix and self._source.info(slot.stored).dtype == slot.dtype
+            if not is_as_stored or self._source.block_type(slot.stored):
+                return None
+        extent = self._source.extent(slot.stored)
+        return extent if extent and (slot.packed or extent.suits(slot.dtype)) else None
 
     def _is_uploaded(self, slot: _Slot) -> bool:
         """Whether it is a whole tensor that lies in one piece."""

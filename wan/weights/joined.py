@@ -11,7 +11,7 @@ from wan.errors import SwanError
 from wan.quant.ggml import GGMLType
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
-from wan.weights.containers.mapped import Guard
+from wan.weights.containers.mapped import Extent
 from wan.weights.source import Source, Span, TensorInfo
 
 _HALF = re.compile(r"(?P<start>(?:.*\.)?face_adapter\.\d+\.to_)k(?P<leaf>\.\w+)")
@@ -41,8 +41,8 @@ class JoinedSource(Source):
     def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
         return name not in self._pairs and self._inner.read_into(name, out, start)
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
-        return None if name in self._pairs else self._inner.in_file(name)
+    def extent(self, name: str) -> Extent | None:
+        return None if name in self._pairs else self._inner.extent(name)
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         if name not in self._pairs:

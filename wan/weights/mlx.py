@@ -14,7 +14,7 @@ import torch
 from wan.quant.ggml import GGMLType
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
-from wan.weights.containers.mapped import Guard
+from wan.weights.containers.mapped import Extent
 from wan.weights.names import Dialect, Table
 from wan.weights.source import Source, Span, TensorInfo
 
@@ -74,9 +74,9 @@ class MlxSource(Source):
         axes = self._axes(name, tensor.shape)
         return tensor if axes == [*range(tensor.ndim)] else tensor.permute(axes).contiguous()
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
+    def extent(self, name: str) -> Extent | None:
         shape = self._inner.info(self._names[name]).shape
-        return self._inner.in_file(self._names[name]) if self._axes(name, shape) == [*range(len(shape))] else None
+        return self._inner.extent(self._names[name]) if self._axes(name, shape) == [*range(len(shape))] else None
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         return self._inner.packed(self._names[name], mapped, rows)

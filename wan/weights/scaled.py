@@ -25,7 +25,7 @@ from wan.quant.packed import PackedTensor
 from wan.quant.schemes import FLOAT8, SCALE_DTYPES, Scheme, pack_rows
 from wan.weights.block_floats import find_block_floats, lost_scales
 from wan.weights.comfy_quant import LEAF, Note, read_notes
-from wan.weights.containers.mapped import Guard
+from wan.weights.containers.mapped import Extent
 from wan.weights.source import Source, Span, TensorInfo, config_beside
 from wan.weights.stored import ACTIVATIONS, Stored, check_finite, label
 
@@ -87,8 +87,8 @@ class ScaledSource(Source):
         packed = self.packed(name, rows=rows) if name in self._stored else None
         return self._inner.read(name, rows) if packed is None else packed.dequantize()
 
-    def in_file(self, name: str) -> tuple[Tensor, Guard] | None:
-        return None if name in self._stored else self._inner.in_file(name)
+    def extent(self, name: str) -> Extent | None:
+        return None if name in self._stored else self._inner.extent(name)
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         one = self._stored.get(name)

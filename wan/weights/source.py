@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wan.quant.ggml import GGMLType
     from wan.quant.packed import PackedTensor
     from wan.quant.schemes import Scheme
-    from wan.weights.containers.mapped import Guard
+    from wan.weights.containers.mapped import Extent
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 # What trainers put beside the weights, and PEFT and accelerate among them.
@@ -69,9 +69,8 @@ class Source:
         contiguous on the CPU. False, and nothing is done, where the file does not have them in one piece."""
         return False
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
-        """One tensor where it lies in the file, which must last, and what is called with it before each use; None where
-        it must be read. Nothing is quantised in it."""
+    def extent(self, name: str) -> Extent | None:
+        """Where one tensor lies in a file as it is, in one piece, quantised or not; else None."""
         return None
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
@@ -122,8 +121,8 @@ class MergedSource(Source):
     def read_into(self, name: str, out: torch.Tensor, start: int = 0) -> bool:
         return self._owner[name].read_into(name, out, start)
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
-        return self._owner[name].in_file(name)
+    def extent(self, name: str) -> Extent | None:
+        return self._owner[name].extent(name)
 
     def packed(self, name: str, mapped: bool = False, rows: Span | None = None) -> PackedTensor | None:
         return self._owner[name].packed(name, mapped, rows)

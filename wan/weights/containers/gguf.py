@@ -18,7 +18,7 @@ from wan.quant.native import has_bad_scales_native
 from wan.quant.packed import PackedTensor
 from wan.quant.scratch import empty_bytes
 from wan.weights.containers.gguf_header import GGUFArray, TensorEntry, Value, read_elements, read_header
-from wan.weights.containers.mapped import Guard, MappedFile
+from wan.weights.containers.mapped import Extent, MappedFile
 from wan.weights.containers.opened import PIECE_BYTES, OpenedFile, Work, in_pieces
 from wan.weights.source import Source, Span, TensorInfo
 
@@ -86,7 +86,7 @@ class GGUFSource(Source):
             return None
         start, size_bytes, shape = self._part(name, rows)
         if mapped:
-            blocks, guard = self._mapped.tensor(entry.offset + start, size_bytes)
+            blocks, guard = Extent(self._mapped, entry.offset + start, size_bytes).tensor()
             in_pieces(self._check(blocks, entry, has_bad_scales_native), size_bytes, _step(entry))
         else:
             blocks = empty_bytes(size_bytes)
@@ -94,11 +94,9 @@ class GGUFSource(Source):
         row_bytes = entry.type.row_bytes(entry.ne[0]) if rows is None else size_bytes // max(shape[0], 1)
         return PackedTensor(entry.type, shape, blocks.view(-1, row_bytes), guard)
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
-        entry, info = self._entries[name], self.info(name)
-        if entry.type.torch_dtype is None:
-            return None
-        return self._mapped.typed(entry.offset, entry.size_bytes, info.dtype, info.shape)
+    def extent(self, name: str) -> Extent | None:
+        entry = self._entries[name]
+        return Extent(self._mapped, entry.offset, entry.size_bytes)
 
     def block_type(self, name: str) -> GGMLType | None:
         stored = self._entries[name].type

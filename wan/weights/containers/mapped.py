@@ -13,15 +13,21 @@ import errno
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from wan.errors import SwanError
 from wan.weights.containers.opened import OpenedFile
+from wan.weights.in_turn import in_turn
 
 _LEAST_BYTES = 256 << 10
+_PIECE_BYTES = 32 << 20
+_GAP_BYTES = 1 << 20
+_WAITING_THREADS = 4
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and later
 _NOT_READ = (errno.EFAULT, getattr(errno, "EHWPOISON", 133), errno.EIO)
 
@@ -33,23 +39,64 @@ class MappedFile:
         self._opened = opened
         self._mapping: Callable[[], Guard | None] = lambda: None
 
-    def tensor(self, start: int, size_bytes: int) -> tuple[Tensor, Guard]:
-        """uint8 [size_bytes] from byte `start` of the file, read into the system's cache; and its guard.
-
-        Raises SwanError where the file cannot be mapped or read, or is not whole any more.
-        """
+    def guard(self) -> Guard:
+        """Of all tensors in it. Raises SwanError where the file cannot be mapped."""
         guard = self._mapping() or Guard(self._opened)
         self._mapping = weakref.ref(guard)
-        return guard.view(start, size_bytes), guard
+        return guard
 
-    def typed(
-        self, start: int, size_bytes: int, dtype: torch.dtype, shape: Sequence[int]
-    ) -> tuple[Tensor, Guard] | None:
-        """The same as `dtype` of `shape`; None where it is too small to be worth it, or lies askew."""
-        if size_bytes < _LEAST_BYTES or start % dtype.itemsize:
-            return None
-        data, guard = self.tensor(start, size_bytes)
-        return data.view(dtype).view(shape), guard
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes of a file, in one piece."""
+
+    file: MappedFile
+    start: int
+    size_bytes: int
+
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor is worth it, and can be used where it lies."""
+        return self.size_bytes >= _LEAST_BYTES and self.start % dtype.itemsize == 0
+
+    def tensor(self, dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Guard]:
+        """What lies there, [n], and its guard. Its pages are read as they are used, if not by `bring_in`.
+
+        Raises SwanError where the file cannot be mapped, or is not whole any more.
+        """
+        guard = self.file.guard()
+        return guard.view(self.start, self.size_bytes).view(dtype), guard
+
+
+def bring_in(extents: Iterable[Extent], check: Callable[[], None]) -> list[Guard]:
+    """Read bytes of files into the system's cache, and enter their pages: at once, where the system can.
+
+    Quicker than `read`, which copies; and what cannot be read is an error here, where a use would be SIGBUS. Threads
+    wait for the disk in the order of the file, so there may be more of them than processors. check: is called between
+    pieces. Returns what keeps the pages. Raises SwanError where a file cannot be mapped or read.
+    """
+    spans: dict[MappedFile, list[tuple[int, int]]] = {}
+    for one in extents:
+        spans.setdefault(one.file, []).append((one.start, one.start + one.size_bytes))
+    guards = {file: file.guard() for file in spans}
+    pieces = ((guards[file], piece) for file, found in spans.items() for piece in _pieces(sorted(found)))
+    for _ in in_turn(((0, partial(guard.populate, *piece)) for guard, piece in pieces), _WAITING_THREADS):
+        check()
+    return list(guards.values())
+
+
+def _pieces(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(first byte, the one after the last) of pieces that cover sorted spans; small gaps are passed over."""
+    first = last = 0
+    for start, end in spans:
+        if start > last + _GAP_BYTES:
+            yield from _cut(first, last)
+            first = start
+        last = max(last, end)
+    yield from _cut(first, last)
+
+
+def _cut(first: int, last: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _PIECE_BYTES, last)) for start in range(first, last, _PIECE_BYTES))
 
 
 class Guard:
@@ -72,14 +119,10 @@ class Guard:
         with torch.inference_mode(False):  # or it could be written in that mode only
             data = torch.frombuffer(self._memory, dtype=torch.uint8, count=size_bytes, offset=start)
         self(data)
-        self._populate(start, start + size_bytes)
         return data
 
-    def _populate(self, first: int, last: int) -> None:
-        """Read these bytes into the cache, and enter their pages: at once, where the system can; else as they are used.
-
-        Quicker than `read`, which copies; and what cannot be read is an error here, where a use would be SIGBUS.
-        """
+    def populate(self, first: int, last: int) -> None:
+        """See `bring_in`."""
         first -= first % mmap.PAGESIZE
         with contextlib.suppress(OSError, AttributeError, TypeError):  # no such call on this system
             call = ctypes.CDLL(None, use_errno=True).madvise

@@ -12,7 +12,7 @@ import torch
 
 from wan.errors import SwanError
 from wan.quant.scratch import empty
-from wan.weights.containers.mapped import Guard, MappedFile
+from wan.weights.containers.mapped import Extent, MappedFile
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.pth_header import read_header, spanned
 from wan.weights.containers.zip_directory import Record, data_start
@@ -46,12 +46,11 @@ class PthSource(Source):
         self._fill(name, out, start)
         return True
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
-        view, info = self._views[name], self._infos[name]
-        if not view.is_contiguous:
+    def extent(self, name: str) -> Extent | None:
+        info = self._infos[name]
+        if not self._views[name].is_contiguous:
             return None
-        size_bytes = math.prod(info.shape) * info.dtype.itemsize
-        return self._mapped.typed(self._start(name), size_bytes, info.dtype, info.shape)
+        return Extent(self._mapped, self._start(name), math.prod(info.shape) * info.dtype.itemsize)
 
     def _fill(self, name: str, memory: torch.Tensor, first: int) -> None:
         """Read from byte `first` of what the tensor spans."""

@@ -16,7 +16,7 @@ import torch
 from wan.errors import SwanError
 from wan.quant.schemes import E8M0
 from wan.quant.scratch import empty
-from wan.weights.containers.mapped import Guard, MappedFile
+from wan.weights.containers.mapped import Extent, MappedFile
 from wan.weights.containers.opened import OpenedFile
 from wan.weights.containers.safetensors_header import parse_header, read_index
 from wan.weights.source import INDEX_SUFFIX, MergedSource, Source, Span, TensorInfo, open_container
@@ -74,9 +74,9 @@ class SafetensorsSource(Source):
         self._fill(name, out, self._offsets[name][0] + start)
         return True
 
-    def in_file(self, name: str) -> tuple[torch.Tensor, Guard] | None:
-        info, (start, end) = self._infos[name], self._offsets[name]
-        return self._mapped.typed(self._data_start + start, end - start, info.dtype, info.shape)
+    def extent(self, name: str) -> Extent | None:
+        start, end = self._offsets[name]
+        return Extent(self._mapped, self._data_start + start, end - start)
 
     def _fill(self, name: str, tensor: torch.Tensor, start: int) -> None:
         """Read from byte `start` of the data."""
