@@ -391,7 +391,8 @@ class LightX2VPipeline:
             request = build_sample(options, engine.load)
             if path is None:
                 return request
-            request = replace(request, output=Output(_checked(path, request, spec), None, 1))
+            output = Output(_checked(path, request, spec), preview=None, preview_every=1, cache_trace=None)
+            request = replace(request, output=output)
             check_written(request)
         except SwanError as error:
             raise renamed(error, {**theirs.names, "save_file": "save_result_path"}, theirs.places) from None
