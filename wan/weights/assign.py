@@ -21,7 +21,7 @@ from wan.quant.linear import QuantEmbedding, QuantLinear
 from wan.quant.packed import PackedTensor
 from wan.quant.schemes import Scheme
 from wan.quant.wide import is_narrow, keep_narrow
-from wan.weights.containers.mapped import Extent, Guard, bring_in, guard_uses
+from wan.weights.containers.mapped import Arriving, Extent, Guard, guard_uses
 from wan.weights.containers.opened import READERS
 from wan.weights.in_turn import in_turn
 from wan.weights.infer import looks_like, our_names, tensor_info
@@ -127,17 +127,21 @@ class ModelWeights:
         place = device if callable(device) else lambda name: torch.device(device)
         devices = [place(slot.aliases[0]) for slot in self._slots]
         extents = [self._extent(slot) if where.type == "cpu" else None for slot, where in zip(self._slots, devices)]
-        kept = bring_in((one for one in extents if one), check)
-        for read in in_turn(self._jobs(devices, extents, upload), READERS):
-            check()
-            self._put(*read, change, upload)
-            del read  # or it would be in memory until the next one is
-        del kept  # by now, the weights keep it
+        with Arriving(one for one in extents if one) as arriving:
+            for read in in_turn(self._jobs(devices, extents, arriving, upload), READERS):
+                check()
+                self._put(*read, change, upload)
+                del read  # or it would be in memory until the next one is
+            arriving.wait_for_all(check)
         _place_other_buffers(self._model, place, self._by_name)
         return self._model
 
     def _jobs(
-        self, devices: Sequence[torch.device], extents: Sequence[Extent | None], upload: Upload | None
+        self,
+        devices: Sequence[torch.device],
+        extents: Sequence[Extent | None],
+        arriving: Arriving,
+        upload: Upload | None,
     ) -> Iterator[tuple[int, Callable[[], _Read]]]:
         """Of each weight that is to be read: its bytes in the file, and what reads it."""
         for slot, where, extent, (size_bytes, _) in zip(self._slots, devices, extents, self.reads(), strict=True):
@@ -145,15 +149,17 @@ class ModelWeights:
                 # Read in its turn, by the thread that enqueues its copies.
                 yield 0, partial(tuple, (slot, where, None, None))
             elif where.type != "meta":
-                yield size_bytes, partial(self._read, slot, where, extent)
+                yield size_bytes, partial(self._read, slot, where, extent, arriving)
 
-    def _read(self, slot: _Slot, where: torch.device, extent: Extent | None) -> _Read:
+    def _read(self, slot: _Slot, where: torch.device, extent: Extent | None, arriving: Arriving) -> _Read:
         """A weight, or the rows of it that this rank keeps, as the file has them, or in the file."""
         old = _get(self._model, slot.aliases[0])
         shared = self._is_shared(old)
         rows = own_rows(old) if shared else None
         if slot.packed:
             stays = not shared and where.type == "cpu"
+            if extent is not None:
+                arriving.wait(extent)  # its blocks are looked at
             return slot, where, self._source.packed(slot.stored, mapped=stays, rows=rows), None
         if extent is not None:
             data, guard = extent.tensor(slot.dtype)

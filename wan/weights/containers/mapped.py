@@ -14,15 +14,14 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from wan.errors import SwanError
 from wan.weights.containers.opened import OpenedFile
-from wan.weights.in_turn import in_turn
 
 _LEAST_BYTES = 256 << 10
 _PIECE_BYTES = 32 << 20
@@ -59,7 +58,7 @@ class Extent:
         return self.size_bytes >= _LEAST_BYTES and self.start % dtype.itemsize == 0
 
     def tensor(self, dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Guard]:
-        """What lies there, [n], and its guard. Its pages are read as they are used, if not by `bring_in`.
+        """What lies there, [n], and its guard. Its pages are read as they are used, if they are not `Arriving`.
 
         Raises SwanError where the file cannot be mapped, or is not whole any more.
         """
@@ -67,21 +66,45 @@ class Extent:
         return guard.view(self.start, self.size_bytes).view(dtype), guard
 
 
-def bring_in(extents: Iterable[Extent], check: Callable[[], None]) -> list[Guard]:
-    """Read bytes of files into the system's cache, and enter their pages: at once, where the system can.
+class Arriving:
+    """Bytes of files on their way into the system's cache, whose pages are entered, at once where the system can.
 
     Quicker than `read`, which copies; and what cannot be read is an error here, where a use would be SIGBUS. Threads
-    wait for the disk in the order of the file, so there may be more of them than processors. check: is called between
-    pieces. Returns what keeps the pages. Raises SwanError where a file cannot be mapped or read.
+    wait for the disk in the order of the file, so there may be more of them than processors. Raises SwanError where a
+    file cannot be mapped.
     """
-    spans: dict[MappedFile, list[tuple[int, int]]] = {}
-    for one in extents:
-        spans.setdefault(one.file, []).append((one.start, one.start + one.size_bytes))
-    guards = {file: file.guard() for file in spans}
-    pieces = ((guards[file], piece) for file, found in spans.items() for piece in _pieces(sorted(found)))
-    for _ in in_turn(((0, partial(guard.populate, *piece)) for guard, piece in pieces), _WAITING_THREADS):
-        check()
-    return list(guards.values())
+
+    def __init__(self, extents: Iterable[Extent]):
+        spans: dict[MappedFile, list[tuple[int, int]]] = {}
+        for one in extents:
+            spans.setdefault(one.file, []).append((one.start, one.start + one.size_bytes))
+        self._guards = {file: file.guard() for file in spans}  # or there might be no mapping until all is here
+        self._pool = ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="arriving")
+        self._pieces = {
+            file: [(first, last, self._pool.submit(self._guards[file].populate, first, last)) for first, last in cut]
+            for file, found in spans.items()
+            if (cut := list(_pieces(sorted(found))))
+        }
+
+    def wait(self, extent: Extent) -> None:
+        """Until it is here. Raises SwanError where it cannot be read."""
+        end = extent.start + extent.size_bytes
+        for first, last, done in self._pieces.get(extent.file, []):
+            if first < end and extent.start < last:
+                done.result()
+
+    def wait_for_all(self, check: Callable[[], None]) -> None:
+        """check: is called between pieces."""
+        for pieces in self._pieces.values():
+            for _, _, done in pieces:
+                done.result()
+                check()
+
+    def __enter__(self) -> Arriving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _pieces(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -122,7 +145,7 @@ class Guard:
         return data
 
     def populate(self, first: int, last: int) -> None:
-        """See `bring_in`."""
+        """Read these bytes into the cache, and enter their pages."""
         first -= first % mmap.PAGESIZE
         with contextlib.suppress(OSError, AttributeError, TypeError):  # no such call on this system
             call = ctypes.CDLL(None, use_errno=True).madvise
