@@ -42,18 +42,21 @@ from benchmarks.peers_gguf import write_random
 from wan.command import Parser, run_command
 from wan.models.dit import WanModel
 from wan.quant.scratch import empty_bytes
+from wan.tasks import load_task
 from wan.weights.assign import load_weights
 from wan.weights.source import open_source
 
 FORMATS = ("safetensors", "pth", "gguf")
 MARGIN = 1.15
 CONFIG = {"model_type": "t2v", "dim": 2048, "ffn_dim": 8192, "num_heads": 16, "text_dim": 512, "text_len": 64}
-LAYER_BYTES = {"safetensors": 135e6, "pth": 135e6, "gguf": 72e6}  # bf16, Q8_0
+WEIGHT_BYTES = {"safetensors": 2, "pth": 2, "gguf": 34 / 32}  # bf16, Q8_0
 
 
-def write(format: str, gigabytes: float, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint of about that size, and the configuration of its network."""
-    config = CONFIG | {"num_layers": max(2, round(gigabytes * 1e9 / LAYER_BYTES[format]))}
+def write(format: str, gigabytes: float, folder: Path, task: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of about that size, and the configuration of its network. task: whose layers it has, so many."""
+    config = dict(load_task(task).dit) if task else CONFIG
+    layer_bytes = WEIGHT_BYTES[format] * (_weights(config, 3) - _weights(config, 2))
+    config = config | {"num_layers": max(2, round(gigabytes * 1e9 / layer_bytes))}
     path = folder / f"random.{format}"
     if format == "gguf":
         write_random(path, config, "Q8_0")
@@ -67,6 +70,12 @@ def write(format: str, gigabytes: float, folder: Path) -> tuple[Path, dict[str, 
     }
     save_file(tensors, path) if format == "safetensors" else torch.save(tensors, path)
     return path, config
+
+
+def _weights(config: dict[str, Any], layers: int) -> int:
+    with torch.device("meta"):
+        model = WanModel(**{**config, "num_layers": layers})
+    return sum(one.numel() for one in model.parameters())
 
 
 def load(path: Path, config: dict[str, Any], sharded: bool, parallel: Parallel | None = None) -> WanModel:
@@ -185,14 +194,15 @@ def _process(rank: int, ranks: int, folder: str, path: str, config: dict[str, An
         dist.destroy_process_group()
 
 
-def compare(format: str, gigabytes: float, ranks: int, runs: int = 0) -> dict[str, Any]:
-    """Everything about one format, as JSON data. runs: of `speed`, each way."""
+def compare(format: str, gigabytes: float, ranks: int, runs: int = 0, task: str | None = None) -> dict[str, Any]:
+    """Everything about one format, as JSON data. runs: of `speed`, each way; task: as for `write`."""
     with tempfile.TemporaryDirectory() as folder:
-        path, config = write(format, gigabytes, Path(folder))
+        path, config = write(format, gigabytes, Path(folder), task)
         result: dict[str, Any] = {
             "format": format,
             "file_bytes": path.stat().st_size,
             "layers": config["num_layers"],
+            "dim": config["dim"],
         }
         if runs:
             result["speed"] = in_fresh_process(speed, path, config, runs)
@@ -214,6 +224,7 @@ def _main(argv: Sequence[str] | None) -> int:
         prog="python -m benchmarks.loading", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint; default 2")
+    parser.add_argument("--task", help="have layers of its transformer, e.g. t2v-14B; default: of 2,048 channels")
     parser.add_argument("--ranks", type=int, default=4, help="processes; default 4, 0: none")
     parser.add_argument("--runs", type=int, default=5, help="beside dd, each way; default 5, 0: none")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
@@ -222,7 +233,7 @@ def _main(argv: Sequence[str] | None) -> int:
     cases = []
     for format in args.formats:
         print(f"{format} ...", file=sys.stderr, flush=True)
-        cases.append(compare(format, args.gb, args.ranks, args.runs))
+        cases.append(compare(format, args.gb, args.ranks, args.runs, args.task))
     report({"machine": machine(), "processes": args.ranks, "cases": cases}, args.out)
     return 0
 
