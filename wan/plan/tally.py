@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -85,7 +84,7 @@ class Tally(TorchDispatchMode):
 
     def count(self, func, args, kwargs: dict[str, Any], out: Any) -> None:
         """One operation that is not made of others."""
-        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        tensors = _tensors([out])
         if not all(tensor.is_meta for tensor in tensors):
             return
         packet = FLASH if func.overloadpacket is FLASH_CPU else func.overloadpacket
@@ -94,7 +93,7 @@ class Tally(TorchDispatchMode):
             self.flops[self.place, kind] += WORK[packet](*args, **kwargs, out_val=out)
         if func.is_view:
             return
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = _tensors([*args, *kwargs.values()])
         if packet.__name__ not in FREE:
             self.launches[self.place] += 1
             self.uploads += not all(tensor.is_meta for tensor in inputs)
@@ -117,6 +116,17 @@ class Tally(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, let_go)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among the values, and in lists of them."""
+    found = []
+    for one in values:
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple)):
+            found += _tensors(one)
+    return found
 
 
 def _result(func, args, kwargs: dict[str, Any]) -> Any:
