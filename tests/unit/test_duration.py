@@ -29,8 +29,7 @@ def counted(call):
 
 
 @pytest.mark.parametrize("task", ["t2v-tiny", "ti2v-5B"])
-@pytest.mark.parametrize("frames", [1, 17])
-@pytest.mark.parametrize("tile", [0, 64])
+@pytest.mark.parametrize("frames, tile", [(17, 0), (1, 64)])
 def test_work_of_the_vae_is_that_of_all_chunks_and_tiles(task, frames, tile):
     """Of which a few are run."""
     spec = load_task(task)

@@ -69,12 +69,13 @@ def test_parameters_are_those_of_the_checkpoints(task):
     assert counts.get("clip", 0) == (632_076_800 - 1280 * 1024 if task in ("i2v-14B", "flf2v-14B") else 0)
 
 
-CPU = Machine("cpu", 1 << 40, None, 1e11)
+QUICK = 1e20  # FLOP/s: no run is so long that changes which would take less are looked for, see test_duration
+CPU = Machine("cpu", 1 << 40, None, QUICK)
 GB = 10**9
 
 
 def gpu(vram, ram=64, **rates):
-    return Machine("cuda", int(ram * GB), int(vram * GB), **{"flops": 120e12, **rates})
+    return Machine("cuda", int(ram * GB), int(vram * GB), **{"flops": QUICK, **rates})
 
 
 def request_of(tmp_path, monkeypatch, **options):
@@ -390,8 +391,8 @@ def refused(tmp_path, monkeypatch, vram=None, ram=None, **options):
         choose(request, spec, machine)
     line = str(caught.value)
     assert "\n" not in line
-    plan = make_plan(request.changed(vram_bytes=None, ram_bytes=None), spec, machine)
-    assert any(note.startswith("warning: ") and "that are free; " in note for note in plan["notes"])
+    plan = Plan.of(request.changed(vram_bytes=None, ram_bytes=None), spec, machine)
+    assert any(note.startswith("warning: ") and "that are free; " in note for note in plan.notes)
     return line, machine
 
 
@@ -442,7 +443,7 @@ def fits(tmp_path, monkeypatch, machine, options, given):
     if "offload" in dict(given):
         options.pop("resident_blocks", None)
     request, spec = request_of(tmp_path, monkeypatch, **options)
-    return not any(note.startswith("warning: ") for note in make_plan(request, spec, machine)["notes"])
+    return not any(note.startswith("warning: ") for note in Plan.of(request, spec, machine).notes)
 
 
 def stored(rows, columns, is_larger, name):
@@ -562,7 +563,7 @@ def test_vram_is_of_a_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("offload", ["block", "phase"])
 def test_what_stands_beside_the_blocks_travels_too(tmp_path, monkeypatch, offload):
     request, spec = request_of(tmp_path, monkeypatch, task="vace-14B", offload=offload, resident_blocks=0)
-    load, plan = Workload(request, spec), Plan.of(request, spec, gpu(80))
+    load, plan = Workload(request, spec), Plan.of(request, spec, gpu(80, flops=120e12))
     blocks = load.components["model"].dense.blocks
     assert len(blocks) == 48 and list(blocks[1]) == ["before_proj", "self_attn", "cross_attn", "ffn", "after_proj"]
     told = plan.to_json()["transfers"]
@@ -584,7 +585,7 @@ def test_transfers_are_those_of_the_table(tmp_path, monkeypatch):
         assert told["seconds_per_forward"] / 40 == pytest.approx(sent, rel=0.05)
         assert told["compute_seconds_per_forward"] / 40 == pytest.approx(computed, rel=0.02)
         assert told["is_hidden"] and told["exposed_seconds_per_forward"] == 0
-    slow = make_plan(request, spec, gpu(80, transfer_rate=1e9))["transfers"]
+    slow = make_plan(request, spec, gpu(80, transfer_rate=1e9, flops=120e12))["transfers"]
     assert not slow["is_hidden"] and slow["exposed_seconds_per_forward"] == pytest.approx(
         40 * (0.703 - 0.349), rel=0.02
     )
