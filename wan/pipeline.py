@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ from wan.options import LoadOptions, Request
 from wan.options.load import check_built
 from wan.options.phases import check_phase_loras
 from wan.plan.runs import DTYPES
-from wan.quant.scratch import freed_memory_kept
+from wan.quant.scratch import freed_memory_kept, freed_memory_returned
 from wan.solvers import solver_of
 from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
@@ -281,8 +281,7 @@ class WanPipeline(Residency):
                 self._read_ahead(following - {ctx.expert})
 
         try:
-            # Not where weights are gathered: what comes and goes then has too many sizes, and memory grew step by step.
-            with freed_memory_kept() if self.device.type == "cpu" and not self.load.dit_fsdp else nullcontext():
+            with self._freed_memory():
                 latents = denoise(
                     predict,
                     solver,
@@ -332,6 +331,12 @@ class WanPipeline(Residency):
 
     def _tile_px(self, request: Request) -> int:
         return self.placement.vae_tile_px if request.sample.vae_tile_px is None else request.sample.vae_tile_px
+
+    def _freed_memory(self) -> AbstractContextManager:
+        """What becomes of it while a transformer computes on a CPU."""
+        if self.device.type != "cpu":
+            return nullcontext()
+        return freed_memory_returned() if self.load.dit_fsdp else freed_memory_kept()
 
     def _decode(self, latents: Tensor, tile_px: int) -> Tensor:
         """[3, T, H, W] in [-1, 1]."""

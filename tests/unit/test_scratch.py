@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.common import in_fresh_process
 from benchmarks.loading import anonymous_bytes
-from wan.quant.scratch import freed_memory_kept, return_freed_memory
+from wan.quant.scratch import freed_memory_kept, freed_memory_returned, return_freed_memory
 
 SIZE = 64 << 20  # bytes: more than glibc ever keeps by itself
 
@@ -46,3 +46,19 @@ def rest_afterwards():
 
 def test_afterwards_large_tensors_are_given_back_at_once():
     assert in_fresh_process(rest_afterwards) < SIZE / 4
+
+
+def left_below_another(is_returned):
+    """Bytes that stay of a tensor that is freed below one that is not, when larger ones have come and gone."""
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(1)
+    with freed_memory_returned() if is_returned else contextlib.nullcontext():
+        before = anonymous_bytes()
+        below, above = (torch.empty(size, dtype=torch.uint8).fill_(1) for size in (24 << 20, 100 << 10))
+        del below
+        left = anonymous_bytes() - before
+        del above
+    return left
+
+
+def test_memory_is_returned_from_between_others():
+    assert in_fresh_process(left_below_another, True) < 6 << 20 < 18 << 20 < in_fresh_process(left_below_another, False)
