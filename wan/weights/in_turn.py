@@ -10,6 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 AHEAD_BYTES = 64 << 20
+_SMALL_BYTES = 64 << 10  # less is done sooner than given to a thread
 
 
 def in_turn(
@@ -33,13 +34,22 @@ def in_turn(
                 while waiting and (held + size > limit_bytes or waiting[0][1].done()):
                     held -= waiting[0][0]
                     yield waiting.popleft()[1].result()  # held by nobody here when the next is begun
-                waiting.append((size, pool.submit(job)))
+                waiting.append((size, _done(job) if 0 < size < _SMALL_BYTES and not start else pool.submit(job)))
                 held += size
             while waiting:
                 yield waiting.popleft()[1].result()
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _done(job: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
+    try:
+        future.set_result(job())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def cores() -> int:
