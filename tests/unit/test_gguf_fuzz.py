@@ -1,6 +1,6 @@
 """Damaged GGUF files: each is refused with SwanError or read exactly as the `gguf` package reads it.
 
-SWAN_FUZZ_FILES: how many files (2,000 by default); SWAN_FUZZ_SEED: the first of their seeds. A failure names the seed
+SWAN_FUZZ_FILES: how many files (1,000 by default); SWAN_FUZZ_SEED: the first of their seeds. A failure names the seed
 of its file, which alone makes it again.
 """
 
