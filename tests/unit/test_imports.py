@@ -1,6 +1,7 @@
 """The order of imports, and what a module may not do: see ARCHITECTURE.md."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -40,7 +41,11 @@ def module_name(path):
 
 FILES = {module_name(path): path for package in ("wan", *BESIDE) for path in sorted((REPO / package).rglob("*.py"))}
 FILES["generate"] = REPO / "generate.py"
-TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in FILES.items()}
+
+
+@functools.cache
+def tree_of(module):
+    return ast.parse(FILES[module].read_text(encoding="utf-8"), str(FILES[module]))
 
 
 def layer(module):
@@ -80,12 +85,12 @@ def package_of(module):
 
 @pytest.mark.parametrize("module", FILES)
 def test_imports_go_to_the_left(module):
-    for imported, line in own_imports(module, ast.walk(TREES[module])):
+    for imported, line in own_imports(module, ast.walk(tree_of(module))):
         assert layer(imported) <= layer(module), f"{FILES[module].name}:{line} imports {imported}"
 
 
 def test_cache_and_distributed_know_nothing_of_wan():
-    for module, tree in TREES.items():
+    for module, tree in zip(FILES, map(tree_of, FILES)):
         root = ".".join(module.split(".")[:2])
         if root in ("wan.cache", "wan.distributed"):
             assert {".".join(name.split(".")[:2]) for name, _ in own_imports(module, ast.walk(tree))} <= {root}, module
@@ -94,7 +99,7 @@ def test_cache_and_distributed_know_nothing_of_wan():
 def test_no_cycles_at_import():
     graph = {
         module: {name for name, _ in own_imports(module, tree.body) if name != module and name in FILES}
-        for module, tree in TREES.items()
+        for module, tree in zip(FILES, map(tree_of, FILES))
     }
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
@@ -102,7 +107,7 @@ def test_no_cycles_at_import():
 @pytest.mark.parametrize("module", FILES)
 def test_nothing_is_patched(module):
     """Nothing assigns to `.forward`, by `=` or by `setattr`."""
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             targets = [leaf for target in targets for leaf in ast.walk(target)]
@@ -118,14 +123,14 @@ def test_optional_packages_are_not_needed(module):
     `triton`, which need it."""
     optional = {"flash_attn", "flash_attn_interface", "sageattention", "triton", "xformers", "ray"}
     if module.rpartition(".")[2] != "triton":
-        assert not imported_roots(TREES[module].body) & optional
-    assert not any(name.endswith(".triton") for name, _ in own_imports(module, TREES[module].body))
-    assert "diffusers" not in imported_roots(ast.walk(TREES[module]))
+        assert not imported_roots(tree_of(module).body) & optional
+    assert not any(name.endswith(".triton") for name, _ in own_imports(module, tree_of(module).body))
+    assert "diffusers" not in imported_roots(ast.walk(tree_of(module)))
 
 
 def test_the_page_of_a_server_is_imported_where_it_is_asked_for():
     """Without --web nothing needs gradio."""
-    for module, tree in TREES.items():
+    for module, tree in zip(FILES, map(tree_of, FILES)):
         if not module.startswith("wan.serve.web"):
             assert not any(name.startswith("wan.serve.web") for name, _ in own_imports(module, tree.body)), module
             assert "gradio" not in imported_roots(ast.walk(tree)), module

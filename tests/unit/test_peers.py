@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 
-pytest.importorskip("diffusers")
 from benchmarks import common, peers
 from benchmarks.peers import Case, alternate, compare, products
 from wan.plan import forward_flops
@@ -15,6 +14,11 @@ from wan.plan import forward_flops
 DIT = peers.DIT | {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "text_dim": 32, "text_len": 16}
 VAE = peers.VAE | {"dim": 8, "z_dim": 4}
 CASES = [("dit", DIT, (2, 4, 6)), ("decode", VAE, (2, 4, 6)), ("encode", VAE, (5, 32, 48))]
+
+
+@pytest.fixture(autouse=True)
+def diffusers():
+    return pytest.importorskip("diffusers")  # two seconds, which is not for collecting tests
 
 
 @pytest.mark.parametrize("part, config, size", CASES)
