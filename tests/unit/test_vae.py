@@ -6,6 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wan.models import vae_blocks
 from wan.models.vae import WanVAE
 from wan.models.vae_base import LATENT_STATS, _tiled
 from wan.models.vae_blocks import AttentionBlock, ResidualBlock
@@ -196,6 +197,15 @@ class LiveBytes(TorchDispatchMode):
         self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
         self.peak = max(self.peak, sum(self.live.values()))
         return out
+
+
+def test_large_frames_by_twos_change_nothing(vae, monkeypatch):
+    seen = []
+    whole = vae.decode(latent(vae, frames=3)), vae.encode(video(frames=9))
+    monkeypatch.setattr(vae_blocks, "_LARGE_FRAME_BYTES", 1)
+    vae.decoder.head["2"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    assert torch.equal(vae.decode(latent(vae, frames=3)), whole[0]) and seen == [1, 2, 2, 2, 2]
+    assert torch.equal(vae.encode(video(frames=9)), whole[1])
 
 
 def test_memory_beside_the_video_does_not_grow_with_its_length(vae):

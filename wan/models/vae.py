@@ -25,6 +25,7 @@ from wan.models.vae_blocks import (
     State,
     Upsample,
     UpStage,
+    in_turn,
 )
 
 
@@ -47,8 +48,11 @@ class Encoder(nn.Module):
         self.head = nn.ModuleDict({"0": RMSNorm(width), "2": CausalConv3d(width, 2 * z_dim)})
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        x = self.conv1(x, state)
-        for layer in (*self.downsamples, *self.middle):
+        layers = [self.conv1, *self.downsamples, *self.middle]
+        # At the size of the video, to where frames are halved.
+        first = 1 + next(at for at, layer in enumerate(layers) if isinstance(layer, (Downsample, DownStage)))
+        x = in_turn(layers[:first], x, state, self.conv1.out_channels)
+        for layer in layers[first:]:
             x = layer(x, state)
         return self.head["2"](x, state, norm=self.head["0"])
 
@@ -76,10 +80,13 @@ class Decoder(nn.Module):
         self.head = nn.ModuleDict({"0": RMSNorm(width), "2": CausalConv3d(width, 12 if version == "2.2" else 3)})
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        x = self.conv1(x, state)
-        for layer in (*self.middle, *self.upsamples):
+        layers = [self.conv1, *self.middle, *self.upsamples]
+        # At the size of the video, from where frames are doubled.
+        last = max(at for at, layer in enumerate(layers) if isinstance(layer, Upsample) or getattr(layer, "up", False))
+        for layer in layers[: last + 1]:
             x = layer(x, state)
-        return self.head["2"](x, state, norm=self.head["0"])
+        head = lambda x, state: self.head["2"](x, state, norm=self.head["0"])  # noqa: E731
+        return in_turn([*layers[last + 1 :], head], x, state, x.shape[-1])
 
 
 class WanVAE(VideoVAE):

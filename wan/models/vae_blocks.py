@@ -11,6 +11,8 @@ for the rows of its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from wan.distributed.halo import WHOLE, RowShards
 from wan.models.ops import choose_ops
 
 ROWS = 2  # the axis of the rows
+_LARGE_FRAME_BYTES, _FRAMES = 4 << 20, 2  # of activations; as many as a convolution looks back at
 
 
 class State(dict[nn.Module, Tensor]):
@@ -88,6 +91,20 @@ class CausalConv3d(nn.Conv3d):
         padding = (0, state.rows.padding(rows), columns)
         y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, self.bias, stride, padding)
         return y.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def in_turn(layers: Iterable[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, channels: int) -> Tensor:
+    """One layer after another. Of large frames two go through all of them before the next two: half is held at once.
+
+    channels: of what the layers make.
+    """
+    is_large = x[:, :1, ..., :1].nbytes * channels >= _LARGE_FRAME_BYTES
+    made = []
+    for part in x.split(_FRAMES if is_large else x.shape[1], 1):
+        for layer in layers:
+            part = layer(part, state)
+        made.append(part)
+    return made[0] if len(made) == 1 else torch.cat(made, 1)
 
 
 class ResidualBlock(nn.Module):
