@@ -51,10 +51,7 @@ COMMANDS = {
         "path", "options from this JSON or YAML file; flags given beside it override them", "what to make", "FILE"
     ),
     "config_json": Option(
-        "path",
-        "settings from a configuration of LightX2V; flags given beside it override them",
-        "what to make",
-        "FILE",
+        "path", "settings from a configuration of LightX2V; flags given beside it override them", "what to make", "FILE"
     ),
     "replay": Option(
         "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"

@@ -98,10 +98,7 @@ class WanPipeline(Residency):
             self.set_loras(**wanted)
         check_phase_loras(request.sample.by_phase, self.asked_loras)
         handled = sys.exc_info()[1]  # by the caller, and none of ours
-        with (
-            torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"),
-            _threads(self.plan.get("threads")),
-        ):
+        with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"), _threads(self.plan.get("threads")):
             try:
                 return self._run(request, progress, cache, on_clean, on_clip, made or Made())
             except BaseException as error:

@@ -96,10 +96,7 @@ def _ask_local(sample: Any, system: str, prompts: Any, device: torch.device, che
                 return_dict=True,
             ).to(device)
             ids = model.generate(
-                **asked,
-                max_new_tokens=_MOST_TOKENS,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([stop]),
+                **asked, max_new_tokens=_MOST_TOKENS, do_sample=False, stopping_criteria=StoppingCriteriaList([stop])
             )
             answers.append(tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
     finally:

@@ -250,14 +250,7 @@ class LoadOptions:
         return {part: path for part in FILE_FLAGS if (path := getattr(self, part))}
 
 
-_NO_WISH = {
-    "gguf_mode": "auto",
-    "device": "auto",
-    "offload": "auto",
-    "residency": "auto",
-    "attention": AUTO,
-    "matmul": "auto",
-}  # beside None: left to whoever loads
+_MAY_BE_AUTO = ("gguf_mode", "device", "offload", "residency", "attention", "matmul")  # left to whoever loads
 
 
 def check_built(wanted: LoadOptions, has: LoadOptions) -> None:
@@ -265,7 +258,8 @@ def check_built(wanted: LoadOptions, has: LoadOptions) -> None:
     component takes the one there is."""
     for one in fields(LoadOptions):
         asked, there = getattr(wanted, one.name), getattr(has, one.name)
-        is_open = asked is None or asked == _NO_WISH.get(one.name) or getattr(wanted, f"auto_{one.name}", False)
+        is_auto = (asked == AUTO and one.name in _MAY_BE_AUTO) or getattr(wanted, f"auto_{one.name}", False)
+        is_open = asked is None or is_auto
         if one.compare and asked != there and not is_open and one.name not in ("may_offload", "ckpt_option"):
             told = "that of the checkpoint" if there is None else there
             raise UsageError(

@@ -172,19 +172,13 @@ class Sample:
         "method", "name", "NAME", "local (default; a chat model of transformers) or api (a service like OpenAI's)"
     )
     prompt_extend_model: str | None = _extend(
-        "model",
-        "path",
-        "NAME",
-        "folder or hub id, default Qwen/Qwen2.5-3B-Instruct; a service's name for it",
+        "model", "path", "NAME", "folder or hub id, default Qwen/Qwen2.5-3B-Instruct; a service's name for it"
     )
     prompt_extend_target_lang: str | None = _extend(
         "target_lang", "name", "NAME", "language of the longer prompt: zh (default) or en"
     )
     prompt_extend_url: str | None = _extend(
-        "url",
-        "path",
-        "URL",
-        "the service; default $OPENAI_BASE_URL, else OpenAI's; $OPENAI_API_KEY is the key",
+        "url", "path", "URL", "the service; default $OPENAI_BASE_URL, else OpenAI's; $OPENAI_API_KEY is the key"
     )
     extended_from: tuple[str, ...] = derived(lambda at: ())
     negative_prompt: str = option(
@@ -194,17 +188,9 @@ class Sample:
         "what it must not show; default: the task's official text",
         lambda at, given: or_default(given, at.spec.negative_prompt),
     )
-    image: str | None = option(
-        "picture", _WHAT, "FILE", "image to start from (i2v, flf2v, ti2v)", lambda at, given: input_of(at, "image")
-    )
+    image: str | None = _input("image", "picture", "image to start from (i2v, flf2v, ti2v)", "FILE")
     image_option: str | None = derived(lambda at: given_pictures(at).get("image"))
-    last_frame: str | None = option(
-        "picture",
-        _WHAT,
-        "FILE",
-        "last frame (flf2v, vace, i2v-A14B)",
-        lambda at, given: input_of(at, "last_frame"),
-    )
+    last_frame: str | None = _input("last_frame", "picture", "last frame (flf2v, vace, i2v-A14B)", "FILE")
     video: Any = _input("video", "picture", "video, or picture, to make anew: see --strength (t2v, i2v, ti2v)", "FILE")
     continue_from: Any = _input(
         "continue_from", "file", "video whose last frames the first clip begins with (i2v, ti2v, vace)", "FILE"
@@ -226,13 +212,7 @@ class Sample:
         "pictures of what the video shows (vace)",
         lambda at, given: tuple(input_of(at, "src_ref_images") or ()),
     )
-    context_scale: float | None = option(
-        "number",
-        _WHAT,
-        "X",
-        "how much these count; default 1 (vace)",
-        _context_scale,
-    )
+    context_scale: float | None = option("number", _WHAT, "X", "how much these count; default 1 (vace)", _context_scale)
     inpaint: Any = _input(
         "inpaint", "picture", "as --src_mask, but what --src_video shows there is left out (vace)", "FILE"
     )
@@ -260,12 +240,11 @@ class Sample:
     src_pose: Any = _input("src_pose", "picture", "video of poses, which has the size of the result (animate)", "FILE")
     src_face: Any = _input("src_face", "picture", "video of the face alone, 512x512 (animate)", "FILE")
     src_ref: Any = _input("src_ref", "picture", "picture of the character (animate)", "FILE")
-    replace_flag: bool | None = option(
+    replace_flag: bool | None = _input(
+        "replace_flag",
         "flag",
-        _WHAT,
-        "",
         "the character takes the place of another one: needs a background and a mask (animate)",
-        lambda at, given: input_of(at, "replace_flag"),
+        "",
     )
     src_bg: Any = _input("src_bg", "picture", "video without that one, black in its place (animate)", "FILE")
     refert_num: int | None = _input(
@@ -352,12 +331,7 @@ class Sample:
     )
     first_step: int = derived(_first_step)
     shift: float | None = option(
-        "number",
-        _SAMPLING,
-        "X",
-        "shift of the noise schedule",
-        check_shift,
-        flag="sample_shift",
+        "number", _SAMPLING, "X", "shift of the noise schedule", check_shift, flag="sample_shift"
     )
     guide_scale: tuple[float, float] = option(
         "numbers",
@@ -416,11 +390,7 @@ class Sample:
             stored=False,
         ),
         "preset": Option(
-            "name",
-            f"settings of a kind of model, one of: {', '.join(preset_names())}",
-            _SAMPLING,
-            "NAME",
-            stored=False,
+            "name", f"settings of a kind of model, one of: {', '.join(preset_names())}", _SAMPLING, "NAME", stored=False
         ),
         **{
             name: Option(one.kind, one.help, _CACHE, stored=name not in ("cache", "cache_quality"))

@@ -179,15 +179,12 @@ def library_of(
     return None
 
 
-def _compiled(
-    compiler: str, openmp: bool, source: Path | None = None, check: Callable[[str], None] | None = None
-) -> str:
+def _compiled(compiler: str, openmp: bool, source: Path, check: Callable[[str], None]) -> str:
     """The shared library for a source, compiler and processor, checked; from the cache, or compiled and kept there.
 
     compiler: a command, which may have arguments. Returns the path to load it by, in this process only. Raises
     Unusable or OSError.
     """
-    source, check = source or SOURCE, check or _check
     command = _find(compiler)
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
     key = hashlib.sha256(source.read_bytes() + repr((command, flags, _processor())).encode()).hexdigest()[:24]
@@ -215,9 +212,8 @@ def _find(compiler: str) -> list[str]:
     return [os.path.abspath(path), *arguments]
 
 
-def _compile(command: list[str], flags: list[str], source: Path | None = None) -> bytes:
+def _compile(command: list[str], flags: list[str], source: Path) -> bytes:
     """The bytes of the library."""
-    source = source or SOURCE
     with tempfile.TemporaryDirectory(prefix="swan-", ignore_cleanup_errors=True) as work:
         parts = [str(Path(work) / name) for name in ("kernels.o", "kernels.so")]
         # Linked without -fopenmp: its functions are found in the runtime that is loaded already.

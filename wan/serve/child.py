@@ -30,11 +30,7 @@ class Child:
     """
 
     def __init__(
-        self,
-        module: str,
-        env: Mapping[str, str],
-        on_message: Callable[[Message], None],
-        on_end: Callable[[int], None],
+        self, module: str, env: Mapping[str, str], on_message: Callable[[Message], None], on_end: Callable[[int], None]
     ):
         loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")

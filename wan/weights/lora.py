@@ -207,10 +207,7 @@ def weight_shapes(model: nn.Module) -> dict[str, Shape]:
 @torch.inference_mode(False)  # branches may take part in autograd
 @torch.no_grad()
 def set_loras(
-    model: nn.Module,
-    source: Source,
-    loras: Iterable[tuple[Lora, float]],
-    device: torch.device | None = None,
+    model: nn.Module, source: Source, loras: Iterable[tuple[Lora, float]], device: torch.device | None = None
 ) -> None:
     """Give a transformer that was loaded from `source` exactly these (LoRA, strength), whatever it had before.
 
