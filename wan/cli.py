@@ -32,6 +32,7 @@ from wan.options.alike import file_fact, request_facts
 from wan.options.config import config_options
 from wan.options.names import LORA_FLAGS, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.replay import replay_options
+from wan.options.schema import VALUES
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
 from wan.unfinished import SUFFIX, FilmFile, read_unfinished
@@ -48,19 +49,17 @@ MAX_NAME_BYTES = 255  # of a file, on usual file systems
 # What the command line alone does, beside the options that Python has too.
 COMMANDS = {
     "config": Option(
-        "path", "options from this JSON or YAML file; flags given beside it override them", "what to make", "FILE"
+        "path", "options from this JSON or YAML file; flags given beside it override them", "what to make"
     ),
     "config_json": Option(
-        "path", "settings from a configuration of LightX2V; flags given beside it override them", "what to make", "FILE"
+        "path", "settings from a configuration of LightX2V; flags given beside it override them", "what to make"
     ),
-    "replay": Option(
-        "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"
-    ),
+    "replay": Option("path", "make the video of this file again; flags given beside it override", "what to make"),
     "resume": Option(
         "path",
         "go on with a film of several clips, from the folder that its run left",
         "what to make",
-        "NAME.unfinished",
+        value="NAME.unfinished",
     ),
     "replay_files": Option(
         "flag", "use the checkpoint and the other files that the video names: for videos of your own", "what to make"
@@ -82,8 +81,7 @@ def _taken(one: Option) -> dict[str, Any]:
     """What argparse is told of a flag's value."""
     if one.kind == "flag":
         return {"action": "store_true", "default": None}
-    values = {"bool": "BOOL", "whole": "N", "number": "X", "numbers": "X,X,...", "name": "NAME", "file": "FILE"}
-    value = one.value or values[one.kind]
+    value = one.value or VALUES[one.kind]
     if one.kind == "bool":
         return {"metavar": value, "type": _boolean}
     return {"metavar": value, "action": "append" if one.kind == "loras" else "store"}

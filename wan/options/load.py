@@ -37,16 +37,16 @@ from wan.tasks import task_names
 _WEIGHTS, _MACHINE, _RANKS = "weights", "machine", "several processes, started by torchrun"
 
 
-def _part(part: str, what: str, value: str = "FILE") -> Any:
-    return option("path", _WEIGHTS, value, what, lambda at, given: check_file(at.spec, at.get, part))
+def _part(part: str, what: str, **more: Any) -> Any:
+    return option("path", _WEIGHTS, what, lambda at, given: check_file(at.spec, at.get, part), **more)
 
 
 def _flag(help: str, group: str) -> Any:
-    return option("flag", group, "", help, lambda at, given: bool(given), stored=group == _MACHINE)
+    return option("flag", group, help, lambda at, given: bool(given), stored=group == _MACHINE)
 
 
 def _released(what: str, check: Any = lambda at, given: given) -> Any:
-    return option("bool", _MACHINE, "", f"release {what} after use; default: as the other models", check, stored=False)
+    return option("bool", _MACHINE, f"release {what} after use; default: as the other models", check, stored=False)
 
 
 def _clip_offload(at: Any, given: bool | None) -> bool | None:
@@ -79,7 +79,6 @@ class LoadOptions:
     task: str = option(
         "name",
         "what to make",
-        "NAME",
         f"one of: {', '.join(task_names())}; default: told from the checkpoint that is given, else {DEFAULT_TASK},"
         " which needs no download",
         lambda at, given: at.spec.name,
@@ -88,9 +87,9 @@ class LoadOptions:
     ckpt_dir: str = option(
         "path",
         _WEIGHTS,
-        "DIR",
         "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B",
         lambda at, given: check_ckpt_dir(at.spec, given),
+        value="DIR",
     )
     ckpt_option: str | None = derived(lambda at: absolute(at.get["ckpt_dir"]))
     checkpoint: Any = derived(lambda at: None, compare=False, repr=False)
@@ -102,11 +101,10 @@ class LoadOptions:
     t5: str | None = _part("t5", "take the text encoder from this file")
     clip: str | None = _part("clip", "take the image encoder from this file")
     wav2vec: str | None = _part("wav2vec", "take the audio encoder from this file or folder")
-    tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", "DIR")
+    tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", value="DIR")
     gguf_mode: str = option(
         "name",
         _WEIGHTS,
-        "NAME",
         "quantised weights: resident (dequantised once), stream (at each use, in little memory) or auto (default:"
         " resident where the memory is free)",
         lambda at, given: choice(given, "auto", "gguf_mode", GGUF_MODES),
@@ -114,14 +112,12 @@ class LoadOptions:
     device: str = option(
         "name",
         _MACHINE,
-        "NAME",
         "auto (default), cpu, cuda, cuda:N or mps",
         lambda at, given: check_device_name(given, ranks=at.world_size),
     )
     dtype: str = option(
         "name",
         _MACHINE,
-        "NAME",
         f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or on a CPU without units for bf16"
         " mixed: weights in bf16, products in fp32",
         lambda at, given: check_dtype(at.spec, given, at.get["convert_model_dtype"])[0],
@@ -132,7 +128,6 @@ class LoadOptions:
     t5_dtype: str = option(
         "name",
         _MACHINE,
-        "NAME",
         f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
         lambda at, given: check_t5_dtype(at.spec, given)[0],
     )
@@ -140,14 +135,12 @@ class LoadOptions:
     vae_dtype: str = option(
         "name",
         _MACHINE,
-        "NAME",
         f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32",
         lambda at, given: choice(given, "fp32", "vae_dtype", VAE_DTYPE_NAMES),
     )
     attention: str = option(
         "name",
         _MACHINE,
-        "NAME",
         f"attention back end: auto (default: by the GPU, type and packages), {', '.join(BACK_END_NAMES)}; several with"
         " commas between them: the first that can be used",
         lambda at, given: check_attention(or_default(given, AUTO)),
@@ -155,7 +148,6 @@ class LoadOptions:
     matmul: str = option(
         "name",
         _MACHINE,
-        "NAME",
         "how fp8 and int8 weights of the DiT, a scale a row, are multiplied: bf16 (default: dequantised), fp8, int8"
         " (activations are rounded too, by a CUDA device) or auto (so where that was measured to be faster)",
         check_matmul,
@@ -163,7 +155,6 @@ class LoadOptions:
     offload: str = option(
         "name",
         _MACHINE,
-        "NAME",
         "none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
         " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
         lambda at, given: check_offload(at.get, at.world_size),
@@ -175,16 +166,14 @@ class LoadOptions:
     residency: str = option(
         "name",
         _MACHINE,
-        "NAME",
         "which models stay between their uses: stage (as little memory as the plan needs), keep (as many as memory"
         " allows) or auto: keep, but stage for the one video of a command line",
         lambda at, given: choice(given, "auto", "residency", RESIDENCY_NAMES),
         stored=False,
     )
     resident_blocks: int | None = option(
-        "number",
+        "whole",
         _MACHINE,
-        "N",
         "blocks that stay on the device with block and phase; default auto",
         lambda at, given: check_resident_blocks(at.spec, at.get),
         stored=False,
@@ -196,7 +185,6 @@ class LoadOptions:
     vram_bytes: int | None = option(
         "number",
         _MACHINE,
-        "X",
         "GPU memory that the plan may use, in GB; default: what is free",
         lambda at, given: check_budget(given, "vram_gb"),
         stored=False,
@@ -205,17 +193,16 @@ class LoadOptions:
     ram_bytes: int | None = option(
         "number",
         _MACHINE,
-        "X",
         "memory of the machine that it may use, in GB; default: what is free",
         lambda at, given: check_budget(given, "ram_gb"),
         stored=False,
         flag="ram_gb",
     )
     ulysses_size: int | None = option(
-        "number", _RANKS, "N", "share tokens and heads among N (default: all processes that are left)", stored=False
+        "whole", _RANKS, "share tokens and heads among N (default: all processes that are left)", stored=False
     )
     ring_size: int | None = option(
-        "number", _RANKS, "N", "share tokens among N groups, keys and values going round; default 1", stored=False
+        "whole", _RANKS, "share tokens among N groups, keys and values going round; default 1", stored=False
     )
     cfg_parallel: bool = _flag("the two branches of guidance on half of them each", _RANKS)
     grid: Grid = derived(lambda at: make_grid(at.get, at.world_size))
@@ -224,15 +211,15 @@ class LoadOptions:
     dist_timeout: int = option(
         "number",
         _RANKS,
-        "S",
         "give up when a process has not answered for S seconds; default 600",
         lambda at, given: whole(given, 600, "dist_timeout", 1, 86_400),
+        value="S",
         stored=False,
     )
 
     OTHERS: ClassVar[dict[str, Option]] = {
         **{
-            flag: Option("path", f"the same as --{part}, for a GGUF file", _WEIGHTS, "FILE", stored=False)
+            flag: Option("path", f"the same as --{part}, for a GGUF file", _WEIGHTS, stored=False)
             for flag, part in GGUF_FLAGS.items()
         },
         "convert_model_dtype": Option("flag", "the same as --dtype bf16", _MACHINE, stored=False),

@@ -47,7 +47,6 @@ class Output:
     save_file: str = option(
         "path",
         "what to make",
-        "FILE",
         ".mp4, or .png for one frame; default: a new name in this folder",
         _save_file,
         stored=False,
@@ -56,15 +55,13 @@ class Output:
     preview: str | None = option(
         "path",
         "output",
-        "FILE",
         "while it is made, show what it becomes: .png (its middle frame) or .gif, written anew every few steps",
         _preview,
         stored=False,
     )
     preview_every: int = option(
-        "number",
+        "whole",
         "output",
-        "N",
         "steps from preview to preview; default 5",
         lambda at, given: whole(given, 5, "preview_every", 1, MAX_STEPS),
         stored=False,
@@ -73,7 +70,6 @@ class Output:
     cache_trace: str | None = option(
         "path",
         "output",
-        "FILE",
         "write every decision of the cache to this file, for python -m wan.cache.report",
         _trace,
         stored=False,
