@@ -26,7 +26,7 @@ from wan import __version__, media
 from wan.command import Parser, put, run_command
 from wan.distributed.launch import Disagreement, World
 from wan.distributed.signals import Signals, listening
-from wan.errors import SwanError, UsageError, one_line
+from wan.errors import SwanError, UsageError, described, one_line
 from wan.options import FLAGS, PART_OF, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
 from wan.options.config import config_options
@@ -259,7 +259,7 @@ def run(
             world.at_failure = None
             if world.rank > 0 or (saved := kept()) is None:
                 raise
-            raise SwanError(f"{_describe(error)}; {saved}") from error
+            raise SwanError(f"{described(error)}; {saved}") from error
     if video.cache is not None:
         _report_cache(video, quiet)
     ended = time.perf_counter()
@@ -315,11 +315,6 @@ def _report_cache(video: Video, quiet: bool) -> None:
             video.cache.write(trace, header)
         except OSError as error:
             raise SwanError(f"--cache_trace: cannot write {trace}: {error.strerror or error}") from error
-
-
-def _describe(error: Exception) -> str:
-    message = one_line(error)
-    return message if isinstance(error, SwanError) else f"{type(error).__name__}: {message}"
 
 
 def _keep_latents(latents: torch.Tensor, save_file: str) -> str:

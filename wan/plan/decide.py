@@ -239,17 +239,14 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
     if request.load.vae_dtype == "fp32":
         yield change("--vae_dtype bf16", "vae_dtype", vae_dtype="bf16")
     if request.sample.cache:
-        yield change(f"no {_cache_flags(request)}", "cache", cache={})
+        flags = " and ".join(f"--{name}" for name in POLICIES if request.sample.cache.get(name))
+        yield change(f"no {flags}", "cache", cache={})
     for kind in GGUF_TYPES:
         yield from _gguf_changes(load, kind)
     for frames in smaller_frames(request):
         yield change(f"--frame_num {frames}", "frames", frame_num=frames)
     for size in smaller_sizes(request, spec):
         yield change(f"--size {size.flag}", "size", size=size.flag, width=size.width, height=size.height)
-
-
-def _cache_flags(request: Request) -> str:
-    return " and ".join(f"--{name}" for name in POLICIES if request.sample.cache.get(name))
 
 
 def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:

@@ -118,7 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             seats = places(settings.workers, ranks, on_cpu)
             if (line := said_of(seats)) and not settings.quiet:
                 say(line)
-        web = _web(data, settings.max_upload_bytes, args.root_path) if args.web else None
+        web = None
+        if args.web:
+            from wan.serve.web.mount import Web
+
+            web = Web(data, settings.max_upload_bytes, args.root_path or "")
         told = json.dumps({"url": url, "models": list(models)})
         _run(make_app(settings, store, models, loras, lambda: put(told), seats, web), listening)
     return 0
@@ -139,12 +143,6 @@ def _run(app: Any, listening: socket.socket) -> None:
         timeout_graceful_shutdown=_CLOSE_S,
     )
     uvicorn.Server(config).run(sockets=[listening])
-
-
-def _web(data: Path, most_upload_bytes: int, root_path: str | None) -> Any:
-    from wan.serve.web.mount import Web
-
-    return Web(data, most_upload_bytes, root_path or "")
 
 
 def _check_packages(extra: str) -> None:
