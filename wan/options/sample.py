@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
@@ -26,13 +27,14 @@ from wan.options.sampling import (
     check_step_list,
     check_steps,
 )
-from wan.options.schema import Asked, Option, derived, option
+from wan.options.schema import Asked, Option, derived, is_given, option
 from wan.options.values import choice, number, or_default, whole
 from wan.tasks import preset_names
 from wan.tasks.kinds import kind_of
 
 _WHAT, _SAMPLING, _WEIGHTS = "what to make", "sampling (defaults: the task's official ones)", "weights"
-_EXTEND = "longer prompts"
+_what, _sampling, _weights, _machine = (partial(option, one) for one in (_WHAT, _SAMPLING, _WEIGHTS, "machine"))
+_extending = partial(option, "longer prompts", stored=False)
 _CACHE = "cache: skip what changes little from step to step"
 
 
@@ -43,12 +45,12 @@ def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _input(name: str, kind: str, help: str, **more: Any) -> Any:
     """A field that the kind of task has read."""
-    return option(kind, _WHAT, help, lambda at, given: input_of(at, name), **more)
+    return _what(kind, help, lambda at, given: input_of(at, name), **more)
 
 
 def _extend(name: str, kind: str, help: str, **more: Any) -> Any:
     """A field of --prompt_extend_NAME."""
-    return option(kind, _EXTEND, help, lambda at, given: check_extend(at, name, given), stored=False, **more)
+    return _extending(kind, help, lambda at, given: check_extend(at, name, given), **more)
 
 
 def _context_scale(at: Asked, given: Any) -> float | None:
@@ -123,7 +125,7 @@ def _loras(at: Asked, given: Any) -> LoraChoice:
 def _lora(flag: str, what: str) -> Any:
     help = f"a LoRA for {what}, of strength X; may be repeated"
     check = _loras if flag == "lora" else lambda at, given: check_lora(at.spec, flag, given)
-    return option("loras", _WEIGHTS, help, check)
+    return _weights("loras", help, check)
 
 
 @dataclass(frozen=True)
@@ -149,18 +151,16 @@ class Sample:
     cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
     """
 
-    prompt: str = option(
-        "text", _WHAT, "what the video shows", lambda at, given: check_prompt(at.spec, at.get["prompts"], given)
+    prompt: str = _what(
+        "text", "what the video shows", lambda at, given: check_prompt(at.spec, at.get["prompts"], given)
     )
-    prompts: tuple[str, ...] = option(
-        "texts", _WHAT, "of a film of several clips: a prompt a line, one for each clip; the last one stays", _prompts
+    prompts: tuple[str, ...] = _what(
+        "texts", "of a film of several clips: a prompt a line, one for each clip; the last one stays", _prompts
     )
-    use_prompt_extend: bool = option(
+    use_prompt_extend: bool = _extending(
         "flag",
-        _EXTEND,
         "let a language model write a longer prompt, which is shown and stored; where that fails, the prompt stays",
-        lambda at, given: bool(given),
-        stored=False,
+        is_given,
     )
     prompt_extend_method: str | None = _extend(
         "method", "name", "local (default; a chat model of transformers) or api (a service like OpenAI's)"
@@ -175,9 +175,8 @@ class Sample:
         "url", "path", "the service; default $OPENAI_BASE_URL, else OpenAI's; $OPENAI_API_KEY is the key", value="URL"
     )
     extended_from: tuple[str, ...] = derived(lambda at: ())
-    negative_prompt: str = option(
+    negative_prompt: str = _what(
         "text",
-        _WHAT,
         "what it must not show; default: the task's official text",
         lambda at, given: or_default(given, at.spec.negative_prompt),
     )
@@ -195,29 +194,27 @@ class Sample:
         "mask of it, as video or picture: white is made anew, black stays (vace); video that is white where the"
         " character is (animate)",
     )
-    src_ref_images: tuple[Any, ...] = option(
+    src_ref_images: tuple[Any, ...] = _what(
         "pictures",
-        _WHAT,
         "pictures of what the video shows (vace)",
         lambda at, given: tuple(input_of(at, "src_ref_images") or ()),
     )
-    context_scale: float | None = option("number", _WHAT, "how much these count; default 1 (vace)", _context_scale)
+    context_scale: float | None = _what("number", "how much these count; default 1 (vace)", _context_scale)
     inpaint: Any = _input("inpaint", "picture", "as --src_mask, but what --src_video shows there is left out (vace)")
     outpaint: tuple[int, ...] | None = _input(
         "outpaint", "numbers", "pixels to add around --src_video (vace)", value="L,T,R,B"
     )
     extend: Any = _input("extend", "picture", "clip, or picture, that the video begins with; see --last_frame (vace)")
-    audio: str | None = option("file", _WHAT, "speech or song, of any format that FFmpeg reads (s2v)", _audio)
+    audio: str | None = _what("file", "speech or song, of any format that FFmpeg reads (s2v)", _audio)
     audio_samples: int | None = derived(lambda at: getattr(inputs_of(at).get("audio"), "samples", None))
-    audio_sync: str | None = option(
+    audio_sync: str | None = _what(
         "name",
-        _WHAT,
         "exact (default): heard when it is spoken; official: begins with the film, 3 frames late (s2v)",
         _audio_sync,
     )
     pose_video: Any = _input("pose_video", "file", "video of poses that it moves by (s2v)")
-    num_clip: int | None = option(
-        "whole", _WHAT, "clips to make; default, and at most: as many as --audio needs (s2v)", _num_clip
+    num_clip: int | None = _what(
+        "whole", "clips to make; default, and at most: as many as --audio needs (s2v)", _num_clip
     )
     infer_frames: int | None = _input("infer_frames", "whole", "frames of a clip, 4n; default 80 (s2v)")
     start_from_ref: bool | None = _input("start_from_ref", "flag", "begin with --image itself (s2v)")
@@ -231,102 +228,86 @@ class Sample:
     refert_num: int | None = _input(
         "refert_num", "whole", "frames that each clip has of the one before, 1 (default) or 5 (animate)"
     )
-    size: str = option(
+    size: str = _what(
         "name",
-        _WHAT,
         "pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
         lambda at, given: check_shape(at)[0],
         value="W*H",
     )
     width: int = derived(lambda at: check_shape(at)[1])
     height: int = derived(lambda at: check_shape(at)[2])
-    frame_num: int = option(
-        "whole", _WHAT, "frames, 4n+1; those of a clip (animate)", lambda at, given: check_shape(at)[3]
-    )
+    frame_num: int = _what("whole", "frames, 4n+1; those of a clip (animate)", lambda at, given: check_shape(at)[3])
     film_frames: int | None = derived(lambda at: kind_of(at.spec).film_frames(inputs_of(at)))
-    overlap: int | None = option(
-        "whole", _WHAT, "frames, 4n+1, that a clip which goes on has of the film before; default 1 or 5", _overlap
+    overlap: int | None = _what(
+        "whole", "frames, 4n+1, that a clip which goes on has of the film before; default 1 or 5", _overlap
     )
-    trim_first_frames: int = option(
+    trim_first_frames: int = _what(
         "whole",
-        _WHAT,
         "leave out the first N frames, which distilled models can spoil",
         lambda at, given: whole(given, 0, "trim_first_frames", 0, at.done["frame_num"] - 1),
     )
-    fps: int = option(
-        "whole",
-        _WHAT,
-        "frames per second of the file",
-        lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240),
+    fps: int = _what(
+        "whole", "frames per second of the file", lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240)
     )
-    seed: int = option(
-        "whole", _WHAT, "default -1: random, and printed", lambda at, given: check_seed(given), spelled=("base_seed",)
+    seed: int = _what(
+        "whole", "default -1: random, and printed", lambda at, given: check_seed(given), spelled=("base_seed",)
     )
-    solver: str = option(
+    solver: str = _sampling(
         "name",
-        _SAMPLING,
         f"one of: {', '.join(SOLVER_NAMES)}",
         lambda at, given: choice(given, at.spec.sampling.solver, "sample_solver", SOLVER_NAMES),
         flag="sample_solver",
     )
-    denoising_step_list: tuple[float, ...] | None = option(
+    denoising_step_list: tuple[float, ...] | None = _sampling(
         "numbers",
-        _SAMPLING,
         "timesteps of a step-distilled model, as 1000,750,500,250",
         lambda at, given: check_step_list(given, at.get["sigmas"]),
         value="T,T,...",
     )
-    sigmas: tuple[float, ...] | None = option(
+    sigmas: tuple[float, ...] | None = _sampling(
         "numbers",
-        _SAMPLING,
         "noise level of each step as it is, without a shift, as 1,0.757,0.522",
         lambda at, given: check_sigmas(given),
     )
-    phases: str | None = option(
+    phases: str | None = _sampling(
         "text",
-        _SAMPLING,
         "parts of the steps with guidance, LoRAs, solver and expert of their own, as"
         ' "steps=2,guide=3.5,lora=0 | steps=4,guide=1"',
         lambda at, given: check_phases(at.spec, given),
     )
-    sigma_max: float | None = option(
-        "number", _SAMPLING, "noise that rcm begins with, beside data of 1; default 80", check_sigma_max
+    sigma_max: float | None = _sampling(
+        "number", "noise that rcm begins with, beside data of 1; default 80", check_sigma_max
     )
-    steps: int = option("whole", _SAMPLING, "number of steps", check_steps, flag="sample_steps")
-    strength: float | None = option(
+    steps: int = _sampling("whole", "number of steps", check_steps, flag="sample_steps")
+    strength: float | None = _sampling(
         "number",
-        _SAMPLING,
         "how much --video changes: the part of the steps that is made, above 0 and at most 1; default 0.8",
         _strength,
     )
     first_step: int = derived(_first_step)
-    shift: float | None = option("number", _SAMPLING, "shift of the noise schedule", check_shift, flag="sample_shift")
-    guide_scale: tuple[float, float] = option(
+    shift: float | None = _sampling("number", "shift of the noise schedule", check_shift, flag="sample_shift")
+    guide_scale: tuple[float, float] = _sampling(
         "numbers",
-        _SAMPLING,
         "guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off",
         lambda at, given: check_guide_scale(at.spec, given),
         value="X",
         flag="sample_guide_scale",
     )
-    boundary: float | None = option(
+    boundary: float | None = _sampling(
         "number",
-        _SAMPLING,
         "noise level, 0 to 1, below which the low-noise expert works; default: the task's",
         lambda at, given: check_boundary(at.spec, given, at.get["boundary_step_index"], at.done["phases"]),
     )
-    boundary_step_index: int | None = option(
+    boundary_step_index: int | None = _sampling(
         "whole",
-        _SAMPLING,
         "first step of the low-noise expert; default: by the noise level",
         lambda at, given: check_boundary_step(at.spec, given, at.done["steps"], at.done["phases"]),
     )
     lora: LoraChoice = _lora("lora", "the DiT")
     lora_high: LoraChoice = _lora("lora_high", "the high-noise expert alone")
     lora_low: LoraChoice = _lora("lora_low", "the low-noise expert alone")
-    vae_tile_px: int | None = option(
+    vae_tile_px: int | None = _machine(
         "whole",
-        "machine",
         "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits",
         lambda at, given: check_tile(given, at.spec.vae_stride[1]),
     )

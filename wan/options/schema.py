@@ -62,9 +62,14 @@ class Option:
     flag: str = ""
 
 
-def option(kind: str, group: str, help: str, check: Check = lambda at, given: given, **more: Any) -> Any:
+def option(group: str, kind: str, help: str, check: Check = lambda at, given: given, **more: Any) -> Any:
     """A field that a flag sets, see Option. check: also fills in the default, and raises UsageError."""
     return field(metadata={"option": Option(kind, help, group, **more), "check": check})
+
+
+def is_given(at: Asked, given: Any) -> bool:
+    """The check of a flag without a value."""
+    return bool(given)
 
 
 def derived(check: Callable[[Asked], Any], **of_field: Any) -> Any:
