@@ -241,19 +241,14 @@ class WanPipeline(Residency):
         report: Progress,
         on_clean: OnStep | None = None,
     ) -> Tensor:
-        shape = latent_shape(
-            self.spec.vae.z_dim,
-            request.sample.frame_num,
-            request.sample.height,
-            request.sample.width,
-            self.spec.vae_stride[1],
-        )
-        solver = solver_of(request.sample, film.fresh_noise(clip))
+        sample, spec = request.sample, self.spec
+        shape = latent_shape(spec.vae.z_dim, sample.frame_num, sample.height, sample.width, spec.vae_stride[1])
+        solver = solver_of(sample, film.fresh_noise(clip))
         shape = (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])
         start = film.start(clip, shape, solver.sigmas[0].item(), solver.noise_scale).to(self.device)
 
-        if request.sample.cache and self.cache is NO_CACHE:
-            self.cache = make_manager(request.sample.cache, request.sample.coefficients, self.parallel)
+        if sample.cache and self.cache is NO_CACHE:
+            self.cache = make_manager(sample.cache, sample.coefficients, self.parallel)
         cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
         apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
         decided = len(self.cache.telemetry.decisions) if apart else 0
@@ -264,9 +259,9 @@ class WanPipeline(Residency):
             self.check()
             return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
-        timesteps, boundary = solver.timesteps.tolist(), boundary_of(self.spec, request.sample)
-        experts = experts_of(timesteps, boundary, request.sample.boundary_step_index, solver.first)
-        following, phases = set(experts), request.sample.phase_of_step
+        timesteps, boundary = solver.timesteps.tolist(), boundary_of(spec, sample)
+        experts = experts_of(timesteps, boundary, sample.boundary_step_index, solver.first)
+        following, phases = set(experts), sample.phase_of_step
         for step, name in reversed(list(enumerate(experts, solver.first))):
             if name not in self.experts:  # it will be loaded with those of its first step
                 self.loras[name] = self._loras_of(name, phases[step])
@@ -286,7 +281,7 @@ class WanPipeline(Residency):
                     start,
                     guide_scale=lambda step: phases[step].guide_scale,
                     boundary=boundary,
-                    boundary_step_index=request.sample.boundary_step_index,
+                    boundary_step_index=sample.boundary_step_index,
                     condition=condition,
                     cache=self.cache,
                     parallel=self.parallel,
