@@ -48,6 +48,11 @@ def _released(what: str, check: Any = lambda at, given: given) -> Any:
     return _machine("bool", f"release {what} after use; default: as the other models", check, stored=False)
 
 
+def _budget(flag: str, what: str) -> Any:
+    help = f"{what}, in GB; default: what is free"
+    return _machine("number", help, lambda at, given: check_budget(given, flag), stored=False, flag=flag)
+
+
 def _clip_offload(at: Any, given: bool | None) -> bool | None:
     if given is not None and "clip" not in at.spec.files:
         raise UsageError(f"--clip_offload has no meaning for {at.spec.name}, which has no image encoder")
@@ -170,20 +175,8 @@ class LoadOptions:
     clip_offload: bool | None = _released("the image encoder", _clip_offload)
     vae_offload: bool | None = _released("the VAE")
     t5_cpu: bool = _machine("flag", "run the text encoder on the CPU", is_given)
-    vram_bytes: int | None = _machine(
-        "number",
-        "GPU memory that the plan may use, in GB; default: what is free",
-        lambda at, given: check_budget(given, "vram_gb"),
-        stored=False,
-        flag="vram_gb",
-    )
-    ram_bytes: int | None = _machine(
-        "number",
-        "memory of the machine that it may use, in GB; default: what is free",
-        lambda at, given: check_budget(given, "ram_gb"),
-        stored=False,
-        flag="ram_gb",
-    )
+    vram_bytes: int | None = _budget("vram_gb", "GPU memory that the plan may use")
+    ram_bytes: int | None = _budget("ram_gb", "memory of the machine that it may use")
     ulysses_size: int | None = _ranks("whole", "share tokens and heads among N (default: all processes that are left)")
     ring_size: int | None = _ranks("whole", "share tokens among N groups, keys and values going round; default 1")
     cfg_parallel: bool = _ranks("flag", "the two branches of guidance on half of them each", is_given)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.cli import add_flags
-from wan.command import Parser, put, run_process
+from wan.command import module_parser, put, run_process
 from wan.errors import SwanError, UsageError, printable
 from wan.files import open_plain
 from wan.options import FLAGS, PART_OF
@@ -37,12 +37,7 @@ _NEEDED = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m wan.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("wan.serve", __doc__)
     group = parser.add_argument_group("server")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to be reached at; one that is not this machine's own needs keys")
