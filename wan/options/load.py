@@ -32,7 +32,7 @@ from wan.options.names import (
     VAE_DTYPE_NAMES,
 )
 from wan.options.schema import Option, derived, flag_of, is_given, option
-from wan.options.values import absolute, choice, or_default, whole
+from wan.options.values import absolute, choice, whole
 from wan.tasks import task_names
 
 _WEIGHTS, _MACHINE = "weights", "machine"
@@ -89,10 +89,7 @@ class LoadOptions:
     )
     task_told: str = derived(lambda at: at.told, compare=False)
     ckpt_dir: str = _weights(
-        "path",
-        "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B",
-        lambda at, given: check_ckpt_dir(at.spec, given),
-        value="DIR",
+        "path", "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B", check_ckpt_dir, value="DIR"
     )
     ckpt_option: str | None = derived(lambda at: absolute(at.get["ckpt_dir"]))
     checkpoint: Any = derived(lambda at: None, compare=False, repr=False)
@@ -120,17 +117,15 @@ class LoadOptions:
         "name",
         f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or on a CPU without units for bf16"
         " mixed: weights in bf16, products in fp32",
-        lambda at, given: check_dtype(at.spec, given, at.get["convert_model_dtype"])[0],
+        lambda at, given: check_dtype(at)[0],
     )
-    auto_dtype: bool = derived(
-        lambda at: check_dtype(at.spec, at.get["dtype"], at.get["convert_model_dtype"])[1], compare=False
-    )
+    auto_dtype: bool = derived(lambda at: check_dtype(at)[1], compare=False)
     t5_dtype: str = _machine(
         "name",
         f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
-        lambda at, given: check_t5_dtype(at.spec, given)[0],
+        lambda at, given: check_t5_dtype(at)[0],
     )
-    auto_t5_dtype: bool = derived(lambda at: check_t5_dtype(at.spec, at.get["t5_dtype"])[1], compare=False)
+    auto_t5_dtype: bool = derived(lambda at: check_t5_dtype(at)[1], compare=False)
     vae_dtype: str = _machine(
         "name",
         f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32",
@@ -140,7 +135,7 @@ class LoadOptions:
         "name",
         f"attention back end: auto (default: by the GPU, type and packages), {', '.join(BACK_END_NAMES)}; several with"
         " commas between them: the first that can be used",
-        lambda at, given: check_attention(or_default(given, AUTO)),
+        check_attention,
     )
     matmul: str = _machine(
         "name",
@@ -152,7 +147,7 @@ class LoadOptions:
         "name",
         "none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
         " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
-        lambda at, given: check_offload(at.get, at.world_size),
+        check_offload,
         stored=False,
     )
     may_offload: bool = derived(
@@ -168,7 +163,7 @@ class LoadOptions:
     resident_blocks: int | None = _machine(
         "whole",
         "blocks that stay on the device with block and phase; default auto",
-        lambda at, given: check_resident_blocks(at.spec, at.get),
+        check_resident_blocks,
         stored=False,
     )
     t5_offload: bool | None = _released("the text encoder")

@@ -151,9 +151,7 @@ class Sample:
     cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
     """
 
-    prompt: str = _what(
-        "text", "what the video shows", lambda at, given: check_prompt(at.spec, at.get["prompts"], given)
-    )
+    prompt: str = _what("text", "what the video shows", check_prompt)
     prompts: tuple[str, ...] = _what(
         "texts", "of a film of several clips: a prompt a line, one for each clip; the last one stays", _prompts
     )
@@ -249,9 +247,7 @@ class Sample:
     fps: int = _what(
         "whole", "frames per second of the file", lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240)
     )
-    seed: int = _what(
-        "whole", "default -1: random, and printed", lambda at, given: check_seed(given), spelled=("base_seed",)
-    )
+    seed: int = _what("whole", "default -1: random, and printed", check_seed, spelled=("base_seed",))
     solver: str = _sampling(
         "name",
         f"one of: {', '.join(SOLVER_NAMES)}",
@@ -259,21 +255,16 @@ class Sample:
         flag="sample_solver",
     )
     denoising_step_list: tuple[float, ...] | None = _sampling(
-        "numbers",
-        "timesteps of a step-distilled model, as 1000,750,500,250",
-        lambda at, given: check_step_list(given, at.get["sigmas"]),
-        value="T,T,...",
+        "numbers", "timesteps of a step-distilled model, as 1000,750,500,250", check_step_list, value="T,T,..."
     )
     sigmas: tuple[float, ...] | None = _sampling(
-        "numbers",
-        "noise level of each step as it is, without a shift, as 1,0.757,0.522",
-        lambda at, given: check_sigmas(given),
+        "numbers", "noise level of each step as it is, without a shift, as 1,0.757,0.522", check_sigmas
     )
     phases: str | None = _sampling(
         "text",
         "parts of the steps with guidance, LoRAs, solver and expert of their own, as"
         ' "steps=2,guide=3.5,lora=0 | steps=4,guide=1"',
-        lambda at, given: check_phases(at.spec, given),
+        check_phases,
     )
     sigma_max: float | None = _sampling(
         "number", "noise that rcm begins with, beside data of 1; default 80", check_sigma_max
@@ -289,27 +280,21 @@ class Sample:
     guide_scale: tuple[float, float] = _sampling(
         "numbers",
         "guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off",
-        lambda at, given: check_guide_scale(at.spec, given),
+        check_guide_scale,
         value="X",
         flag="sample_guide_scale",
     )
     boundary: float | None = _sampling(
-        "number",
-        "noise level, 0 to 1, below which the low-noise expert works; default: the task's",
-        lambda at, given: check_boundary(at.spec, given, at.get["boundary_step_index"], at.done["phases"]),
+        "number", "noise level, 0 to 1, below which the low-noise expert works; default: the task's", check_boundary
     )
     boundary_step_index: int | None = _sampling(
-        "whole",
-        "first step of the low-noise expert; default: by the noise level",
-        lambda at, given: check_boundary_step(at.spec, given, at.done["steps"], at.done["phases"]),
+        "whole", "first step of the low-noise expert; default: by the noise level", check_boundary_step
     )
     lora: LoraChoice = _lora("lora", "the DiT")
     lora_high: LoraChoice = _lora("lora_high", "the high-noise expert alone")
     lora_low: LoraChoice = _lora("lora_low", "the low-noise expert alone")
     vae_tile_px: int | None = _machine(
-        "whole",
-        "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits",
-        lambda at, given: check_tile(given, at.spec.vae_stride[1]),
+        "whole", "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits", check_tile
     )
     cache: dict[str, Any] = derived(lambda at: _cache(at)[0])
     coefficients: dict[str, Any] = derived(lambda at: _cache(at)[1])
