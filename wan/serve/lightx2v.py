@@ -6,6 +6,7 @@ Source: behaviour of lightx2v.server (routes, fields, states). Paths of the serv
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -27,10 +28,7 @@ _OFF = {"use_prompt_enhancer": (False, "false"), "num_fragments": (1, "1")}  # t
 _STATES = dict(zip(STATES, ("pending", "processing", "completed", "failed")))
 
 
-def add_routes(app: FastAPI) -> None:
-    def service_of(request: Request) -> Service:
-        return request.app.state.service
-
+def add_routes(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
     @app.post("/v1/tasks/video/")
     @app.post("/v1/tasks/video")
     @app.post("/v1/tasks/video/form")
