@@ -186,7 +186,7 @@ class WanPipeline(Residency):
 
         # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
         embeddings = encode() if self.load.t5_fsdp else self.parallel.once(encode, self.device)
-        self.checks.text(embeddings)
+        self.checks.encoded("t5", *embeddings)
         return dict(zip([prompts[0], *(NEGATIVE for _ in negative), *prompts[1:]], embeddings, strict=True))
 
     def _hear(self, film: Film, clip: int) -> None:
@@ -200,7 +200,7 @@ class WanPipeline(Residency):
                 return [film.hear(encoder, window, DTYPES[self.load.dtype]).to(through) for window in windows]
 
         for window, features in zip(windows, self.parallel.once(hear, through), strict=True):
-            self.checks.audio(features)
+            self.checks.encoded("wav2vec", features)
             film.heard[window] = features.cpu()
 
     def _condition(self, film: Film, clip: int, request: Request) -> Condition:
@@ -227,7 +227,7 @@ class WanPipeline(Residency):
                     return [clip([image.to(self.device) for image in condition.clip_images])]
 
             clip_fea = self.parallel.once(look, self.device)[0]
-            self.checks.clip(clip_fea)
+            self.checks.encoded("clip", clip_fea)
             condition = replace(condition, clip_fea=clip_fea)
         return condition
 

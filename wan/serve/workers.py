@@ -197,10 +197,6 @@ class Workers:
         """How many are begun before it."""
         return self.store.count("queued", before=job.number)
 
-    def seconds_left(self, job: Job) -> float | None:
-        progress = self.progress.get(job.id)
-        return progress.left if progress is not None else None
-
     async def watch(self, id: str) -> AsyncIterator[Message]:
         """Events of a job, from now on, until it is over."""
         queue: asyncio.Queue[Message] = asyncio.Queue(_MOST_WAITING)
