@@ -12,7 +12,7 @@ from typing import Any
 
 from wan.errors import SwanError, described
 from wan.file_checks import open_loras
-from wan.options import FLAGS, PART_OF, build_load, build_sample
+from wan.options import FLAGS, build_load, build_sample, of_part
 from wan.options.names import FILE_KINDS
 from wan.plan.decide import check_fits
 from wan.plan.machine import Machine
@@ -47,10 +47,9 @@ def _facts(options: Mapping[str, Any], ranks: int, machine: Machine, known: dict
 
     ranks: processes that make it together; known: seconds, or why it does not fit, by all that plans depend on
     """
-    parts = {part: {one: value for one, value in options.items() if PART_OF[one] == part} for part in PART_OF.values()}
-    load = build_load(parts["load"], ranks)
+    load = build_load(of_part(options, "load"), ranks)
     spec = load_task(load.task)
-    request = build_sample(parts["sample"], load)
+    request = build_sample(of_part(options, "sample"), load)
     sample, kind = request.sample, kind_of(spec)
     open_loras(sample.loras, spec)  # their files may be others the next time
     shape = (sample.width, sample.height, sample.frame_num, sample.film_frames, sample.num_clip, sample.audio_samples)
