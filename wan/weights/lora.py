@@ -94,7 +94,7 @@ class Update:
     def branch(self, base: ReadBase, strength: float, device: torch.device) -> Branch:
         """The same for a matrix that stays packed: what its layer adds to its output."""
         if self.kind != "product":
-            return Dense(self.delta(base, None, device) * strength)
+            return Dense(matrix=self.delta(base, None, device) * strength)
         parts = {part: self._read(part, device) for part in self.keys}
         if "dora" not in self.keys:
             return product_branch(parts, self._scale() * strength)
