@@ -101,7 +101,9 @@ class CacheManager(NoCache):
             self._steps.setdefault(step.expert, []).append(step)
         try:
             yield
-            self._read_clocks()
+            for decision, start, end in self._events:
+                end.synchronize()
+                decision.seconds = start.elapsed_time(end) / 1000
         finally:
             self.reset()
 
@@ -306,11 +308,6 @@ class CacheManager(NoCache):
             start = time.perf_counter()
             yield
             decision.seconds = time.perf_counter() - start
-
-    def _read_clocks(self) -> None:
-        for decision, start, end in self._events:
-            end.synchronize()
-            decision.seconds = start.elapsed_time(end) / 1000
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -135,17 +135,13 @@ class PlannedPolicy(Policy):
         """One for each step; infinite where a step must be computed."""
         raise NotImplementedError
 
-    def accumulate(self, total: float, distance: float) -> float:
-        """The metric of a step, from that of the step before (0 after a computed one)."""
-        return total + distance
-
     def begin(self, steps: Sequence[StepContext], embed: Embed | None) -> None:
         life = self.life(len(steps))
         self.metrics: list[float] = []
         self.plan: list[bool] = []  # True: skip
         total, in_a_row = 0.0, 0
         for index, distance in enumerate(self.distances(steps, embed)):
-            total = self.accumulate(total, distance)
+            total += distance
             self.metrics.append(total)
             is_main = life.phase(index, len(steps)) == "main"
             skip = is_main and below(total, self.threshold) and in_a_row < life.max_skips

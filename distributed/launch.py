@@ -178,9 +178,8 @@ class World:
         if failure is not None:
             end_within(END_S, failure.exit_code)
             self._rescue()
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # what is lost when the timer strikes; closed: nothing to lose
+        # What is lost when the timer strikes; closed: nothing to lose.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stdout.flush()
         timer = end_within(DESTROY_S, failure.exit_code if failure else 0)
         _destroy_group()

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from wan.cache import NoCache, StepContext
 from wan.cache.coefficients import read_coefficients, write_coefficients
-from wan.command import Parser, run_command
+from wan.command import module_parser, run_command
 from wan.errors import SwanError, UsageError
 from wan.options import Request, build_request, check_device
 from wan.options.names import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS
@@ -224,12 +224,7 @@ def _others(out: Path, name: str) -> dict[str, Any]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m wan.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("wan.calibrate", __doc__)
     add = parser.add_argument
     add("--task", default=DEFAULT_TASK, metavar="NAME", help=f"default {DEFAULT_TASK}")
     add("--out", required=True, metavar="FILE", help="JSON file for --cache_coefficients")

@@ -26,12 +26,13 @@ from wan import __version__, media
 from wan.command import Parser, put, run_command
 from wan.distributed.launch import Disagreement, World
 from wan.distributed.signals import Signals, listening
-from wan.errors import SwanError, UsageError, one_line
+from wan.errors import SwanError, UsageError, described, one_line
 from wan.options import FLAGS, PART_OF, Option, Request, build_request, check_device
 from wan.options.alike import file_fact, request_facts
 from wan.options.config import config_options
 from wan.options.names import LORA_FLAGS, STORED_PICTURES, VIDEO_FLAGS
 from wan.options.replay import replay_options
+from wan.options.schema import VALUES
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
 from wan.unfinished import SUFFIX, FilmFile, read_unfinished
@@ -48,22 +49,17 @@ MAX_NAME_BYTES = 255  # of a file, on usual file systems
 # What the command line alone does, beside the options that Python has too.
 COMMANDS = {
     "config": Option(
-        "path", "options from this JSON or YAML file; flags given beside it override them", "what to make", "FILE"
+        "path", "options from this JSON or YAML file; flags given beside it override them", "what to make"
     ),
     "config_json": Option(
-        "path",
-        "settings from a configuration of LightX2V; flags given beside it override them",
-        "what to make",
-        "FILE",
+        "path", "settings from a configuration of LightX2V; flags given beside it override them", "what to make"
     ),
-    "replay": Option(
-        "path", "make the video of this file again; flags given beside it override", "what to make", "FILE"
-    ),
+    "replay": Option("path", "make the video of this file again; flags given beside it override", "what to make"),
     "resume": Option(
         "path",
         "go on with a film of several clips, from the folder that its run left",
         "what to make",
-        "NAME.unfinished",
+        value="NAME.unfinished",
     ),
     "replay_files": Option(
         "flag", "use the checkpoint and the other files that the video names: for videos of your own", "what to make"
@@ -85,8 +81,7 @@ def _taken(one: Option) -> dict[str, Any]:
     """What argparse is told of a flag's value."""
     if one.kind == "flag":
         return {"action": "store_true", "default": None}
-    values = {"bool": "BOOL", "whole": "N", "number": "X", "numbers": "X,X,...", "name": "NAME", "file": "FILE"}
-    value = one.value or values[one.kind]
+    value = one.value or VALUES[one.kind]
     if one.kind == "bool":
         return {"metavar": value, "type": _boolean}
     return {"metavar": value, "action": "append" if one.kind == "loras" else "store"}
@@ -264,7 +259,7 @@ def run(
             world.at_failure = None
             if world.rank > 0 or (saved := kept()) is None:
                 raise
-            raise SwanError(f"{_describe(error)}; {saved}") from error
+            raise SwanError(f"{described(error)}; {saved}") from error
     if video.cache is not None:
         _report_cache(video, quiet)
     ended = time.perf_counter()
@@ -320,11 +315,6 @@ def _report_cache(video: Video, quiet: bool) -> None:
             video.cache.write(trace, header)
         except OSError as error:
             raise SwanError(f"--cache_trace: cannot write {trace}: {error.strerror or error}") from error
-
-
-def _describe(error: Exception) -> str:
-    message = one_line(error)
-    return message if isinstance(error, SwanError) else f"{type(error).__name__}: {message}"
 
 
 def _keep_latents(latents: torch.Tensor, save_file: str) -> str:

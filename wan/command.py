@@ -38,6 +38,12 @@ class Parser(argparse.ArgumentParser):
         put(message, end="")  # --help and --version
 
 
+def module_parser(module: str, doc: str | None, **more: Any) -> Parser:
+    """Of `python -m MODULE`, which is told of as it stands in `doc`."""
+    how = argparse.RawDescriptionHelpFormatter
+    return Parser(prog=f"python -m {module}", description=doc, formatter_class=how, allow_abbrev=False, **more)
+
+
 def run_process(main: Callable[[], int]) -> NoReturn:
     """A command line as a process: run `main`, which may import what it needs, and exit with what it returns."""
     _open_standard_files()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.command import Parser, put, run_command, run_process
+from wan.command import module_parser, put, run_command, run_process
 from wan.distributed.signals import Signals, listening
 from wan.errors import SwanError, UsageError
 from wan.tasks import load_task, task_names
@@ -58,13 +58,8 @@ with Q8_0), and ffn_down stands for ffn.2. Rows that are no whole number of bloc
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m wan.convert",
-        description="Write a Wan checkpoint, or a part of it, with quantised weights.",
-        epilog=_TYPES_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    told = "Write a Wan checkpoint, or a part of it, with quantised weights."
+    parser = module_parser("wan.convert", told, epilog=_TYPES_HELP)
     add = parser.add_argument
     formats = ["gguf", "fp8", "int8", "nvfp4", "mxfp8", "mlx"]
     add("--to", choices=formats, help="format of the output; default: gguf with --type or --output, else mlx")

@@ -13,14 +13,13 @@ from wan.conditioning.condition import Condition
 from wan.distributed.parallel import Parallel
 from wan.models.dit.sequence import Schedule, Times
 from wan.solvers import Solver
+from wan.solvers.schedule import TIMESTEPS
 
 # predict(latent, times, ctx) -> velocity like latent. ``times`` is what WanModel takes for t. The caller finds the
 # network by ctx.expert and the text by ctx.branch.
 Predict = Callable[[torch.Tensor, Times, StepContext], torch.Tensor]
 OnStep = Callable[[StepContext, torch.Tensor], None]
 Scale = float | tuple[float, float]  # of guidance; a pair is (low-noise, high-noise), as in the official configs
-
-NUM_TRAIN_TIMESTEPS = 1000
 
 
 @torch.no_grad()
@@ -104,7 +103,7 @@ def expert_at(timestep: float, boundary: float | None) -> str:
     """ "model" without a boundary, else "high" from boundary * 1000 upwards and "low" below."""
     if boundary is None:
         return "model"
-    return "high" if timestep >= boundary * NUM_TRAIN_TIMESTEPS else "low"
+    return "high" if timestep >= boundary * TIMESTEPS else "low"
 
 
 def boundary_of(spec: Any, sample: Any) -> float | None:

@@ -27,7 +27,7 @@ from wan.options.names import LORA_FLAGS, LoraChoice
 from wan.options.phases import check_phase_loras
 from wan.pipeline import Result, WanPipeline
 from wan.plan import start_lines
-from wan.preview import Preview, TAEPreview, preview_of
+from wan.preview import preview_of
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
 from wan.weights.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ class Engine:
         self._pipe = WanPipeline.from_load(load, spec, parallel)
         self._pipe.keeps = load.residency != "stage"
         self._loras: dict[str, LoraChoice] = {}
-        self._preview: Preview | TAEPreview | None = None
+        self._preview: Callable[[Tensor], np.ndarray] | None = None
         self._turn, self._owner = threading.Lock(), 0  # the thread whose turn it is
         self._is_closed = False
 

@@ -13,7 +13,7 @@ from wan.distributed.launch import World
 from wan.distributed.parallel import Parallel
 from wan.engine import Engine, Video
 from wan.errors import Cancelled, UsageError
-from wan.options import PART_OF, LoadOptions, Request, build_load, build_sample, check_device
+from wan.options import PART_OF, LoadOptions, Request, build_load, build_sample, check_device, of_part
 from wan.tasks import load_task
 from wan.tasks.kinds import kind_of
 from wan.unfinished import FilmFile, Unfinished
@@ -38,13 +38,13 @@ class Engines:
     def check(self, options: Mapping[str, Any]) -> Request:
         """What the options ask for, without work. Raises UsageError or SwanError, one line."""
         with self._my_turn(None):
-            return build_sample(_part(options, "sample"), self._engine(options).load)
+            return build_sample(of_part(options, "sample"), self._engine(options).load)
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """See `Engine.plan`; what other engines hold counts as free."""
         with self._my_turn(None):
             engine = self._engine(options)
-            return engine.planned(build_sample(_part(options, "sample"), engine.load), self._held_beside(engine))
+            return engine.planned(build_sample(of_part(options, "sample"), engine.load), self._held_beside(engine))
 
     def generate(
         self, options: Mapping[str, Any], is_private: bool = False, called: Mapping[str, str] | None = None, **call: Any
@@ -52,7 +52,7 @@ class Engines:
         """See `Engine.generate`: `call` are its arguments beside the options; is_private, called: see `Request`."""
         with self._my_turn(call.get("cancel")):
             engine = self._engine(options)
-            request = build_sample(_part(options, "sample"), engine.load)
+            request = build_sample(of_part(options, "sample"), engine.load)
             request = request.changed(is_private=is_private, called=called or {})
             self._make_room(engine, request)
             return engine.make(request, **call)
@@ -104,7 +104,7 @@ class Engines:
         """The one that loads what the options name, made where there is none yet."""
         if unknown := sorted(str(name) for name in options if PART_OF.get(name) not in ("load", "sample")):
             raise UsageError(f"{unknown[0]} is no option of a video or of what is loaded")
-        asked = build_load(_part(options, "load"), self._world.size)
+        asked = build_load(of_part(options, "load"), self._world.size)
         at = next((at for at, (load, _) in enumerate(self._engines) if load == asked), None)
         pair = self._engines.pop(at) if at is not None else (asked, self._made(asked))
         self._engines.append(pair)
@@ -139,10 +139,6 @@ class Engines:
             yield
         finally:
             self._turn.release()
-
-
-def _part(options: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if PART_OF.get(name) == part}
 
 
 def _is_planned_alike(engine: Engine, request: Request, beside: int) -> bool:

@@ -31,6 +31,11 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
+def described(error: BaseException) -> str:
+    """The same, with its type where it is none of these kinds."""
+    return one_line(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
+
+
 def printable(text: object) -> str:
     """A text or path with what a terminal would obey, or cannot show, escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))

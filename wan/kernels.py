@@ -52,7 +52,9 @@ def operation(schema: str, empty: Callable[..., Any]) -> Callable[[Callable[...,
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            with _on(next(one.device for one in args if isinstance(one, Tensor))):
+            device = next(one.device for one in args if isinstance(one, Tensor))
+            # Triton launches on the present device, whatever that of the tensors.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 return launch(*args)
 
         _LIBRARY.define(schema)
@@ -61,8 +63,3 @@ def operation(schema: str, empty: Callable[..., Any]) -> Callable[[Callable[...,
         return getattr(torch.ops.swan, name).default
 
     return register
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the present device, whatever that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -98,10 +98,7 @@ class WanPipeline(Residency):
             self.set_loras(**wanted)
         check_phase_loras(request.sample.by_phase, self.asked_loras)
         handled = sys.exc_info()[1]  # by the caller, and none of ours
-        with (
-            torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"),
-            _threads(self.plan.get("threads")),
-        ):
+        with torch.inference_mode(os.environ.get("WAN_INFERENCE_ONLY", "1") != "0"), _threads(self.plan.get("threads")):
             try:
                 return self._run(request, progress, cache, on_clean, on_clip, made or Made())
             except BaseException as error:
@@ -189,7 +186,7 @@ class WanPipeline(Residency):
 
         # Ranks that share the encoder's weights all encode; else one does, and no other has to load it.
         embeddings = encode() if self.load.t5_fsdp else self.parallel.once(encode, self.device)
-        self.checks.text(embeddings)
+        self.checks.encoded("t5", *embeddings)
         return dict(zip([prompts[0], *(NEGATIVE for _ in negative), *prompts[1:]], embeddings, strict=True))
 
     def _hear(self, film: Film, clip: int) -> None:
@@ -203,7 +200,7 @@ class WanPipeline(Residency):
                 return [film.hear(encoder, window, DTYPES[self.load.dtype]).to(through) for window in windows]
 
         for window, features in zip(windows, self.parallel.once(hear, through), strict=True):
-            self.checks.audio(features)
+            self.checks.encoded("wav2vec", features)
             film.heard[window] = features.cpu()
 
     def _condition(self, film: Film, clip: int, request: Request) -> Condition:
@@ -230,7 +227,7 @@ class WanPipeline(Residency):
                     return [clip([image.to(self.device) for image in condition.clip_images])]
 
             clip_fea = self.parallel.once(look, self.device)[0]
-            self.checks.clip(clip_fea)
+            self.checks.encoded("clip", clip_fea)
             condition = replace(condition, clip_fea=clip_fea)
         return condition
 
@@ -244,19 +241,14 @@ class WanPipeline(Residency):
         report: Progress,
         on_clean: OnStep | None = None,
     ) -> Tensor:
-        shape = latent_shape(
-            self.spec.vae.z_dim,
-            request.sample.frame_num,
-            request.sample.height,
-            request.sample.width,
-            self.spec.vae_stride[1],
-        )
-        solver = solver_of(request.sample, film.fresh_noise(clip))
+        sample, spec = request.sample, self.spec
+        shape = latent_shape(spec.vae.z_dim, sample.frame_num, sample.height, sample.width, spec.vae_stride[1])
+        solver = solver_of(sample, film.fresh_noise(clip))
         shape = (1, shape[0], shape[1] + condition.extra_frames, *shape[2:])
         start = film.start(clip, shape, solver.sigmas[0].item(), solver.noise_scale).to(self.device)
 
-        if request.sample.cache and self.cache is NO_CACHE:
-            self.cache = make_manager(request.sample.cache, request.sample.coefficients, self.parallel)
+        if sample.cache and self.cache is NO_CACHE:
+            self.cache = make_manager(sample.cache, sample.coefficients, self.parallel)
         cached = {} if self.cache is NO_CACHE else {"cache": self.cache}
         apart = cached and self.parallel.cfg.size > 1  # each half then knows what it decided, and not the other
         decided = len(self.cache.telemetry.decisions) if apart else 0
@@ -267,9 +259,9 @@ class WanPipeline(Residency):
             self.check()
             return model(latent, times, [texts[ctx.branch]], **condition.inputs(ctx), **here)
 
-        timesteps, boundary = solver.timesteps.tolist(), boundary_of(self.spec, request.sample)
-        experts = experts_of(timesteps, boundary, request.sample.boundary_step_index, solver.first)
-        following, phases = set(experts), request.sample.phase_of_step
+        timesteps, boundary = solver.timesteps.tolist(), boundary_of(spec, sample)
+        experts = experts_of(timesteps, boundary, sample.boundary_step_index, solver.first)
+        following, phases = set(experts), sample.phase_of_step
         for step, name in reversed(list(enumerate(experts, solver.first))):
             if name not in self.experts:  # it will be loaded with those of its first step
                 self.loras[name] = self._loras_of(name, phases[step])
@@ -288,7 +280,7 @@ class WanPipeline(Residency):
                     start,
                     guide_scale=lambda step: phases[step].guide_scale,
                     boundary=boundary,
-                    boundary_step_index=request.sample.boundary_step_index,
+                    boundary_step_index=sample.boundary_step_index,
                     condition=condition,
                     cache=self.cache,
                     parallel=self.parallel,

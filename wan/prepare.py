@@ -47,7 +47,6 @@ _TASK = "animate-14B"
 _KERNEL_PX, _DILATIONS = 7, 3  # by which the official preprocessing widens a mask
 _MOST_DILATIONS = 100
 _SIDE_PX = 16  # both sides are multiples of it
-Box = tuple[float, float, float, float]  # x, y, w, h
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +42,14 @@ class Preview:
         return _as_uint8(colours)
 
 
-class TAEPreview:
-    """By a TAE, which it holds: a picture of full size for each latent frame."""
+def preview_of(vae: VideoVAE) -> Callable[[Tensor], np.ndarray]:
+    """What shows the latents of a VAE: by a TAE, which it holds, a picture of full size for each latent frame."""
 
-    def __init__(self, tae: TAE):
-        self.tae = tae
+    def sketch(latent: Tensor) -> np.ndarray:
+        device = next(vae.parameters()).device
+        return _as_uint8(vae.sketch(latent[None].to(device))[0].permute(1, 2, 3, 0).cpu())
 
-    def __call__(self, latent: Tensor) -> np.ndarray:
-        """`[z, T', h, w]` -> uint8 `[T', H, W, 3]`."""
-        device = next(self.tae.parameters()).device
-        return _as_uint8(self.tae.sketch(latent[None].to(device))[0].permute(1, 2, 3, 0).cpu())
-
-
-def preview_of(vae: VideoVAE) -> Preview | TAEPreview:
-    """What shows the latents of a VAE."""
-    return TAEPreview(vae) if isinstance(vae, TAE) else Preview(vae)
+    return sketch if isinstance(vae, TAE) else Preview(vae)
 
 
 def _as_uint8(colours: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from wan.errors import Cancelled, SwanError, one_line
+from wan.errors import Cancelled, SwanError, described
 from wan.files import parse_json
 from wan.options import Request
 from wan.options.names import MAX_CHARS
@@ -51,8 +51,7 @@ def extended(request: Request, device: torch.device, say: Say, check: Callable[[
     except Cancelled:
         raise
     except Exception as error:  # whatever a service, a network or a model of others can meet
-        line = one_line(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
-        say("warning", f"the prompt stays as it is, it could not be extended: {line[:300]}")
+        say("warning", f"the prompt stays as it is, it could not be extended: {described(error)[:300]}")
         return request.changed(use_prompt_extend=False)
     for answer in answers:
         say("note", f"prompt: {answer}")
@@ -96,10 +95,7 @@ def _ask_local(sample: Any, system: str, prompts: Any, device: torch.device, che
                 return_dict=True,
             ).to(device)
             ids = model.generate(
-                **asked,
-                max_new_tokens=_MOST_TOKENS,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([stop]),
+                **asked, max_new_tokens=_MOST_TOKENS, do_sample=False, stopping_criteria=StoppingCriteriaList([stop])
             )
             answers.append(tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
     finally:

@@ -20,6 +20,11 @@ from wan.weights.locate import CheckpointFiles
 # Latents have a deviation of about 1 and reach some 10; guidance of 1000 makes 300 of that. What is beyond this is no
 # picture, and soon overflows in squares.
 LARGEST_LATENT = 1e4
+_ENCODED = {  # encoder -> stage, and what it makes
+    "t5": ("encode_text", "the embedding of the prompt"),
+    "clip": ("encode_image", "what the image encoder makes of the image"),
+    "wav2vec": ("encode_audio", "what the audio encoder makes of the audio"),
+}
 _WIDER = {"fp16": "bf16 or fp32", "bf16": "fp32"}
 
 
@@ -33,24 +38,16 @@ class StageChecks:
         self._files, self._parallel = files, parallel
         self.load: LoadOptions
 
-    def text(self, embeddings: Sequence[Tensor]) -> None:
-        if not all(map(is_finite, embeddings)):
-            what = "the embedding of the prompt is not finite"
-            raise _error("encode_text", what, self._files.t5, ("t5_dtype", self.load.t5_dtype), "t5")
+    def encoded(self, encoder: str, *made: Tensor) -> None:
+        """What "t5", "clip" or "wav2vec" has made."""
+        if not all(map(is_finite, made)):
+            (stage, what), load = _ENCODED[encoder], self.load
+            types = {"t5": ("t5_dtype", load.t5_dtype), "clip": ("dtype", load.dtype), "wav2vec": ("dtype", "fp32")}
+            raise _error(stage, f"{what} is not finite", getattr(self._files, encoder), types[encoder], encoder)
 
-    def image(self, condition: Condition, source: Tensor | None = None) -> None:
+    def image(self, condition: Condition, source: Tensor | None) -> None:
         if not all(map(is_finite, [*condition.tensors(), *([] if source is None else [source])])):
             raise self._of_vae("encode_image", "the latent of the image is not finite")
-
-    def clip(self, features: Tensor) -> None:
-        if not is_finite(features):
-            what = "what the image encoder makes of the image is not finite"
-            raise _error("encode_image", what, self._files.clip, ("dtype", self.load.dtype), "clip")
-
-    def audio(self, features: Tensor) -> None:
-        if not is_finite(features):
-            what = "what the audio encoder makes of the audio is not finite"
-            raise _error("encode_audio", what, self._files.wav2vec, ("dtype", "fp32"), "wav2vec")
 
     def step(self, request: Request, ctx: StepContext, latent: Tensor, model: nn.Module | None) -> None:
         """The one wait for the device in a step: the progress that is shown next has been made."""

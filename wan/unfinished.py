@@ -148,7 +148,8 @@ def read_unfinished(folder: str | Path) -> tuple[dict[str, Any], Made]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         settings, clips, frames, sha256 = (told[key] for key in ("settings", "clips", "frames", "sha256"))
         right = isinstance(settings, dict) and type(clips) is type(frames) is int and 0 < clips <= frames
-        if not (right and isinstance(sha256, list) and len(sha256) == clips and all(map(_is_text, sha256))):
+        right = right and isinstance(sha256, list) and len(sha256) == clips
+        if not right or not all(isinstance(digest, str) for digest in sha256):
             raise ValueError("its settings are not what Swan writes there")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SwanError(f"--resume: {name} is damaged: {one_line(error)}") from error
@@ -161,7 +162,3 @@ def read_unfinished(folder: str | Path) -> tuple[dict[str, Any], Made]:
     if found != frames:
         raise SwanError(f"--resume: {name} is damaged: its clips have {found} frames, and {frames} were made")
     return settings, Made(clips, frames, tuple(sha256), state)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)

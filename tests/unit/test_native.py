@@ -40,7 +40,7 @@ def compiled(tmp_path_factory):
     script.write_text(f'#!/bin/sh\n{CC} "$@" || exit 1\nfor out; do :; done\ncp "$out" {folder}\n')
     script.chmod(0o755)
     openmp = native._openmp_runtime() is not None
-    native._compile([str(script)], [*native._FLAGS, *(["-fopenmp"] if openmp else [])])
+    native._compile([str(script)], [*native._FLAGS, *(["-fopenmp"] if openmp else [])], native.SOURCE)
     return folder
 
 

@@ -625,7 +625,6 @@ def test_plans_are_plain_data_and_read_well(tmp_path, monkeypatch, machine):
     assert json.loads(json.dumps(plan)) == plan
     whole = Plan.of(*request_of(tmp_path, monkeypatch, task="t2v-A14B", size="832*480"), machine)
     assert whole.placement == Placement(**plan["placement"]) and whole.memory == plan["memory_bytes"]
-    assert (whole.text(), whole.start_lines()) == (format_plan(whole.to_json()), start_lines(plan))
     placement = Placement(**plan["placement"])
     assert placement == choose(*request_of(tmp_path, monkeypatch, task="t2v-A14B", size="832*480"), machine)
     text, lines = format_plan(plan), start_lines(plan)

@@ -198,4 +198,4 @@ def test_kernels_use_the_threads_of_torch():
     if compiler is None or native._openmp_runtime() is None:
         pytest.skip("no C compiler, or no OpenMP in torch")
     ctypes.CDLL(native._openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(native._compiled(compiler, openmp=True))
+    native._compiled(compiler, True, native.SOURCE, native._FUNCTIONS, native._is_exact)

@@ -83,6 +83,19 @@ class _Expert(Experts):
         self._models["model"] = model
 
 
+def _part(name: str) -> Any:
+    """A model of a pipeline as an attribute: loaded when it is first read, and it may be replaced."""
+
+    def get(self: GGUFPipeline) -> nn.Module:
+        with self._model(name) as model:
+            return model
+
+    def put(self: GGUFPipeline, model: nn.Module) -> None:
+        self._models[name] = model
+
+    return property(get, put)
+
+
 class GGUFPipeline(WanPipeline):
     """Called as VideoX-Fun's WanPipeline is. Parts are loaded when first needed; they may be moved and replaced.
 
@@ -108,27 +121,12 @@ class GGUFPipeline(WanPipeline):
     def transformer(self, model: nn.Module) -> None:
         self.experts.put(model)
 
-    @property
-    def text_encoder(self) -> TextEncoder:
-        with self._model("t5") as encoder:
-            return encoder
-
-    @text_encoder.setter
-    def text_encoder(self, encoder: nn.Module) -> None:
-        self._models["t5"] = encoder
+    text_encoder: TextEncoder = _part("t5")
+    vae: VideoVAE = _part("vae")
 
     @property
     def tokenizer(self) -> PromptTokenizer:
         return self.text_encoder.tokenizer
-
-    @property
-    def vae(self) -> VideoVAE:
-        with self._model("vae") as vae:
-            return vae
-
-    @vae.setter
-    def vae(self, vae: nn.Module) -> None:
-        self._models["vae"] = vae
 
     def to(self, *args: Any, device: Any = None, dtype: torch.dtype | None = None) -> GGUFPipeline:
         """Move the parts to a device; a dtype is that of transformer and text encoder. Returns the pipeline."""

@@ -62,11 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
-    add(
-        "--dtype",
-        metavar="NAME",
-        help="bf16, fp16, fp32 or torch's names of these; default: the model's",
-    )
+    add("--dtype", metavar="NAME", help="bf16, fp16, fp32 or torch's names of these; default: the model's")
     add(
         "--smart_memory",
         action=argparse.BooleanOptionalAction,

@@ -7,7 +7,6 @@ Source: behaviour of the official Wan2.1 `WanVace.prepare_source` and of its ann
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,16 +17,6 @@ from wan.conditioning.sizes import Margins, cover_size, frame_ids
 from wan.video import VideoFile
 
 GREY = 128  # of what is to be made anew, in a source video that says nothing there
-
-
-@dataclass(frozen=True)
-class VaceInputs:
-    """frames: fp32 [3, T, H, W] in [-1, 1]; mask: [1, T, H, W] in 0..1, 1 where the video is made anew; references:
-    [3, 1, H, W] in [-1, 1] each"""
-
-    frames: Tensor
-    mask: Tensor
-    references: tuple[Tensor, ...] = ()
 
 
 def blank(num_frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -154,50 +154,29 @@ def _cudnn_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, 
     return out.transpose(1, 2), lse.reshape(q.shape[:3]).transpose(1, 2)  # it may have a last axis of one
 
 
-def _flash_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-    flash_attn_func = _function("flash_attn", "flash_attn_func")
-    return flash_attn_func(q_BLHD, k_BMHD, v_BMHD)
+def _flash_attn(package: str, switch: str) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """`run` and `run_with_lse` of FlashAttention. switch: asks for the log-sum-exp, but in releases that always give
+    it."""
+
+    def run(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        out = _function(package, "flash_attn_func")(q_BLHD, k_BMHD, v_BMHD)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run_with_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
+        flash_attn_func = _function(package, "flash_attn_func")
+        asked = {switch: True} if switch in inspect.signature(flash_attn_func).parameters else {}
+        out, lse = flash_attn_func(q_BLHD, k_BMHD, v_BMHD, **asked)[:2]
+        return out, lse.transpose(1, 2)
+
+    return run, run_with_lse
 
 
-def _flash_attn2_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
-    flash_attn_func = _function("flash_attn", "flash_attn_func")
-    out, lse, _ = flash_attn_func(q_BLHD, k_BMHD, v_BMHD, return_attn_probs=True)
-    return out, lse.transpose(1, 2)
-
-
-def _flash_attn3(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-    flash_attn_func = _function("flash_attn_interface", "flash_attn_func")
-    out = flash_attn_func(q_BLHD, k_BMHD, v_BMHD)
-    return out[0] if isinstance(out, tuple) else out  # early releases also return the log-sum-exp
-
-
-def _flash_attn3_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
-    flash_attn_func = _function("flash_attn_interface", "flash_attn_func")
-    asked = "return_attn_probs" in inspect.signature(flash_attn_func).parameters
-    out, lse = flash_attn_func(q_BLHD, k_BMHD, v_BMHD, **({"return_attn_probs": True} if asked else {}))[:2]
-    return out, lse.transpose(1, 2)
-
-
-def _sage_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-    sageattn = _function("sageattention", "sageattn")
-    return sageattn(q_BLHD, k_BMHD, v_BMHD, tensor_layout="NHD")
+def _sage_attn2(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, **how: bool) -> Tensor:
+    return _function("sageattention", "sageattn")(q_BLHD, k_BMHD, v_BMHD, tensor_layout="NHD", **how)
 
 
 def _sage_attn2_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
-    sageattn = _function("sageattention", "sageattn")
-    out, lse = sageattn(q_BLHD, k_BMHD, v_BMHD, tensor_layout="NHD", return_lse=True)
-    return out, lse.transpose(1, 2)
-
-
-def _flash_attn4(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-    out = _function("flash_attn.cute", "flash_attn_func")(q_BLHD, k_BMHD, v_BMHD)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _flash_attn4_lse(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> tuple[Tensor, Tensor]:
-    flash_attn_func = _function("flash_attn.cute", "flash_attn_func")
-    asked = "return_lse" in inspect.signature(flash_attn_func).parameters
-    out, lse = flash_attn_func(q_BLHD, k_BMHD, v_BMHD, **({"return_lse": True} if asked else {}))[:2]
+    out, lse = _sage_attn2(q_BLHD, k_BMHD, v_BMHD, return_lse=True)
     return out, lse.transpose(1, 2)
 
 
@@ -220,13 +199,16 @@ def _sparge_attn(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
 
 _SPARGE_TOKENS = 128
 _CUDA_SAGE2 = "sageattn_qk_int8_pv_fp16_cuda"  # which version 1 has not
+_FLASH_ATTN2 = _flash_attn("flash_attn", "return_attn_probs")
+_FLASH_ATTN3 = _flash_attn("flash_attn_interface", "return_attn_probs")
+_FLASH_ATTN4 = _flash_attn("flash_attn.cute", "return_lse")
 BACK_ENDS: dict[str, BackEnd] = {
     "sdpa": BackEnd(_sdpa, _sdpa_lse, needs_cuda=False),
     # Before 9.15.1 it fails for lengths that are no multiple of 128, as ours are (pytorch/pytorch#169849).
     "cudnn": _OfTorch(_cudnn, _cudnn_lse, None, 91501, majors=(8, 9, 10, 11, 12), widths=(128, 8)),
-    "flash_attn2": BackEnd(_flash_attn2, _flash_attn2_lse, "flash_attn", 2, widths=(256, 8)),
-    "flash_attn3": BackEnd(_flash_attn3, _flash_attn3_lse, "flash_attn_interface", majors=(8, 9), widths=(256, 8)),
-    "flash_attn4": BackEnd(_flash_attn4, _flash_attn4_lse, "flash_attn.cute", majors=(9, 10, 11), widths=(128, 8)),
+    "flash_attn2": BackEnd(*_FLASH_ATTN2, "flash_attn", 2, widths=(256, 8)),
+    "flash_attn3": BackEnd(*_FLASH_ATTN3, "flash_attn_interface", majors=(8, 9), widths=(256, 8)),
+    "flash_attn4": BackEnd(*_FLASH_ATTN4, "flash_attn.cute", majors=(9, 10, 11), widths=(128, 8)),
     "sage_attn2": BackEnd(_sage_attn2, _sage_attn2_lse, "sageattention", 2, "sageattn", _CUDA_SAGE2, widths=(128, 8)),
     "sage_attn3": BackEnd(_sage_attn3, None, "sageattn3", 0, "sageattn3_blackwell", majors=(10, 12), widths=(128, 64)),
     "sparge_attn": BackEnd(_sparge_attn, None, "spas_sage_attn", 0, "spas_sage2_attn_meansim_topk_cuda"),

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from wan.audio import FEATURES_PER_S, STRIDES, WIDTHS, AudioFile, features_of, steps_of
-from wan.errors import SwanError
 from wan.weights.assign import load_weights
-from wan.weights.infer import config_beside, count, looks_like, our_shapes
+from wan.weights.infer import count, encoder_heads, no_encoder, our_shapes
 from wan.weights.source import Source
 
 _HEAD_DIM = 64  # of the released models
@@ -116,20 +115,17 @@ def empty_audio_encoder(source: Source, num_heads: int | None = None) -> nn.Modu
     try:
         dim, conv_dim = shapes["feature_projection.projection.weight"]
         _, per_group, position_width = shapes["encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
-        config = config_beside(source)
-        told = config.get("num_attention_heads") if config.get("hidden_size") == dim else None
         return audio_model(
             dim=dim,
             dim_ffn=shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
             num_layers=count(shapes, "encoder.layers."),
-            num_heads=num_heads or told or max(dim // _HEAD_DIM, 1),
+            num_heads=num_heads or encoder_heads(source, dim, _HEAD_DIM),
             conv_dim=conv_dim,
             position_width=position_width,
             position_groups=dim // per_group,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        lacks = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"its tensors do not fit ({error})"
-        raise SwanError(f"{source.describe()}: not a wav2vec2 encoder, {lacks}{looks_like(source)}") from None
+        raise no_encoder(source, "a wav2vec2 encoder", error) from None
 
 
 def audio_model(

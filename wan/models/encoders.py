@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wan.errors import SwanError
 from wan.memory.upload import make_upload
 from wan.models.text import PromptTokenizer, check_tokenizer, load_tokenizer
 from wan.weights.assign import load_weights
-from wan.weights.infer import config_beside, count, looks_like, our_shapes
+from wan.weights.infer import count, encoder_heads, no_encoder, our_shapes
 from wan.weights.source import Source
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -147,7 +146,7 @@ def empty_text_encoder(source: Source) -> nn.Module:
             num_buckets=buckets,
         )
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise _unfit(source, "a UMT5 encoder", error) from None
+        raise no_encoder(source, "a UMT5 encoder", error) from None
 
 
 def text_model(
@@ -206,12 +205,12 @@ def empty_clip_encoder(source: Source, num_heads: int | None = None) -> nn.Modul
             dim=dim,
             dim_ffn=shapes["encoder.layers.0.mlp.fc1.weight"][0],
             num_layers=count(shapes, "encoder.layers."),
-            num_heads=num_heads or _clip_heads(source, dim),
+            num_heads=num_heads or encoder_heads(source, dim, _CLIP_HEAD_DIM),
             image_px=math.isqrt(tokens - 1) * patch_px,
             patch_px=patch_px,
         )
     except (KeyError, ValueError, IndexError) as error:
-        raise _unfit(source, "a CLIP image encoder", error) from None
+        raise no_encoder(source, "a CLIP image encoder", error) from None
 
 
 def clip_model(
@@ -241,14 +240,3 @@ def clip_model(
     if "position_ids" in model.embeddings._buffers:  # transformers 4; on the meta device it has no values
         model.embeddings.position_ids = torch.arange((image_px // patch_px) ** 2 + 1).unsqueeze(0)
     return model
-
-
-def _clip_heads(source: Source, dim: int) -> int:
-    config = config_beside(source)
-    heads = config.get("num_attention_heads") if config.get("hidden_size") == dim else None
-    return heads or max(dim // _CLIP_HEAD_DIM, 1)
-
-
-def _unfit(source: Source, what: str, error: Exception) -> SwanError:
-    lacks = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"its tensors do not fit ({error})"
-    return SwanError(f"{source.describe()}: not {what}, {lacks}{looks_like(source)}")

@@ -26,7 +26,7 @@ from wan.options.schema import Asked, Option, check_part, flag_of, of_kinds, opt
 from wan.tasks import load_task
 
 __all__ = ["FLAGS", "LoadOptions", "Option", "Output", "Request", "STORED", "Sample"]
-__all__ += ["build_load", "build_request", "build_sample", "check_device"]
+__all__ += ["build_load", "build_request", "build_sample", "check_device", "of_part"]
 
 PARTS = {"load": LoadOptions, "sample": Sample, "output": Output}
 FLAGS: dict[str, Option] = {name: one for part in PARTS.values() for name, one in options_of(part)}
@@ -94,6 +94,11 @@ def _is_storable(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return value != () and all(map(_is_storable, value))
     return isinstance(value, (str, Real))
+
+
+def of_part(options: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Those that are of "load", "sample" or "output"."""
+    return {name: value for name, value in options.items() if PART_OF.get(name) == part}
 
 
 def build_request(options: Mapping[str, Any] | Any, world_size: int = 1, replayed: str | None = None) -> Request:

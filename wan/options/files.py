@@ -17,6 +17,7 @@ from easydict import EasyDict
 from wan.errors import UsageError, printable
 from wan.files import open_plain
 from wan.options.names import DEFAULT_TASK, FILE_FLAGS, GGUF_FLAGS, LORA_FLAGS, MAX_STRENGTH, LoraChoice
+from wan.options.schema import Asked
 from wan.options.values import absolute, is_number, of_kind, shown
 from wan.tasks import embedded_checkpoint
 from wan.weights.infer_task import infer_task
@@ -35,7 +36,8 @@ def told_task(get: Mapping[str, Any], among: Sequence[str] = ()) -> tuple[str, s
     return DEFAULT_TASK, ""
 
 
-def check_ckpt_dir(spec: EasyDict, value: str | None) -> str:
+def check_ckpt_dir(at: Asked, value: str | None) -> str:
+    spec = at.spec
     if not value:
         embedded = embedded_checkpoint(spec)
         if embedded is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 from wan.distributed.grid import Grid
@@ -30,23 +31,26 @@ from wan.options.names import (
     T5_DTYPE_NAMES,
     VAE_DTYPE_NAMES,
 )
-from wan.options.schema import Option, derived, flag_of, option
-from wan.options.values import absolute, choice, or_default, whole
+from wan.options.schema import Option, derived, flag_of, is_given, option
+from wan.options.values import absolute, choice, whole
 from wan.tasks import task_names
 
-_WEIGHTS, _MACHINE, _RANKS = "weights", "machine", "several processes, started by torchrun"
+_WEIGHTS, _MACHINE = "weights", "machine"
+_weights, _machine = partial(option, _WEIGHTS), partial(option, _MACHINE)
+_ranks = partial(option, "several processes, started by torchrun", stored=False)
 
 
-def _part(part: str, what: str, value: str = "FILE") -> Any:
-    return option("path", _WEIGHTS, value, what, lambda at, given: check_file(at.spec, at.get, part))
-
-
-def _flag(help: str, group: str) -> Any:
-    return option("flag", group, "", help, lambda at, given: bool(given), stored=group == _MACHINE)
+def _part(part: str, what: str, **more: Any) -> Any:
+    return _weights("path", what, lambda at, given: check_file(at.spec, at.get, part), **more)
 
 
 def _released(what: str, check: Any = lambda at, given: given) -> Any:
-    return option("bool", _MACHINE, "", f"release {what} after use; default: as the other models", check, stored=False)
+    return _machine("bool", f"release {what} after use; default: as the other models", check, stored=False)
+
+
+def _budget(flag: str, what: str) -> Any:
+    help = f"{what}, in GB; default: what is free"
+    return _machine("number", help, lambda at, given: check_budget(given, flag), stored=False, flag=flag)
 
 
 def _clip_offload(at: Any, given: bool | None) -> bool | None:
@@ -77,20 +81,15 @@ class LoadOptions:
     """
 
     task: str = option(
-        "name",
         "what to make",
-        "NAME",
+        "name",
         f"one of: {', '.join(task_names())}; default: told from the checkpoint that is given, else {DEFAULT_TASK},"
         " which needs no download",
         lambda at, given: at.spec.name,
     )
     task_told: str = derived(lambda at: at.told, compare=False)
-    ckpt_dir: str = option(
-        "path",
-        _WEIGHTS,
-        "DIR",
-        "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B",
-        lambda at, given: check_ckpt_dir(at.spec, given),
+    ckpt_dir: str = _weights(
+        "path", "checkpoint folder, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B", check_ckpt_dir, value="DIR"
     )
     ckpt_option: str | None = derived(lambda at: absolute(at.get["ckpt_dir"]))
     checkpoint: Any = derived(lambda at: None, compare=False, repr=False)
@@ -102,137 +101,93 @@ class LoadOptions:
     t5: str | None = _part("t5", "take the text encoder from this file")
     clip: str | None = _part("clip", "take the image encoder from this file")
     wav2vec: str | None = _part("wav2vec", "take the audio encoder from this file or folder")
-    tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", "DIR")
-    gguf_mode: str = option(
+    tokenizer: str | None = _part("tokenizer", "take the tokenizer from this folder", value="DIR")
+    gguf_mode: str = _weights(
         "name",
-        _WEIGHTS,
-        "NAME",
         "quantised weights: resident (dequantised once), stream (at each use, in little memory) or auto (default:"
         " resident where the memory is free)",
         lambda at, given: choice(given, "auto", "gguf_mode", GGUF_MODES),
     )
-    device: str = option(
+    device: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         "auto (default), cpu, cuda, cuda:N or mps",
         lambda at, given: check_device_name(given, ranks=at.world_size),
     )
-    dtype: str = option(
+    dtype: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         f"compute type: {', '.join(DTYPE_NAMES)}; auto is the task's, usually bf16, or on a CPU without units for bf16"
         " mixed: weights in bf16, products in fp32",
-        lambda at, given: check_dtype(at.spec, given, at.get["convert_model_dtype"])[0],
+        lambda at, given: check_dtype(at)[0],
     )
-    auto_dtype: bool = derived(
-        lambda at: check_dtype(at.spec, at.get["dtype"], at.get["convert_model_dtype"])[1], compare=False
-    )
-    t5_dtype: str = option(
+    auto_dtype: bool = derived(lambda at: check_dtype(at)[1], compare=False)
+    t5_dtype: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         f"compute type of the text encoder: {', '.join(T5_DTYPE_NAMES)}; auto is the task's, whatever --dtype is",
-        lambda at, given: check_t5_dtype(at.spec, given)[0],
+        lambda at, given: check_t5_dtype(at)[0],
     )
-    auto_t5_dtype: bool = derived(lambda at: check_t5_dtype(at.spec, at.get["t5_dtype"])[1], compare=False)
-    vae_dtype: str = option(
+    auto_t5_dtype: bool = derived(lambda at: check_t5_dtype(at)[1], compare=False)
+    vae_dtype: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         f"compute type of the VAE: {', '.join(VAE_DTYPE_NAMES)}; default fp32",
         lambda at, given: choice(given, "fp32", "vae_dtype", VAE_DTYPE_NAMES),
     )
-    attention: str = option(
+    attention: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         f"attention back end: auto (default: by the GPU, type and packages), {', '.join(BACK_END_NAMES)}; several with"
         " commas between them: the first that can be used",
-        lambda at, given: check_attention(or_default(given, AUTO)),
+        check_attention,
     )
-    matmul: str = option(
+    matmul: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         "how fp8 and int8 weights of the DiT, a scale a row, are multiplied: bf16 (default: dequantised), fp8, int8"
         " (activations are rounded too, by a CUDA device) or auto (so where that was measured to be faster)",
         check_matmul,
     )
-    offload: str = option(
+    offload: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         "none: all models stay on the device; model: each is released after its stage; block, phase: and the DiT's"
         " blocks, or the three parts of each, come as they are used; auto: the fastest of the last three that fits",
-        lambda at, given: check_offload(at.get, at.world_size),
+        check_offload,
         stored=False,
     )
     may_offload: bool = derived(
         lambda at: at.world_size > 1 and at.get["offload"] is None and at.get["offload_model"] is None
     )
-    residency: str = option(
+    residency: str = _machine(
         "name",
-        _MACHINE,
-        "NAME",
         "which models stay between their uses: stage (as little memory as the plan needs), keep (as many as memory"
         " allows) or auto: keep, but stage for the one video of a command line",
         lambda at, given: choice(given, "auto", "residency", RESIDENCY_NAMES),
         stored=False,
     )
-    resident_blocks: int | None = option(
-        "number",
-        _MACHINE,
-        "N",
+    resident_blocks: int | None = _machine(
+        "whole",
         "blocks that stay on the device with block and phase; default auto",
-        lambda at, given: check_resident_blocks(at.spec, at.get),
+        check_resident_blocks,
         stored=False,
     )
     t5_offload: bool | None = _released("the text encoder")
     clip_offload: bool | None = _released("the image encoder", _clip_offload)
     vae_offload: bool | None = _released("the VAE")
-    t5_cpu: bool = _flag("run the text encoder on the CPU", _MACHINE)
-    vram_bytes: int | None = option(
-        "number",
-        _MACHINE,
-        "X",
-        "GPU memory that the plan may use, in GB; default: what is free",
-        lambda at, given: check_budget(given, "vram_gb"),
-        stored=False,
-        flag="vram_gb",
-    )
-    ram_bytes: int | None = option(
-        "number",
-        _MACHINE,
-        "X",
-        "memory of the machine that it may use, in GB; default: what is free",
-        lambda at, given: check_budget(given, "ram_gb"),
-        stored=False,
-        flag="ram_gb",
-    )
-    ulysses_size: int | None = option(
-        "number", _RANKS, "N", "share tokens and heads among N (default: all processes that are left)", stored=False
-    )
-    ring_size: int | None = option(
-        "number", _RANKS, "N", "share tokens among N groups, keys and values going round; default 1", stored=False
-    )
-    cfg_parallel: bool = _flag("the two branches of guidance on half of them each", _RANKS)
+    t5_cpu: bool = _machine("flag", "run the text encoder on the CPU", is_given)
+    vram_bytes: int | None = _budget("vram_gb", "GPU memory that the plan may use")
+    ram_bytes: int | None = _budget("ram_gb", "memory of the machine that it may use")
+    ulysses_size: int | None = _ranks("whole", "share tokens and heads among N (default: all processes that are left)")
+    ring_size: int | None = _ranks("whole", "share tokens among N groups, keys and values going round; default 1")
+    cfg_parallel: bool = _ranks("flag", "the two branches of guidance on half of them each", is_given)
     grid: Grid = derived(lambda at: make_grid(at.get, at.world_size))
-    dit_fsdp: bool = _flag("share the weights of the DiT out among all (FSDP)", _RANKS)
-    t5_fsdp: bool = _flag("share the weights of the text encoder out among all", _RANKS)
-    dist_timeout: int = option(
+    dit_fsdp: bool = _ranks("flag", "share the weights of the DiT out among all (FSDP)", is_given)
+    t5_fsdp: bool = _ranks("flag", "share the weights of the text encoder out among all", is_given)
+    dist_timeout: int = _ranks(
         "number",
-        _RANKS,
-        "S",
         "give up when a process has not answered for S seconds; default 600",
         lambda at, given: whole(given, 600, "dist_timeout", 1, 86_400),
-        stored=False,
+        value="S",
     )
 
     OTHERS: ClassVar[dict[str, Option]] = {
         **{
-            flag: Option("path", f"the same as --{part}, for a GGUF file", _WEIGHTS, "FILE", stored=False)
+            flag: Option("path", f"the same as --{part}, for a GGUF file", _WEIGHTS, stored=False)
             for flag, part in GGUF_FLAGS.items()
         },
         "convert_model_dtype": Option("flag", "the same as --dtype bf16", _MACHINE, stored=False),
@@ -250,14 +205,7 @@ class LoadOptions:
         return {part: path for part in FILE_FLAGS if (path := getattr(self, part))}
 
 
-_NO_WISH = {
-    "gguf_mode": "auto",
-    "device": "auto",
-    "offload": "auto",
-    "residency": "auto",
-    "attention": AUTO,
-    "matmul": "auto",
-}  # beside None: left to whoever loads
+_MAY_BE_AUTO = ("gguf_mode", "device", "offload", "residency", "attention", "matmul")  # left to whoever loads
 
 
 def check_built(wanted: LoadOptions, has: LoadOptions) -> None:
@@ -265,7 +213,8 @@ def check_built(wanted: LoadOptions, has: LoadOptions) -> None:
     component takes the one there is."""
     for one in fields(LoadOptions):
         asked, there = getattr(wanted, one.name), getattr(has, one.name)
-        is_open = asked is None or asked == _NO_WISH.get(one.name) or getattr(wanted, f"auto_{one.name}", False)
+        is_auto = (asked == AUTO and one.name in _MAY_BE_AUTO) or getattr(wanted, f"auto_{one.name}", False)
+        is_open = asked is None or is_auto
         if one.compare and asked != there and not is_open and one.name not in ("may_offload", "ckpt_option"):
             told = "that of the checkpoint" if there is None else there
             raise UsageError(

@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from easydict import EasyDict
-
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
 from wan.cache.options import check_coefficients, check_options
 from wan.conditioning.sizes import latent_shape
@@ -61,25 +59,24 @@ def check_grid(at: Asked, is_guided: bool) -> None:
         at.warnings.append(f"{heads}: {idle} of these processes have no attention to do; {helps}")
 
 
-def check_offload(get: Mapping[str, Any], world_size: int) -> str:
-    name, releases = get["offload"], get["offload_model"]
+def check_offload(at: Asked, name: str | None) -> str:
+    releases = at.get["offload_model"]
     if name is None:
-        return "auto" if or_default(releases, world_size == 1) else "none"  # the official code's defaults
+        return "auto" if or_default(releases, at.world_size == 1) else "none"  # the official code's defaults
     name = choice(name, "auto", "offload", OFFLOAD_NAMES)
     if releases is not None and releases != (name != "none"):
         raise UsageError(f"--offload_model {str(releases).lower()} contradicts --offload {name}; give one")
-    if get["dit_fsdp"] and name in ("block", "phase"):
+    if at.get["dit_fsdp"] and name in ("block", "phase"):
         raise UsageError(f"--dit_fsdp shares the weights out, and --offload {name} streams them: give one of the two")
     return name
 
 
-def check_resident_blocks(spec: EasyDict, get: Mapping[str, Any]) -> int | None:
-    value = get["resident_blocks"]
+def check_resident_blocks(at: Asked, value: Any) -> int | None:
     if value in (None, "auto"):
         return None
-    if get["offload"] not in ("block", "phase"):
+    if at.get["offload"] not in ("block", "phase"):
         raise UsageError("--resident_blocks is for --offload block and phase")
-    return whole(value, 0, "resident_blocks", 0, spec.dit.num_layers)
+    return whole(value, 0, "resident_blocks", 0, at.spec.dit.num_layers)
 
 
 def check_budget(value: Any, flag: str) -> int | None:
@@ -114,26 +111,27 @@ def check_device(name: str, flag: str = "device") -> str:
     return name
 
 
-def check_dtype(spec: EasyDict, value: Any, convert: bool | None) -> tuple[str, bool]:
+def check_dtype(at: Asked) -> tuple[str, bool]:
     """The type asked for, and whether the plan may take another: "auto" is the task's own, or else bf16 for now."""
-    dtype = choice(value, "auto", "dtype", DTYPE_NAMES)
+    dtype, convert = choice(at.get["dtype"], "auto", "dtype", DTYPE_NAMES), at.get["convert_model_dtype"]
     if convert and dtype not in ("auto", "bf16"):
         raise UsageError(f"--convert_model_dtype casts the weights to bf16, which contradicts --dtype {dtype}")
     if dtype != "auto" or convert:
         return "bf16" if convert else dtype, False
-    return spec.get("dtype", "bf16"), "dtype" not in spec
+    return at.spec.get("dtype", "bf16"), "dtype" not in at.spec
 
 
-def check_t5_dtype(spec: EasyDict, value: Any) -> tuple[str, bool]:
+def check_t5_dtype(at: Asked) -> tuple[str, bool]:
     """The text encoder's type, and whether the plan may take another. "auto" is the task's own, or else bf16, whatever
     the DiT's is: fp32 takes 22 GB for UMT5-XXL, whose weights are released in bf16, and fp16 cannot hold its
     activations."""
-    dtype = choice(value, "auto", "t5_dtype", T5_DTYPE_NAMES)
-    return (spec.get("dtype", "bf16"), "dtype" not in spec) if dtype == "auto" else (dtype, False)
+    dtype = choice(at.get["t5_dtype"], "auto", "t5_dtype", T5_DTYPE_NAMES)
+    return (at.spec.get("dtype", "bf16"), "dtype" not in at.spec) if dtype == "auto" else (dtype, False)
 
 
-def check_attention(asked: str) -> str:
-    """asked: names with commas between them, of which the first that can be used is."""
+def check_attention(at: Asked, given: str | None) -> str:
+    """Names with commas between them, of which the first that can be used is."""
+    asked = or_default(given, AUTO)
     for name in split_names(asked):
         if name not in ATTENTION_NAMES:
             known = f"{AUTO}, {', '.join(BACK_END_NAMES)}"
@@ -156,9 +154,10 @@ def check_matmul(at: Asked, given: Any) -> str:
     return name
 
 
-def check_tile(value: Any, stride: int) -> int | None:
+def check_tile(at: Asked, value: Any) -> int | None:
     if value is None:
         return None
+    stride = at.spec.vae_stride[1]
     tile = whole(value, 0, "vae_tile_px", 0, 100_000)
     if tile and (tile % stride or tile < 8 * stride):
         raise UsageError(

@@ -17,6 +17,7 @@ MATMUL_NAMES = ("bf16", "fp8", "int8", "auto")
 MAX_STRENGTH = 1000  # of a LoRA; usual ones are below 2, those of sliders below 20
 LoraChoice = tuple[tuple[str, float], ...]  # (absolute path, strength) each
 MAX_CHARS = {"text": 10_000, "name": 200, "path": 4_096}  # by kind; of a prompt models read 512 tokens at most
+FILE_KINDS = ("picture", "pictures", "file")  # of options that name inputs
 MAX_PICTURES = 100  # of one option
 MAX_TEXTS = 1000
 MAX_SEED = 2**63 - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from wan.errors import UsageError
@@ -39,44 +40,35 @@ def _trace(at: Asked, given: Any) -> str | None:
     return given
 
 
+_output = partial(option, "output", stored=False)
+
+
 @dataclass(frozen=True)
 class Output:
     """save_file: absolute path of the mp4 or PNG; preview: of the PNG or GIF that shows how it goes on, or None;
     cache_trace: path of what the cache decided, or None."""
 
     save_file: str = option(
-        "path",
         "what to make",
-        "FILE",
+        "path",
         ".mp4, or .png for one frame; default: a new name in this folder",
         _save_file,
         stored=False,
     )
 
-    preview: str | None = option(
+    preview: str | None = _output(
         "path",
-        "output",
-        "FILE",
         "while it is made, show what it becomes: .png (its middle frame) or .gif, written anew every few steps",
         _preview,
-        stored=False,
     )
-    preview_every: int = option(
-        "number",
-        "output",
-        "N",
+    preview_every: int = _output(
+        "whole",
         "steps from preview to preview; default 5",
         lambda at, given: whole(given, 5, "preview_every", 1, MAX_STEPS),
-        stored=False,
     )
 
-    cache_trace: str | None = option(
-        "path",
-        "output",
-        "FILE",
-        "write every decision of the cache to this file, for python -m wan.cache.report",
-        _trace,
-        stored=False,
+    cache_trace: str | None = _output(
+        "path", "write every decision of the cache to this file, for python -m wan.cache.report", _trace
     )
 
     OTHERS: ClassVar[dict[str, Option]] = {}

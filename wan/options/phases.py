@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from wan.errors import UsageError
 from wan.options.names import LORA_FLAGS, MAX_STEPS, MAX_STRENGTH, SOLVER_NAMES, LoraChoice
+from wan.options.schema import Asked
 from wan.options.values import choice, number, shown, whole
 
 KEYS = ("steps", "guide", "lora", "solver", "expert")
@@ -63,13 +64,13 @@ def _value(key: str, value: str) -> Any:
     return choice(value, "", flag, SOLVER_NAMES if key == "solver" else EXPERTS)
 
 
-def check_phases(spec: Any, text: str | None) -> str | None:
+def check_phases(at: Asked, text: str | None) -> str | None:
     """The text of --phases. Raises UsageError for one that says nothing, or what the task has not."""
     if text is None:
         return None
     phases = parse_phases(text)
-    if any("expert" in phase for phase in phases) and "experts" not in spec:
-        raise UsageError(f"--phases: expert is for tasks with two experts; {spec.name} has one")
+    if any("expert" in phase for phase in phases) and "experts" not in at.spec:
+        raise UsageError(f"--phases: expert is for tasks with two experts; {at.spec.name} has one")
     return text.strip()
 
 

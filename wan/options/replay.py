@@ -22,11 +22,7 @@ _NETWORK = ("//", "\\\\")  # where Windows asks another machine
 
 
 def replay_options(
-    settings: Mapping[str, Any],
-    given: Mapping[str, Any],
-    *,
-    files: bool = False,
-    warnings: list[str] | None = None,
+    settings: Mapping[str, Any], given: Mapping[str, Any], *, files: bool = False, warnings: list[str] | None = None
 ) -> dict[str, Any]:
     """Options of a stored run, overridden by those `given` now (not None).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from wan.cache.options import OPTIONS as CACHE_OPTIONS
@@ -26,13 +27,14 @@ from wan.options.sampling import (
     check_step_list,
     check_steps,
 )
-from wan.options.schema import Asked, Option, derived, option
+from wan.options.schema import Asked, Option, derived, is_given, option
 from wan.options.values import choice, number, or_default, whole
 from wan.tasks import preset_names
 from wan.tasks.kinds import kind_of
 
 _WHAT, _SAMPLING, _WEIGHTS = "what to make", "sampling (defaults: the task's official ones)", "weights"
-_EXTEND = "longer prompts"
+_what, _sampling, _weights, _machine = (partial(option, one) for one in (_WHAT, _SAMPLING, _WEIGHTS, "machine"))
+_extending = partial(option, "longer prompts", stored=False)
 _CACHE = "cache: skip what changes little from step to step"
 
 
@@ -41,15 +43,14 @@ def _cache(at: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
     return at.once("cache and coefficients", lambda: check_cache(at, steps, area, bool(inputs_of(at))))
 
 
-def _input(name: str, kind: str, help: str, value: str) -> Any:
+def _input(name: str, kind: str, help: str, **more: Any) -> Any:
     """A field that the kind of task has read."""
-    return option(kind, _WHAT, value, help, lambda at, given: input_of(at, name))
+    return _what(kind, help, lambda at, given: input_of(at, name), **more)
 
 
-def _extend(name: str, kind: str, value: str, help: str) -> Any:
+def _extend(name: str, kind: str, help: str, **more: Any) -> Any:
     """A field of --prompt_extend_NAME."""
-    check = lambda at, given: check_extend(at, name, given)  # noqa: E731
-    return option(kind, _EXTEND, value, help, check, stored=False)
+    return _extending(kind, help, lambda at, given: check_extend(at, name, given), **more)
 
 
 def _context_scale(at: Asked, given: Any) -> float | None:
@@ -124,7 +125,7 @@ def _loras(at: Asked, given: Any) -> LoraChoice:
 def _lora(flag: str, what: str) -> Any:
     help = f"a LoRA for {what}, of strength X; may be repeated"
     check = _loras if flag == "lora" else lambda at, given: check_lora(at.spec, flag, given)
-    return option("loras", _WEIGHTS, "FILE[:X]", help, check)
+    return _weights("loras", help, check)
 
 
 @dataclass(frozen=True)
@@ -150,263 +151,167 @@ class Sample:
     cache:          options of the cache by their flags, {} for none; coefficients: what its policy needs
     """
 
-    prompt: str = option(
-        "text", _WHAT, "TEXT", "what the video shows", lambda at, given: check_prompt(at.spec, at.get["prompts"], given)
+    prompt: str = _what("text", "what the video shows", check_prompt)
+    prompts: tuple[str, ...] = _what(
+        "texts", "of a film of several clips: a prompt a line, one for each clip; the last one stays", _prompts
     )
-    prompts: tuple[str, ...] = option(
-        "texts",
-        _WHAT,
-        "FILE",
-        "of a film of several clips: a prompt a line, one for each clip; the last one stays",
-        _prompts,
-    )
-    use_prompt_extend: bool = option(
+    use_prompt_extend: bool = _extending(
         "flag",
-        _EXTEND,
-        "",
         "let a language model write a longer prompt, which is shown and stored; where that fails, the prompt stays",
-        lambda at, given: bool(given),
-        stored=False,
+        is_given,
     )
     prompt_extend_method: str | None = _extend(
-        "method", "name", "NAME", "local (default; a chat model of transformers) or api (a service like OpenAI's)"
+        "method", "name", "local (default; a chat model of transformers) or api (a service like OpenAI's)"
     )
     prompt_extend_model: str | None = _extend(
-        "model",
-        "path",
-        "NAME",
-        "folder or hub id, default Qwen/Qwen2.5-3B-Instruct; a service's name for it",
+        "model", "path", "folder or hub id, default Qwen/Qwen2.5-3B-Instruct; a service's name for it", value="NAME"
     )
     prompt_extend_target_lang: str | None = _extend(
-        "target_lang", "name", "NAME", "language of the longer prompt: zh (default) or en"
+        "target_lang", "name", "language of the longer prompt: zh (default) or en"
     )
     prompt_extend_url: str | None = _extend(
-        "url",
-        "path",
-        "URL",
-        "the service; default $OPENAI_BASE_URL, else OpenAI's; $OPENAI_API_KEY is the key",
+        "url", "path", "the service; default $OPENAI_BASE_URL, else OpenAI's; $OPENAI_API_KEY is the key", value="URL"
     )
     extended_from: tuple[str, ...] = derived(lambda at: ())
-    negative_prompt: str = option(
+    negative_prompt: str = _what(
         "text",
-        _WHAT,
-        "TEXT",
         "what it must not show; default: the task's official text",
         lambda at, given: or_default(given, at.spec.negative_prompt),
     )
-    image: str | None = option(
-        "picture", _WHAT, "FILE", "image to start from (i2v, flf2v, ti2v)", lambda at, given: input_of(at, "image")
-    )
+    image: str | None = _input("image", "picture", "image to start from (i2v, flf2v, ti2v)")
     image_option: str | None = derived(lambda at: given_pictures(at).get("image"))
-    last_frame: str | None = option(
-        "picture",
-        _WHAT,
-        "FILE",
-        "last frame (flf2v, vace, i2v-A14B)",
-        lambda at, given: input_of(at, "last_frame"),
-    )
-    video: Any = _input("video", "picture", "video, or picture, to make anew: see --strength (t2v, i2v, ti2v)", "FILE")
+    last_frame: str | None = _input("last_frame", "picture", "last frame (flf2v, vace, i2v-A14B)")
+    video: Any = _input("video", "picture", "video, or picture, to make anew: see --strength (t2v, i2v, ti2v)")
     continue_from: Any = _input(
-        "continue_from", "file", "video whose last frames the first clip begins with (i2v, ti2v, vace)", "FILE"
+        "continue_from", "file", "video whose last frames the first clip begins with (i2v, ti2v, vace)"
     )
-    src_video: Any = _input(
-        "src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)", "FILE"
-    )
+    src_video: Any = _input("src_video", "picture", "video, or picture, that steers, or is made anew in part (vace)")
     src_mask: Any = _input(
         "src_mask",
         "picture",
         "mask of it, as video or picture: white is made anew, black stays (vace); video that is white where the"
         " character is (animate)",
-        "FILE",
     )
-    src_ref_images: tuple[Any, ...] = option(
+    src_ref_images: tuple[Any, ...] = _what(
         "pictures",
-        _WHAT,
-        "FILE,FILE,...",
         "pictures of what the video shows (vace)",
         lambda at, given: tuple(input_of(at, "src_ref_images") or ()),
     )
-    context_scale: float | None = option(
-        "number",
-        _WHAT,
-        "X",
-        "how much these count; default 1 (vace)",
-        _context_scale,
-    )
-    inpaint: Any = _input(
-        "inpaint", "picture", "as --src_mask, but what --src_video shows there is left out (vace)", "FILE"
-    )
+    context_scale: float | None = _what("number", "how much these count; default 1 (vace)", _context_scale)
+    inpaint: Any = _input("inpaint", "picture", "as --src_mask, but what --src_video shows there is left out (vace)")
     outpaint: tuple[int, ...] | None = _input(
-        "outpaint", "numbers", "pixels to add around --src_video (vace)", "L,T,R,B"
+        "outpaint", "numbers", "pixels to add around --src_video (vace)", value="L,T,R,B"
     )
-    extend: Any = _input(
-        "extend", "picture", "clip, or picture, that the video begins with; see --last_frame (vace)", "FILE"
-    )
-    audio: str | None = option("file", _WHAT, "FILE", "speech or song, of any format that FFmpeg reads (s2v)", _audio)
+    extend: Any = _input("extend", "picture", "clip, or picture, that the video begins with; see --last_frame (vace)")
+    audio: str | None = _what("file", "speech or song, of any format that FFmpeg reads (s2v)", _audio)
     audio_samples: int | None = derived(lambda at: getattr(inputs_of(at).get("audio"), "samples", None))
-    audio_sync: str | None = option(
+    audio_sync: str | None = _what(
         "name",
-        _WHAT,
-        "NAME",
         "exact (default): heard when it is spoken; official: begins with the film, 3 frames late (s2v)",
         _audio_sync,
     )
-    pose_video: Any = _input("pose_video", "file", "video of poses that it moves by (s2v)", "FILE")
-    num_clip: int | None = option(
-        "number", _WHAT, "N", "clips to make; default, and at most: as many as --audio needs (s2v)", _num_clip
+    pose_video: Any = _input("pose_video", "file", "video of poses that it moves by (s2v)")
+    num_clip: int | None = _what(
+        "whole", "clips to make; default, and at most: as many as --audio needs (s2v)", _num_clip
     )
-    infer_frames: int | None = _input("infer_frames", "number", "frames of a clip, 4n; default 80 (s2v)", "N")
-    start_from_ref: bool | None = _input("start_from_ref", "flag", "begin with --image itself (s2v)", "")
-    src_pose: Any = _input("src_pose", "picture", "video of poses, which has the size of the result (animate)", "FILE")
-    src_face: Any = _input("src_face", "picture", "video of the face alone, 512x512 (animate)", "FILE")
-    src_ref: Any = _input("src_ref", "picture", "picture of the character (animate)", "FILE")
-    replace_flag: bool | None = option(
-        "flag",
-        _WHAT,
-        "",
-        "the character takes the place of another one: needs a background and a mask (animate)",
-        lambda at, given: input_of(at, "replace_flag"),
+    infer_frames: int | None = _input("infer_frames", "whole", "frames of a clip, 4n; default 80 (s2v)")
+    start_from_ref: bool | None = _input("start_from_ref", "flag", "begin with --image itself (s2v)")
+    src_pose: Any = _input("src_pose", "picture", "video of poses, which has the size of the result (animate)")
+    src_face: Any = _input("src_face", "picture", "video of the face alone, 512x512 (animate)")
+    src_ref: Any = _input("src_ref", "picture", "picture of the character (animate)")
+    replace_flag: bool | None = _input(
+        "replace_flag", "flag", "the character takes the place of another one: needs a background and a mask (animate)"
     )
-    src_bg: Any = _input("src_bg", "picture", "video without that one, black in its place (animate)", "FILE")
+    src_bg: Any = _input("src_bg", "picture", "video without that one, black in its place (animate)")
     refert_num: int | None = _input(
-        "refert_num", "number", "frames that each clip has of the one before, 1 (default) or 5 (animate)", "N"
+        "refert_num", "whole", "frames that each clip has of the one before, 1 (default) or 5 (animate)"
     )
-    size: str = option(
+    size: str = _what(
         "name",
-        _WHAT,
-        "W*H",
         "pixels, as 832*480 or 832x480; with an image its area, in the image's aspect ratio",
         lambda at, given: check_shape(at)[0],
+        value="W*H",
     )
     width: int = derived(lambda at: check_shape(at)[1])
     height: int = derived(lambda at: check_shape(at)[2])
-    frame_num: int = option(
-        "number", _WHAT, "N", "frames, 4n+1; those of a clip (animate)", lambda at, given: check_shape(at)[3]
-    )
+    frame_num: int = _what("whole", "frames, 4n+1; those of a clip (animate)", lambda at, given: check_shape(at)[3])
     film_frames: int | None = derived(lambda at: kind_of(at.spec).film_frames(inputs_of(at)))
-    overlap: int | None = option(
-        "number", _WHAT, "N", "frames, 4n+1, that a clip which goes on has of the film before; default 1 or 5", _overlap
+    overlap: int | None = _what(
+        "whole", "frames, 4n+1, that a clip which goes on has of the film before; default 1 or 5", _overlap
     )
-    trim_first_frames: int = option(
-        "number",
-        _WHAT,
-        "N",
+    trim_first_frames: int = _what(
+        "whole",
         "leave out the first N frames, which distilled models can spoil",
         lambda at, given: whole(given, 0, "trim_first_frames", 0, at.done["frame_num"] - 1),
     )
-    fps: int = option(
-        "number",
-        _WHAT,
-        "N",
-        "frames per second of the file",
-        lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240),
+    fps: int = _what(
+        "whole", "frames per second of the file", lambda at, given: whole(given, at.spec.sampling.fps, "fps", 1, 240)
     )
-    seed: int = option(
-        "number",
-        _WHAT,
-        "N",
-        "default -1: random, and printed",
-        lambda at, given: check_seed(given),
-        spelled=("base_seed",),
-    )
-    solver: str = option(
+    seed: int = _what("whole", "default -1: random, and printed", check_seed, spelled=("base_seed",))
+    solver: str = _sampling(
         "name",
-        _SAMPLING,
-        "NAME",
         f"one of: {', '.join(SOLVER_NAMES)}",
         lambda at, given: choice(given, at.spec.sampling.solver, "sample_solver", SOLVER_NAMES),
         flag="sample_solver",
     )
-    denoising_step_list: tuple[float, ...] | None = option(
-        "numbers",
-        _SAMPLING,
-        "T,T,...",
-        "timesteps of a step-distilled model, as 1000,750,500,250",
-        lambda at, given: check_step_list(given, at.get["sigmas"]),
+    denoising_step_list: tuple[float, ...] | None = _sampling(
+        "numbers", "timesteps of a step-distilled model, as 1000,750,500,250", check_step_list, value="T,T,..."
     )
-    sigmas: tuple[float, ...] | None = option(
-        "numbers",
-        _SAMPLING,
-        "X,X,...",
-        "noise level of each step as it is, without a shift, as 1,0.757,0.522",
-        lambda at, given: check_sigmas(given),
+    sigmas: tuple[float, ...] | None = _sampling(
+        "numbers", "noise level of each step as it is, without a shift, as 1,0.757,0.522", check_sigmas
     )
-    phases: str | None = option(
+    phases: str | None = _sampling(
         "text",
-        _SAMPLING,
-        "TEXT",
         "parts of the steps with guidance, LoRAs, solver and expert of their own, as"
         ' "steps=2,guide=3.5,lora=0 | steps=4,guide=1"',
-        lambda at, given: check_phases(at.spec, given),
+        check_phases,
     )
-    sigma_max: float | None = option(
-        "number", _SAMPLING, "X", "noise that rcm begins with, beside data of 1; default 80", check_sigma_max
+    sigma_max: float | None = _sampling(
+        "number", "noise that rcm begins with, beside data of 1; default 80", check_sigma_max
     )
-    steps: int = option("number", _SAMPLING, "N", "number of steps", check_steps, flag="sample_steps")
-    strength: float | None = option(
+    steps: int = _sampling("whole", "number of steps", check_steps, flag="sample_steps")
+    strength: float | None = _sampling(
         "number",
-        _SAMPLING,
-        "X",
         "how much --video changes: the part of the steps that is made, above 0 and at most 1; default 0.8",
         _strength,
     )
     first_step: int = derived(_first_step)
-    shift: float | None = option(
-        "number",
-        _SAMPLING,
-        "X",
-        "shift of the noise schedule",
-        check_shift,
-        flag="sample_shift",
-    )
-    guide_scale: tuple[float, float] = option(
+    shift: float | None = _sampling("number", "shift of the noise schedule", check_shift, flag="sample_shift")
+    guide_scale: tuple[float, float] = _sampling(
         "numbers",
-        _SAMPLING,
-        "X",
         "guidance; LOW,HIGH for the two experts of A14B tasks; 1 turns it off",
-        lambda at, given: check_guide_scale(at.spec, given),
+        check_guide_scale,
+        value="X",
         flag="sample_guide_scale",
     )
-    boundary: float | None = option(
-        "number",
-        _SAMPLING,
-        "X",
-        "noise level, 0 to 1, below which the low-noise expert works; default: the task's",
-        lambda at, given: check_boundary(at.spec, given, at.get["boundary_step_index"], at.done["phases"]),
+    boundary: float | None = _sampling(
+        "number", "noise level, 0 to 1, below which the low-noise expert works; default: the task's", check_boundary
     )
-    boundary_step_index: int | None = option(
-        "number",
-        _SAMPLING,
-        "N",
-        "first step of the low-noise expert; default: by the noise level",
-        lambda at, given: check_boundary_step(at.spec, given, at.done["steps"], at.done["phases"]),
+    boundary_step_index: int | None = _sampling(
+        "whole", "first step of the low-noise expert; default: by the noise level", check_boundary_step
     )
     lora: LoraChoice = _lora("lora", "the DiT")
     lora_high: LoraChoice = _lora("lora_high", "the high-noise expert alone")
     lora_low: LoraChoice = _lora("lora_low", "the low-noise expert alone")
-    vae_tile_px: int | None = option(
-        "number",
-        "machine",
-        "N",
-        "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits",
-        lambda at, given: check_tile(given, at.spec.vae_stride[1]),
+    vae_tile_px: int | None = _machine(
+        "whole", "decode in tiles of this many pixels; 0: whole frames; default: 0 if it fits", check_tile
     )
     cache: dict[str, Any] = derived(lambda at: _cache(at)[0])
     coefficients: dict[str, Any] = derived(lambda at: _cache(at)[1])
     image_sha256: dict[str, str] = derived(picture_hashes)
 
     OTHERS: ClassVar[dict[str, Option]] = {
-        "first_frame": Option("picture", "first frame (flf2v); the same as --image", _WHAT, "FILE", stored=False),
+        "first_frame": Option("picture", "first frame (flf2v); the same as --image", _WHAT, stored=False),
         "enable_tts": Option("flag", "not here: give a file of speech with --audio", _WHAT, stored=False),
         **{
-            name: Option("text", "as --enable_tts", _WHAT, "TEXT", stored=False)
+            name: Option("text", "as --enable_tts", _WHAT, stored=False)
             for name in ("tts_prompt_audio", "tts_prompt_text", "tts_text")
         },
         "src_root_path": Option(
             "path",
             "folder with src_pose.mp4, src_face.mp4 and src_ref.png, and src_bg.mp4 and src_mask.mp4 (animate)",
             _WHAT,
-            "DIR",
+            value="DIR",
             stored=False,
         ),
         "use_relighting_lora": Option(
@@ -416,11 +321,7 @@ class Sample:
             stored=False,
         ),
         "preset": Option(
-            "name",
-            f"settings of a kind of model, one of: {', '.join(preset_names())}",
-            _SAMPLING,
-            "NAME",
-            stored=False,
+            "name", f"settings of a kind of model, one of: {', '.join(preset_names())}", _SAMPLING, stored=False
         ),
         **{
             name: Option(one.kind, one.help, _CACHE, stored=name not in ("cache", "cache_quality"))

@@ -16,11 +16,12 @@ from wan.options.schema import Asked
 from wan.options.values import listed, number, or_default, shown, whole
 
 
-def check_prompt(spec: EasyDict, prompts: list[str] | None, prompt: str | None) -> str:
-    """prompts: those of the clips, of which the first one is told where one is."""
+def check_prompt(at: Asked, prompt: str | None) -> str:
+    """Of the prompts of several clips, the first."""
+    prompts = at.get["prompts"]
     if prompts and prompt is not None and prompt != prompts[0]:
         raise UsageError("--prompt and --prompts both say what is shown: give one")
-    prompt = prompts[0] if prompts else or_default(prompt, spec.get("prompt", ""))
+    prompt = prompts[0] if prompts else or_default(prompt, at.spec.get("prompt", ""))
     if not prompt.strip():
         raise UsageError("the prompt is empty: give --prompt TEXT")
     return prompt
@@ -35,7 +36,7 @@ def check_frame_num(spec: EasyDict, value: Any) -> int:
     return frame_num
 
 
-def check_seed(value: Any) -> int:
+def check_seed(at: Asked, value: Any) -> int:
     allowed = f"a whole number from 0 to {MAX_SEED}, or -1 for a random one"
     seed = number(or_default(value, -1), "seed", int, allowed, lambda n: -1 <= n <= MAX_SEED)
     return secrets.randbelow(2**32) if seed == -1 else seed
@@ -55,11 +56,11 @@ def check_shift(at: Asked, value: Any) -> float | None:
     return number(value, "sample_shift", float, "a number above 0", lambda n: 0 < n < math.inf)
 
 
-def check_guide_scale(spec: EasyDict, value: Any) -> tuple[float, float]:
-    value = or_default(value, spec.sampling.guide_scale)
+def check_guide_scale(at: Asked, value: Any) -> tuple[float, float]:
+    value, has_two = or_default(value, at.spec.sampling.guide_scale), "experts" in at.spec
     parts = listed(value)
-    if not 1 <= len(parts) <= 2 or (len(parts) == 2 and "experts" not in spec):
-        allowed = "one number, or LOW,HIGH" if "experts" in spec else "one number (this task has one expert)"
+    if not 1 <= len(parts) <= 2 or (len(parts) == 2 and not has_two):
+        allowed = "one number, or LOW,HIGH" if has_two else "one number (this task has one expert)"
         raise UsageError(f"--sample_guide_scale must be {allowed}, not {shown(value)}")
     allowed = "a number of at least 0"
     scales = [number(part, "sample_guide_scale", float, allowed, lambda n: 0 <= n < math.inf) for part in parts]
@@ -99,7 +100,7 @@ def check_steps(at: Asked, value: Any) -> int:
     return next(iter(told.values()), None) or whole(value, default, "sample_steps", 1, MAX_STEPS)
 
 
-def check_sigmas(value: Any) -> tuple[float, ...] | None:
+def check_sigmas(at: Asked, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
     allowed = "falling noise levels from at most 1 to above 0, such as 1,0.9375,0.8333,0.625; a 0 may follow"
@@ -112,10 +113,10 @@ def check_sigmas(value: Any) -> tuple[float, ...] | None:
     return tuple(sigmas)
 
 
-def check_step_list(value: Any, sigmas: Any) -> tuple[float, ...] | None:
+def check_step_list(at: Asked, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if sigmas is not None:
+    if at.get["sigmas"] is not None:
         raise UsageError("--sigmas and --denoising_step_list both list the steps: give one")
     allowed = "falling timesteps from at most 1000 to above 0, such as 1000,750,500,250"
     timesteps = [number(part, "denoising_step_list", float, allowed, lambda n: 0 < n <= 1000) for part in listed(value)]
@@ -125,26 +126,26 @@ def check_step_list(value: Any, sigmas: Any) -> tuple[float, ...] | None:
     return tuple(timesteps)
 
 
-def check_boundary(spec: EasyDict, value: Any, step: Any, phases: str | None) -> float | None:
-    """step: --boundary_step_index, which says the same in another way, as --phases may."""
+def check_boundary(at: Asked, value: Any) -> float | None:
+    """--boundary_step_index says the same in another way, as --phases may."""
     if value is None:
         return None
-    if "experts" not in spec:
-        raise UsageError(f"--boundary is for tasks with two experts; {spec.name} has one")
-    if step is not None:
+    if "experts" not in at.spec:
+        raise UsageError(f"--boundary is for tasks with two experts; {at.spec.name} has one")
+    if at.get["boundary_step_index"] is not None:
         raise UsageError("--boundary and --boundary_step_index both say where the low-noise expert begins: give one")
-    if phases and first_low_step(phases) is not None:
+    if at.done["phases"] and first_low_step(at.done["phases"]) is not None:
         raise UsageError("--boundary and --phases both say where the low-noise expert begins: give one")
     return number(value, "boundary", float, "a noise level from 0 to 1", lambda n: 0 <= n <= 1)
 
 
-def check_boundary_step(spec: EasyDict, value: Any, steps: int, phases: str | None) -> int | None:
-    told = first_low_step(phases) if phases else None
+def check_boundary_step(at: Asked, value: Any) -> int | None:
+    told = first_low_step(at.done["phases"]) if at.done["phases"] else None
     if value is None:
         return told
-    if "experts" not in spec:
-        raise UsageError(f"--boundary_step_index is for tasks with two experts; {spec.name} has one")
-    index = whole(value, 0, "boundary_step_index", 0, steps)
+    if "experts" not in at.spec:
+        raise UsageError(f"--boundary_step_index is for tasks with two experts; {at.spec.name} has one")
+    index = whole(value, 0, "boundary_step_index", 0, at.done["steps"])
     if told is not None and told != index:
         raise UsageError(f"--boundary_step_index {index} contradicts --phases, whose low-noise expert begins at {told}")
     return index

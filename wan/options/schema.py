@@ -40,10 +40,18 @@ class Asked:
 Check = Callable[[Asked, Any], Any]  # (what is checked, the value given or None) -> the value of the field
 
 
+# What --help calls a value, by its kind.
+VALUES = {
+    **dict.fromkeys(("texts", "path", "file", "picture"), "FILE"),
+    **{"text": "TEXT", "name": "NAME", "pictures": "FILE,FILE,...", "loras": "FILE[:X]"},
+    **{"bool": "BOOL", "whole": "N", "number": "X", "numbers": "X,X,..."},
+}
+
+
 @dataclass(frozen=True)
 class Option:
-    """A flag. kind: see `values.of_kind`; value: what --help calls it; stored: whether a video stores it; spelled:
-    other spellings on the command line; flag: its name, where that is not the field's."""
+    """A flag. kind: see `values.of_kind`; value: what --help calls its value, "": as `VALUES` has it; stored: whether a
+    video stores it; spelled: other spellings on the command line; flag: its name, where that is not the field's."""
 
     kind: str
     help: str
@@ -54,9 +62,14 @@ class Option:
     flag: str = ""
 
 
-def option(kind: str, group: str, value: str, help: str, check: Check = lambda at, given: given, **more: Any) -> Any:
+def option(group: str, kind: str, help: str, check: Check = lambda at, given: given, **more: Any) -> Any:
     """A field that a flag sets, see Option. check: also fills in the default, and raises UsageError."""
-    return field(metadata={"option": Option(kind, help, group, value, **more), "check": check})
+    return field(metadata={"option": Option(kind, help, group, **more), "check": check})
+
+
+def is_given(at: Asked, given: Any) -> bool:
+    """The check of a flag without a value."""
+    return bool(given)
 
 
 def derived(check: Callable[[Asked], Any], **of_field: Any) -> Any:

@@ -211,45 +211,40 @@ def _changes(load: Workload, machine: Machine) -> Iterator[Change]:
         return Change(what, group, lambda one: one.changed(**fields))
 
     request, spec = load.request, load.spec
-    if request.load.dtype == "fp32" and spec.get("dtype", "bf16") == "bf16":
+    options, sample = request.load, request.sample
+    if options.dtype == "fp32" and spec.get("dtype", "bf16") == "bf16":
         yield change("--dtype bf16", "dtype", dtype="bf16")
-    if request.load.resident_blocks:
+    if options.resident_blocks:
         yield change("--resident_blocks auto", "offload", resident_blocks=None)
     ways = ("none", "model", "block", "phase")
-    if request.load.offload in ways and not request.load.may_offload:
-        allowed = ways if machine.device != "mps" and not request.load.dit_fsdp else ways[:2]
-        for name in allowed[ways.index(request.load.offload) + 1 :]:
+    if options.offload in ways and not options.may_offload:
+        allowed = ways if machine.device != "mps" and not options.dit_fsdp else ways[:2]
+        for name in allowed[ways.index(options.offload) + 1 :]:
             yield change(f"--offload {name}", "offload", offload=name, resident_blocks=None)
     for name in ("t5_offload", "clip_offload", "vae_offload"):
-        if getattr(request.load, name) is False:
+        if getattr(options, name) is False:
             yield change(f"--{name} true", name, **{name: True})
-    if request.load.gguf_mode == "resident" and any(one.packed for one in load.components.values()):
+    if options.gguf_mode == "resident" and any(one.packed for one in load.components.values()):
         yield change("--gguf_mode stream", "gguf_mode", gguf_mode="stream")
-    if machine.device != "cpu" and not request.load.t5_cpu:
+    if machine.device != "cpu" and not options.t5_cpu:
         yield change("--t5_cpu", "t5_cpu", t5_cpu=True)
-    if request.sample.cache and request.sample.cache["cache_device"] != "cpu" and machine.device != "cpu":
-        yield change("--cache_device cpu", "cache", cache={**request.sample.cache, "cache_device": "cpu"})
-    if request.sample.vae_tile_px is not None:  # else it is in tiles already, where that helps
+    if sample.cache and sample.cache["cache_device"] != "cpu" and machine.device != "cpu":
+        yield change("--cache_device cpu", "cache", cache={**sample.cache, "cache_device": "cpu"})
+    if sample.vae_tile_px is not None:  # else it is in tiles already, where that helps
         for tile in (256, 128):
-            if (
-                tile < (request.sample.vae_tile_px or max(request.sample.width, request.sample.height))
-                and tile >= 8 * spec.vae_stride[1]
-            ):
+            if 8 * spec.vae_stride[1] <= tile < (sample.vae_tile_px or max(sample.width, sample.height)):
                 yield change(f"--vae_tile_px {tile}", "tile", vae_tile_px=tile)
-    if request.load.vae_dtype == "fp32":
+    if options.vae_dtype == "fp32":
         yield change("--vae_dtype bf16", "vae_dtype", vae_dtype="bf16")
-    if request.sample.cache:
-        yield change(f"no {_cache_flags(request)}", "cache", cache={})
+    if sample.cache:
+        flags = " and ".join(f"--{name}" for name in POLICIES if sample.cache.get(name))
+        yield change(f"no {flags}", "cache", cache={})
     for kind in GGUF_TYPES:
         yield from _gguf_changes(load, kind)
     for frames in smaller_frames(request):
         yield change(f"--frame_num {frames}", "frames", frame_num=frames)
     for size in smaller_sizes(request, spec):
         yield change(f"--size {size.flag}", "size", size=size.flag, width=size.width, height=size.height)
-
-
-def _cache_flags(request: Request) -> str:
-    return " and ".join(f"--{name}" for name in POLICIES if request.sample.cache.get(name))
 
 
 def _gguf_changes(load: Workload, kind: str) -> Iterator[Change]:

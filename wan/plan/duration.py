@@ -106,20 +106,20 @@ def _changes(load: Workload) -> Iterator[tuple[str, str, Workload | None]]:
     sample = request.sample
     is_free = not (sample.denoising_step_list or sample.phases or sample.shift is None)
     is_free = is_free and sample.boundary_step_index is None
-    if is_free and request.sample.steps >= 20 and not request.sample.cache:  # whose settings are for a number of steps
-        steps = request.sample.steps // 2
+    if is_free and sample.steps >= 20 and not sample.cache:  # whose settings are for a number of steps
+        steps = sample.steps // 2
         yield "steps", f"--sample_steps {steps}", load.changed(steps=steps)
     # Both take guidance away, which --cfg_parallel shares out, and a cache has nothing to skip in so few steps.
-    if is_free and request.load.grid.cfg == 1 and not request.sample.cache:
+    if is_free and request.load.grid.cfg == 1 and not sample.cache:
         for name in ("distill-4step", "distill-2step"):  # there are more models for the first
             options = load_preset(name, spec)
             steps = tuple(map(float, options["denoising_step_list"]))
-            if len(steps) < request.sample.steps:
+            if len(steps) < sample.steps:
                 fields = {"steps": len(steps), "denoising_step_list": steps, "guide_scale": (1.0, 1.0)}
                 fields["boundary_step_index"] = options.get("boundary_step_index")
                 yield "preset", f"--preset {name} with weights or a LoRA distilled for it", load.changed(**fields)
                 break
-    if not request.sample.cache and (flag := _cache_flag(request, spec)):
+    if not sample.cache and (flag := _cache_flag(request, spec)):
         yield "cache", f"a cache, such as --{flag}", None
     for what, other in _other_models(load):
         yield "task", what, other
@@ -139,17 +139,17 @@ def _cache_flag(request: Request, spec: EasyDict) -> str | None:
 
 def _other_models(load: Workload) -> Iterator[tuple[str, Workload]]:
     """Smaller models that take the same inputs. Files and LoRAs that were given are of this one."""
-    request, spec = load.request, load.spec
-    if request.sample.loras or request.load.files or spec.kind in ("flf2v", "s2v", "animate"):
+    request, spec, sample = load.request, load.spec, load.request.sample
+    if sample.loras or request.load.files or spec.kind in ("flf2v", "s2v", "animate"):
         return
     for name in task_names():
         other = load_task(name)
-        size = f"{request.sample.width}*{request.sample.height}"
+        size = f"{sample.width}*{sample.height}"
         fits = other.kind in (spec.kind, "ti2v") and not other.get("checkpoint")
         if not fits or count_parameters(other, "dit") >= count_parameters(spec, "dit"):
             continue
         if size not in other.sampling.sizes:
-            size = min(other.sampling.sizes, key=lambda one: _far(one, request.sample.width, request.sample.height))
+            size = min(other.sampling.sizes, key=lambda one: _far(one, sample.width, sample.height))
         width, height = map(int, size.split("*"))
         fields = {"task": name, "size": size, "width": width, "height": height, "steps": other.sampling.steps}
         fields |= {"cache": {}, "ckpt_dir": other.hub[0], "ckpt_option": other.hub[0]}

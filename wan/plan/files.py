@@ -55,11 +55,6 @@ def missing_files(plan: Mapping[str, Any]) -> list[str]:
     return [row["path"] for row in plan["files"] if row["bytes"] is None and not row["hub"]]
 
 
-def component_files(request: Request, spec: EasyDict, part: str) -> list[Path]:
-    """The files of "dit" (or "high", "low"), "tokenizer", "vae" or of an encoder; [] if there are none here."""
-    return checkpoint_of(request, spec).paths(part)
-
-
 def is_gguf(path: str | Path) -> bool:
     """Whether a file begins as a GGUF file does."""
     with contextlib.suppress(SwanError, OSError), open_plain(path) as file:

@@ -14,9 +14,8 @@ from wan.plan.text import gigabytes
 from wan.plan.weights import Component, expert_names, share
 
 RESIDENT_MARGIN = 1.25  # free memory over that of the dequantised weights: activations, and one packed tensor
-MARGIN = (
-    0.05  # of each peak, stays free: measured peaks were up to 4.7 % above the planned ones, benchmarks.plan_memory
-)
+# Of each peak, stays free: measured peaks were up to 4.7 % above the planned ones, benchmarks.plan_memory.
+MARGIN = 0.05
 TILES_PX = (512, 256, 128)  # of the VAE, where it needs them; larger ones compute less twice
 _FASTEST_FIRST = ("model", "block", "phase")
 

@@ -18,7 +18,6 @@ from wan.plan.machine import Machine
 from wan.plan.memory import Workload, memory_by_stage
 from wan.plan.placement import MARGIN, Placement
 from wan.plan.runs import DTYPES
-from wan.plan.text import format_plan, start_lines
 from wan.plan.transfers import transfers
 from wan.plan.weights import expert_names, parameters
 
@@ -62,8 +61,9 @@ class Plan:
         is_small = self.load.forward_flops.total < _SMALL_FLOPS
         return 1 if self.machine.device == "cpu" and is_small else None
 
-    @cached_property
-    def _data(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """Everything that --dry_run tells. `files` rows have bytes = None for a file that is missing; shorter: what
+        would take less where that is long; margin: share of each peak that stays free."""
         request, spec, load = self.request, self.load.spec, self.load
         flops = load.forward_flops
         data = {
@@ -106,19 +106,6 @@ class Plan:
         if request.load.grid.size > 1:
             data["ranks"] = self._ranks()
         return data
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything that --dry_run tells. `files` rows have bytes = None for a file that is missing; shorter: what
-        would take less where that is long; margin: share of each peak that stays free."""
-        return dict(self._data)
-
-    def text(self) -> str:
-        """The same in lines."""
-        return format_plan(self._data)
-
-    def start_lines(self) -> list[str]:
-        """What is printed at the start of a run."""
-        return start_lines(self._data)
 
     def _weights(self) -> list[dict[str, Any]]:
         """One row for each component and place: component, where ("GPU", "RAM" or "disk"), bytes, until when."""

@@ -27,9 +27,10 @@ class Size:
 
 def smaller_sizes(request: Request, spec: EasyDict) -> Iterator[Size]:
     """Official sizes of the task below the one asked for, the largest first, then one of a quarter of the smallest."""
+    sample = request.sample
     if not kind_of(spec).asks_size:
         return
-    is_tall = request.sample.height > request.sample.width
+    is_tall = sample.height > sample.width
     official = [_sides(one) for one in spec.sampling.sizes]
     areas = {width * height: (width, height) for width, height in official if (height > width) == is_tall}
     small = _sides(_SMALL)[::-1] if is_tall else _sides(_SMALL)
@@ -37,20 +38,17 @@ def smaller_sizes(request: Request, spec: EasyDict) -> Iterator[Size]:
         if any(side % grid_px(spec) for side in (width, height)):
             width, height = (side // grid_px(spec) * grid_px(spec) for side in (width, height))
         found = _with_image(request, spec, width, height)
-        if found is not None and found.width * found.height < request.sample.width * request.sample.height:
+        if found is not None and found.width * found.height < sample.width * sample.height:
             yield found
 
 
 def smaller_frames(request: Request) -> list[int]:
     """About half of the frames and a quarter, 4n+1 each; none where --frame_num does not say how many there are."""
-    if request.sample.infer_frames is not None:
+    sample = request.sample
+    if sample.infer_frames is not None:
         return []
-    counts = [(request.sample.frame_num - 1) // part // 4 * 4 + 1 for part in (2, 4)]
-    return [
-        count
-        for count in dict.fromkeys(counts)
-        if max(4, request.sample.trim_first_frames) < count < request.sample.frame_num
-    ]
+    counts = dict.fromkeys((sample.frame_num - 1) // part // 4 * 4 + 1 for part in (2, 4))
+    return [count for count in counts if max(4, sample.trim_first_frames) < count < sample.frame_num]
 
 
 def _sides(size: str) -> tuple[int, int]:
@@ -64,9 +62,7 @@ def _with_image(request: Request, spec: EasyDict, width: int, height: int) -> Si
         return Size(flag, width, height)
     stride = spec.vae_stride[1]
     try:  # near enough for ti2v, which rounds by a rule of its own
-        sides = i2v_size(
-            width * height, request.sample.height, request.sample.width, stride=stride, patch=grid_px(spec) // stride
-        )
+        sides = i2v_size(width * height, sample.height, sample.width, stride=stride, patch=grid_px(spec) // stride)
     except UsageError:
         return None
     return Size(flag, sides[1], sides[0])

@@ -29,9 +29,12 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         "parameters  " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan["parameters"].items()),
         f"machine     {_machine(plan['machine'])}",
         f"placement   {_placement(plan)}",
-        *(f"weights     {_weight_line(row)}" for row in plan["weights"]),
+        *(
+            f"weights     {row['component']:<13} {_bytes(row['bytes'])} on {row['where']}, {row['until']}"
+            for row in plan["weights"]
+        ),
         *(f"memory      {stage:<13} {_sizes(sizes)}" for stage, sizes in plan["memory_bytes"].items()),
-        f"margin      {_margin(plan)}",
+        f"margin      {plan['margin']:.0%} of each peak stay free, for estimates were off by as much when measured",
         *([f"transfers   {_transfers(plan['transfers'])}"] if plan["transfers"]["bytes_per_forward"] else []),
         f"time        {_time(plan)}",
         *([f"shorter     {_shorter(plan)}"] if plan["shorter"] else []),
@@ -115,10 +118,6 @@ def _placement(plan: Mapping[str, Any]) -> str:
     return "; ".join(parts + ([f"quantised weights: {', '.join(modes)}"] if modes else []))
 
 
-def _weight_line(row: Mapping[str, Any]) -> str:
-    return f"{row['component']:<13} {_bytes(row['bytes'])} on {row['where']}, {row['until']}"
-
-
 def _sizes(sizes: Mapping[str, int]) -> str:
     told = ", ".join(f"{_bytes(size)} of {_where(where)}" for where, size in sizes.items())
     return f"{told} (estimate)"
@@ -130,10 +129,6 @@ def _transfers(sent: Mapping[str, Any]) -> str:
     origin = "" if sent["is_measured"] else " (rates assumed)"
     amount = f"{_bytes(sent['bytes_per_forward'])} a forward in {_seconds(seconds)}"
     return f"{amount}, beside {_seconds(work)} of computing: {hidden}{origin}"
-
-
-def _margin(plan: Mapping[str, Any]) -> str:
-    return f"{plan['margin']:.0%} of each peak stay free, for estimates were off by as much when measured"
 
 
 def _time(plan: Mapping[str, Any]) -> str:

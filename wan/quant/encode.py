@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from wan.quant.ggml import BY_NAME, GGMLType
-from wan.quant.native import Unusable, library_of
+from wan.quant.native import library_of
 
 SOURCE = Path(__file__).with_name("encode.c")
 TYPES = ("Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # libgguf is quick at the others
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FUNCTIONS = {
+    "encode": ((ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p), ctypes.c_uint32)
+}
 _lock = threading.Lock()
 
 
@@ -48,22 +51,7 @@ def _kernels() -> ctypes.CDLL | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return library_of(SOURCE, _check, "weights are quantised by libgguf, slower", _opened)
-
-
-def _opened(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
-    if not hasattr(library, "encode"):
-        raise Unusable(f"{SOURCE.name} was compiled to something else")
-    arguments = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)
-    library.encode.argtypes, library.encode.restype = arguments, ctypes.c_uint32
-    return library
-
-
-def _check(path: str) -> None:
-    """Raises Unusable where the bytes are not right, OSError where it is no library."""
-    if not _is_exact(_opened(path)):
-        raise Unusable(f"{SOURCE.name} gives wrong numbers when compiled")
+    return library_of(SOURCE, _FUNCTIONS, _is_exact, "weights are quantised by libgguf, slower")
 
 
 def _is_exact(library: ctypes.CDLL) -> bool:

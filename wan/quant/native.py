@@ -18,9 +18,9 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 _COMPILE_SECONDS = 30  # it takes one or two
 # Never closed: a library is known by the path it was loaded from, and that of these holds their number.
 _loaded: list[BinaryIO] = []
+
+
+# Those of a library, by name: the types of their arguments, and of what they return.
+Functions = Mapping[str, tuple[Sequence[Any], Any]]
 
 
 class Unusable(Exception):
@@ -147,19 +151,27 @@ def _layout(scheme: Scheme, columns: int) -> tuple[_Layout, tuple[Tensor, ...]]:
     return _Layout(*sizes, *places, scheme.rotation, tables[0].data_ptr(), tables[-1].data_ptr()), tuple(tables)
 
 
+_REST = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_FUNCTIONS: Functions = {
+    "dequantize": ((ctypes.c_int, *_REST), ctypes.c_int),
+    "dequantize_rows": ((ctypes.POINTER(_Layout), *_REST), ctypes.c_int),
+    "norm_silu": ((ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *_REST[1:]), None),
+    "bad_scales": ((ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int), ctypes.c_int),
+}
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no compiler or its code does not give the right numbers."""
-    return library_of(SOURCE, _check, "packed weights are dequantised by torch, slower", _opened)
+    return library_of(SOURCE, _FUNCTIONS, _is_exact, "packed weights are dequantised by torch, slower")
 
 
 def library_of(
-    source: Path, check: Callable[[str], None], otherwise: str, opened: Callable[[str], ctypes.CDLL] = ctypes.CDLL
+    source: Path, functions: Functions, is_right: Callable[[ctypes.CDLL], bool], otherwise: str
 ) -> ctypes.CDLL | None:
     """A C source, compiled; None, with a warning, where there is no compiler or its code is not right.
 
-    check: raises Unusable or OSError for a path whose library is not right; otherwise: what is done without it; opened:
-    a library with the types of its functions.
+    is_right: whether a library gives the right numbers; otherwise: what is done without it.
     """
     if os.environ.get("SWAN_NATIVE") == "0":
         return None
@@ -170,7 +182,7 @@ def library_of(
         try:
             if openmp:
                 ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-            return opened(_compiled(compiler, openmp, source, check))
+            return _compiled(compiler, openmp, source, functions, is_right)
         except (OSError, Unusable) as error:
             reason = one_line(error)
             if isinstance(error, _Stuck):
@@ -180,28 +192,35 @@ def library_of(
 
 
 def _compiled(
-    compiler: str, openmp: bool, source: Path | None = None, check: Callable[[str], None] | None = None
-) -> str:
+    compiler: str, openmp: bool, source: Path, functions: Functions, is_right: Callable[[ctypes.CDLL], bool]
+) -> ctypes.CDLL:
     """The shared library for a source, compiler and processor, checked; from the cache, or compiled and kept there.
 
-    compiler: a command, which may have arguments. Returns the path to load it by, in this process only. Raises
-    Unusable or OSError.
+    compiler: a command, which may have arguments. Raises Unusable or OSError.
     """
-    source, check = source or SOURCE, check or _check
+
+    def checked(data: bytes) -> ctypes.CDLL:
+        library = ctypes.CDLL(_in_memory(data))
+        if not all(hasattr(library, name) for name in functions):
+            raise Unusable(f"{source.name} was compiled to something else")
+        for name, (argtypes, restype) in functions.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = argtypes, restype
+        if not is_right(library):
+            raise Unusable(f"{source.name} gives wrong numbers when compiled")
+        return library
+
     command = _find(compiler)
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
     key = hashlib.sha256(source.read_bytes() + repr((command, flags, _processor())).encode()).hexdigest()[:24]
     prefix = f"{source.stem}-{key}-"
     if (data := kept(prefix)) is not None:
         with contextlib.suppress(OSError, Unusable):  # made where other things are installed
-            path = _in_memory(data)
-            check(path)
-            return path
+            return checked(data)
     data = _compile(command, flags, source)
-    path = _in_memory(data)
-    check(path)
+    library = checked(data)
     keep(prefix, data)
-    return path
+    return library
 
 
 def _find(compiler: str) -> list[str]:
@@ -215,9 +234,8 @@ def _find(compiler: str) -> list[str]:
     return [os.path.abspath(path), *arguments]
 
 
-def _compile(command: list[str], flags: list[str], source: Path | None = None) -> bytes:
+def _compile(command: list[str], flags: list[str], source: Path) -> bytes:
     """The bytes of the library."""
-    source = source or SOURCE
     with tempfile.TemporaryDirectory(prefix="swan-", ignore_cleanup_errors=True) as work:
         parts = [str(Path(work) / name) for name in ("kernels.o", "kernels.so")]
         # Linked without -fopenmp: its functions are found in the runtime that is loaded already.
@@ -266,25 +284,6 @@ def _in_memory(data: bytes) -> str:
         Path(path).write_bytes(data)
         ctypes.CDLL(path)
     return path  # loaded already: a library is found by its name
-
-
-def _opened(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
-    if not all(hasattr(library, name) for name in ("dequantize", "dequantize_rows", "norm_silu", "bad_scales")):
-        raise Unusable(f"{SOURCE.name} was compiled to something else")
-    rest = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    library.dequantize.argtypes = (ctypes.c_int, *rest)
-    library.dequantize_rows.argtypes = (ctypes.POINTER(_Layout), *rest)
-    library.norm_silu.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *rest[1:])
-    library.norm_silu.restype = None
-    library.bad_scales.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int)
-    return library
-
-
-def _check(path: str) -> None:
-    """Raises Unusable where the numbers are not right, OSError where it is no library."""
-    if not _is_exact(_opened(path)):
-        raise Unusable(f"{SOURCE.name} gives wrong numbers when compiled")
 
 
 def cpu_flags() -> set[str]:

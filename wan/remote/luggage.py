@@ -13,8 +13,8 @@ from typing import Any
 
 from wan.files import open_plain, visible_files
 from wan.options import FLAGS
+from wan.options.names import FILE_KINDS
 
-_KINDS = ("file", "picture", "pictures")
 _FOLDER = "src_root_path"  # the one option that names a folder of inputs
 
 
@@ -64,7 +64,7 @@ def unpack(
 
 def _named(flag: str, value: Any) -> list[str]:
     """Paths of inputs."""
-    if value is None or (FLAGS[flag].kind not in _KINDS and flag != _FOLDER):
+    if value is None or (FLAGS[flag].kind not in FILE_KINDS and flag != _FOLDER):
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.cli import add_flags
-from wan.command import Parser, put, run_process
+from wan.command import module_parser, put, run_process
 from wan.errors import SwanError, UsageError, printable
 from wan.files import open_plain
 from wan.options import FLAGS, PART_OF
@@ -37,12 +37,7 @@ _NEEDED = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m wan.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("wan.serve", __doc__)
     group = parser.add_argument_group("server")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to be reached at; one that is not this machine's own needs keys")
@@ -118,7 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             seats = places(settings.workers, ranks, on_cpu)
             if (line := said_of(seats)) and not settings.quiet:
                 say(line)
-        web = _web(data, settings.max_upload_bytes, args.root_path) if args.web else None
+        web = None
+        if args.web:
+            from wan.serve.web.mount import Web
+
+            web = Web(data, settings.max_upload_bytes, args.root_path or "")
         told = json.dumps({"url": url, "models": list(models)})
         _run(make_app(settings, store, models, loras, lambda: put(told), seats, web), listening)
     return 0
@@ -139,12 +138,6 @@ def _run(app: Any, listening: socket.socket) -> None:
         timeout_graceful_shutdown=_CLOSE_S,
     )
     uvicorn.Server(config).run(sockets=[listening])
-
-
-def _web(data: Path, most_upload_bytes: int, root_path: str | None) -> Any:
-    from wan.serve.web.mount import Web
-
-    return Web(data, most_upload_bytes, root_path or "")
 
 
 def _check_packages(extra: str) -> None:

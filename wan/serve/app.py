@@ -91,7 +91,7 @@ def make_app(
         app.add_exception_handler(kind, failed)
     _add_videos(app)
     _add_others(app)
-    lightx2v.add_routes(app)
+    lightx2v.add_routes(app, service_of)
     return app
 
 

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wan.errors import SwanError, one_line
+from wan.errors import SwanError, described
 from wan.file_checks import open_loras
-from wan.options import FLAGS, PART_OF, build_load, build_sample
+from wan.options import FLAGS, build_load, build_sample, of_part
+from wan.options.names import FILE_KINDS
 from wan.plan.decide import check_fits
 from wan.plan.machine import Machine
 from wan.plan.plan import Plan
@@ -22,7 +23,6 @@ from wan.tasks.kinds import kind_of
 
 _MOST_KNOWN = 1000
 _NOT_IN_PLAN = {"prompt", "prompts", "negative_prompt", "seed"}
-_FILES = ("picture", "pictures", "file")
 
 
 def main(inbox: Inbox) -> None:
@@ -38,7 +38,7 @@ def main(inbox: Inbox) -> None:
         except SwanError as error:
             told = {"refused": str(error)}
         except Exception as error:
-            told = {"refused": f"this cannot be checked: {type(error).__name__}: {one_line(error)}"}
+            told = {"refused": f"this cannot be checked: {described(error)}"}
         inbox.tell({"check": message["check"], **told})
 
 
@@ -47,14 +47,13 @@ def _facts(options: Mapping[str, Any], ranks: int, machine: Machine, known: dict
 
     ranks: processes that make it together; known: seconds, or why it does not fit, by all that plans depend on
     """
-    parts = {part: {one: value for one, value in options.items() if PART_OF[one] == part} for part in PART_OF.values()}
-    load = build_load(parts["load"], ranks)
+    load = build_load(of_part(options, "load"), ranks)
     spec = load_task(load.task)
-    request = build_sample(parts["sample"], load)
+    request = build_sample(of_part(options, "sample"), load)
     sample, kind = request.sample, kind_of(spec)
     open_loras(sample.loras, spec)  # their files may be others the next time
     shape = (sample.width, sample.height, sample.frame_num, sample.film_frames, sample.num_clip, sample.audio_samples)
-    kept = {one: FLAGS[one].kind in _FILES or value for one, value in options.items() if one not in _NOT_IN_PLAN}
+    kept = {one: FLAGS[one].kind in FILE_KINDS or value for one, value in options.items() if one not in _NOT_IN_PLAN}
     key = json.dumps([kept, shape, len(sample.prompts), vars(machine)], sort_keys=True)
     if key not in known:
         if len(known) >= _MOST_KNOWN:

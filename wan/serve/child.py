@@ -6,6 +6,7 @@ A child ends with its server, whatever ends that: its end of the pipe is closed 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -30,11 +31,7 @@ class Child:
     """
 
     def __init__(
-        self,
-        module: str,
-        env: Mapping[str, str],
-        on_message: Callable[[Message], None],
-        on_end: Callable[[int], None],
+        self, module: str, env: Mapping[str, str], on_message: Callable[[Message], None], on_end: Callable[[int], None]
     ):
         loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")
@@ -50,10 +47,8 @@ class Child:
 
     def tell(self, message: Message) -> None:
         """What cannot be told to one that has ended is not: its end will be heard of."""
-        try:
+        with contextlib.suppress(OSError):
             self._pipe.send_bytes(json.dumps(message).encode())
-        except OSError:
-            pass
 
     def kill(self) -> None:
         self._process.kill()
@@ -64,10 +59,8 @@ class Child:
 
     def _listen(self, loop: asyncio.AbstractEventLoop, on_message: Any, on_end: Any) -> None:
         def say(function: Callable[..., None], *values: Any) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(function, *values)
-            except RuntimeError:  # the server has ended
-                pass
 
         try:
             while True:

@@ -12,7 +12,7 @@ from typing import Any
 
 from wan.errors import UsageError
 from wan.options import FLAGS, PART_OF
-from wan.options.names import LORA_FLAGS, MAX_STEPS
+from wan.options.names import FILE_KINDS, LORA_FLAGS, MAX_STEPS
 from wan.options.values import of_kind, shown, whole
 from wan.serve.models import Loras, Model
 from wan.serve.refused import Refused, bad
@@ -34,7 +34,6 @@ _REFERENCES = {
     "audio_reference": ("audio",),
 }
 _LORA_NAMES, _LORA_SCALES = ("name", "lora_name", "adapter", "path"), ("scale", "lora_scale", "strength")
-FILE_KINDS = ("picture", "pictures", "file")
 # Files of the server's machine, and who writes prompts; whether somebody does, the server says.
 _CLOSED = {"cache_coefficients", "prompt_extend_method"}
 EXTEND = ("use_prompt_extend", "prompt_extend_target_lang")

@@ -6,6 +6,7 @@ Source: behaviour of lightx2v.server (routes, fields, states). Paths of the serv
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -20,29 +21,14 @@ from wan.serve.store import STATES, Job
 if TYPE_CHECKING:
     from wan.serve.service import Service
 
-_SAME = {
-    "infer_steps": "sample_steps",
-    "target_video_length": "num_frames",
-    "target_fps": "fps",
-    "sample_shift": "sample_shift",
-}
-_FILES = {
-    "image": "image",
-    "last_frame": "last_frame",
-    "audio": "audio",
-    "src_video": "src_video",
-    "src_mask": "src_mask",
-}
-_FILES |= {"src_pose": "src_pose", "src_face": "src_face", "src_bg": "src_bg"}
+_SAME = {"infer_steps": "sample_steps", "target_video_length": "num_frames", "target_fps": "fps"}
+_FILES = {"image", "last_frame", "audio", "src_video", "src_mask", "src_pose", "src_face", "src_bg"}
 _NEUTRAL = {"task_id", "save_result_path", "task"}  # names that the client would like: ours are told in the answer
 _OFF = {"use_prompt_enhancer": (False, "false"), "num_fragments": (1, "1")}  # taken with these values alone
 _STATES = dict(zip(STATES, ("pending", "processing", "completed", "failed")))
 
 
-def add_routes(app: FastAPI) -> None:
-    def service_of(request: Request) -> Service:
-        return request.app.state.service
-
+def add_routes(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
     @app.post("/v1/tasks/video/")
     @app.post("/v1/tasks/video")
     @app.post("/v1/tasks/video/form")
@@ -107,7 +93,7 @@ def _translated(body: dict[str, Any]) -> dict[str, Any]:
             if value not in _OFF[name]:
                 raise bad(name, f"{name}: only {_OFF[name][0]} is done here")
         elif stem in _FILES and stem != name:
-            told[_FILES[stem]] = as_data_url(value) if isinstance(value, str) else value
+            told[stem] = as_data_url(value) if isinstance(value, str) else value
         elif name == "size" and isinstance(value, list):
             told["size"] = "x".join(map(str, value))
         else:

@@ -12,7 +12,7 @@ from easydict import EasyDict
 
 from wan.errors import SwanError, UsageError, printable
 from wan.files import visible_files
-from wan.options import FLAGS, PART_OF, build_load, build_sample
+from wan.options import FLAGS, PART_OF, build_load, build_sample, of_part
 from wan.options.beside import beside, with_preset
 from wan.options.config import read_table
 from wan.options.values import of_kind
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def load(self) -> dict[str, Any]:
-        return {name: value for name, value in self.options.items() if PART_OF[name] == "load"}
+        return of_part(self.options, "load")
 
 
 def read_models(path: str | None, common: Mapping[str, Any], ranks: int = 1) -> dict[str, Model]:
@@ -84,12 +84,10 @@ def read_models(path: str | None, common: Mapping[str, Any], ranks: int = 1) -> 
 
 def _model(name: str, options: Mapping[str, Any], ranks: int) -> Model:
     options = {flag: of_kind(value, flag, FLAGS[flag].kind) for flag, value in options.items() if value is not None}
-    load = build_load({flag: value for flag, value in options.items() if PART_OF[flag] == "load"}, ranks)
+    load = build_load(of_part(options, "load"), ranks)
     model = Model(name or load.task, options, load.task)
     if not model.kind.inputs and ranks == 1:  # else what a video is made from is not here yet
-        build_sample(
-            {flag: value for flag, value in model.merged({"prompt": "a"}).items() if PART_OF[flag] == "sample"}, load
-        )
+        build_sample(of_part(model.merged({"prompt": "a"}), "sample"), load)
     return model
 
 

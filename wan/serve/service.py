@@ -279,8 +279,9 @@ class Service:
         """When it is worth asking again; None: never."""
         if job.is_over:
             return None
-        left = self.workers.seconds_left(job)
-        left = job.facts["expected_seconds"] if left is None else left
+        progress, left = self.workers.progress.get(job.id), job.facts["expected_seconds"]
+        if progress is not None and progress.left is not None:
+            left = progress.left
         return round(1000 * min(max(left / 8, 0.25), 10))
 
 

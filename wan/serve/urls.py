@@ -33,10 +33,8 @@ def fetch(url: str, path: Path, most_bytes: int) -> None:
     for _ in range(MOST_REDIRECTS + 1):
         parts = _checked(url)
         connection = _connection(parts)
-        end = threading.Timer(
-            max(0.0, deadline - time.monotonic()), connection.shut
-        )  # of one that sends a byte at times
-        end.start()
+        end = threading.Timer(max(0.0, deadline - time.monotonic()), connection.shut)
+        end.start()  # for one that sends a byte at times
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"User-Agent": "swan-video", "Accept": "*/*"})

@@ -20,7 +20,7 @@ from typing import Any
 from wan.distributed.launch import World
 from wan.engine import Event
 from wan.engines import Engines
-from wan.errors import Cancelled, SwanError, UsageError, one_line
+from wan.errors import Cancelled, SwanError, UsageError, described
 from wan.options import LoadOptions, Request, build_load, check_device
 from wan.plan.machine import look_with_torch
 from wan.serve.child import Inbox
@@ -88,7 +88,7 @@ def _make(engines: Engines, job: dict[str, Any], inbox: Inbox, stop: threading.E
     except Exception as error:  # of torch, most often: too little memory, a device that is gone
         with contextlib.suppress(SwanError):
             engines.release()
-        return _failed("internal_error", f"{type(error).__name__}: {one_line(error)}")
+        return _failed("internal_error", described(error))
 
 
 def _failed(code: str, message: str) -> dict[str, Any]:

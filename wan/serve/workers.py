@@ -26,6 +26,7 @@ from wan.serve.metrics import Metrics
 from wan.serve.models import Model
 from wan.serve.refused import Refused, without_paths
 from wan.serve.store import Job, NotWritten, Store
+from wan.weights.in_turn import cores
 
 CHECK_S = 60.0  # for one request; whatever takes longer is no honest file
 START_S = 120.0  # until a request that waits for the first process is told to come again
@@ -196,10 +197,6 @@ class Workers:
         """How many are begun before it."""
         return self.store.count("queued", before=job.number)
 
-    def seconds_left(self, job: Job) -> float | None:
-        progress = self.progress.get(job.id)
-        return progress.left if progress is not None else None
-
     async def watch(self, id: str) -> AsyncIterator[Message]:
         """Events of a job, from now on, until it is over."""
         queue: asyncio.Queue[Message] = asyncio.Queue(_MOST_WAITING)
@@ -248,7 +245,7 @@ class Workers:
             own = [names[(number * self._ranks + rank) % len(names)] for rank in range(self._ranks)]
             return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own))}
         if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-            return {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
+            return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
         return {}
 
     def _start_worker(self, worker: Worker) -> None:
@@ -415,13 +412,6 @@ def _in_this_loop() -> Callable[..., None]:
             loop.call_soon_threadsafe(function, *values)
 
     return call
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on all systems
-        return os.cpu_count() or 1
 
 
 def say(text: str) -> None:

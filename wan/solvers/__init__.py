@@ -52,7 +52,6 @@ def make_schedule(
     denoising_step_list: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     sigma_max: float = RCM_SIGMA_MAX,
-    num_train_timesteps: int = 1000,
 ) -> Schedule:
     """The steps of a solver. Raises UsageError for an unknown name or impossible steps.
 
@@ -68,14 +67,14 @@ def make_schedule(
     if not shift > 0:
         raise UsageError(f"the timestep shift must be positive, got {shift}")
     if sigmas is not None:
-        schedule = sigma_schedule(sigmas, num_train_timesteps)
+        schedule = sigma_schedule(sigmas)
     elif denoising_step_list is not None:
-        schedule = listed_schedule(denoising_step_list, shift, num_train_timesteps)
+        schedule = listed_schedule(denoising_step_list, shift)
     elif SOLVERS[name].is_rcm:
-        schedule = rcm_schedule(steps, sigma_max, num_train_timesteps)
+        schedule = rcm_schedule(steps, sigma_max)
     else:
         own = unipc_schedule if name == "unipc" else linear_schedule
-        schedule = own(steps, shift, num_train_timesteps)
+        schedule = own(steps, shift)
     listed = len(schedule.timesteps)
     if listed != steps:
         raise UsageError(f"{listed} denoising steps are listed, but {steps} sampling steps are asked")

@@ -14,6 +14,7 @@ import torch
 
 from wan.errors import UsageError
 
+TIMESTEPS = 1000  # that all models here were trained with
 RCM_ANGLES = (1.5, 1.4, 1.0)  # behind the first one, which sigma_max tells
 RCM_SIGMA_MAX = 80.0
 
@@ -34,35 +35,33 @@ def shift_sigma(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def unipc_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> Schedule:
+def unipc_schedule(steps: int, shift: float) -> Schedule:
     """Evenly spaced from the largest training sigma below 1 (0.999), then shifted: the first timestep is 999."""
     # The training table is fp32, so the start is 0.9990000128746033; a float64 0.999 would move some timesteps by one.
-    sigma_max = float(np.float32(1 - 1 / num_train_timesteps))
-    return _schedule(shift_sigma(np.linspace(sigma_max, 0, steps + 1)[:-1], shift), num_train_timesteps)
+    sigma_max = float(np.float32(1 - 1 / TIMESTEPS))
+    return _schedule(shift_sigma(np.linspace(sigma_max, 0, steps + 1)[:-1], shift))
 
 
-def linear_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> Schedule:
+def linear_schedule(steps: int, shift: float) -> Schedule:
     """Evenly spaced from exactly 1, then shifted: the first timestep is 1000."""
-    return _schedule(shift_sigma(np.linspace(1, 0, steps + 1)[:-1], shift), num_train_timesteps)
+    return _schedule(shift_sigma(np.linspace(1, 0, steps + 1)[:-1], shift))
 
 
-def listed_schedule(step_list: Sequence[float], shift: float, num_train_timesteps: int = 1000) -> Schedule:
+def listed_schedule(step_list: Sequence[float], shift: float) -> Schedule:
     """The steps a distilled model was trained on: each listed t gives sigma = shifted(t / 1000).
 
     The timesteps are float32 and keep their fraction ([1000, 750, 500, 250] with shift 5 gives 1000, 937.5, 833.33,
     625), because the distilled models (LightX2V) were trained with these values.
     """
     listed = np.asarray(step_list, dtype=np.float64)
-    if listed.size == 0 or listed[0] > num_train_timesteps or listed[-1] < 1 or (np.diff(listed) >= 0).any():
-        raise UsageError(
-            f"the denoising steps must fall strictly, within {num_train_timesteps} and 1, got {list(step_list)}"
-        )
-    sigmas = shift_sigma(listed / num_train_timesteps, shift)
-    timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.float32))
+    if listed.size == 0 or listed[0] > TIMESTEPS or listed[-1] < 1 or (np.diff(listed) >= 0).any():
+        raise UsageError(f"the denoising steps must fall strictly, within {TIMESTEPS} and 1, got {list(step_list)}")
+    sigmas = shift_sigma(listed / TIMESTEPS, shift)
+    timesteps = torch.from_numpy((sigmas * TIMESTEPS).astype(np.float32))
     return Schedule(timesteps, _with_zero(sigmas))
 
 
-def sigma_schedule(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> Schedule:
+def sigma_schedule(sigmas: Sequence[float]) -> Schedule:
     """Noise levels as they are given, with no shift; one 0 at the end, which other programs write, is left out.
 
     The network is told 1000 * sigma, unrounded.
@@ -72,10 +71,10 @@ def sigma_schedule(sigmas: Sequence[float], num_train_timesteps: int = 1000) -> 
         listed = listed[:-1]
     if listed.size == 0 or listed[0] > 1 or not listed[-1] > 0 or (np.diff(listed) >= 0).any():
         raise UsageError(f"the sigmas must fall strictly, from at most 1 to above 0, got {list(sigmas)}")
-    return Schedule(torch.from_numpy((listed * num_train_timesteps).astype(np.float32)), _with_zero(listed))
+    return Schedule(torch.from_numpy((listed * TIMESTEPS).astype(np.float32)), _with_zero(listed))
 
 
-def rcm_schedule(steps: int, sigma_max: float, num_train_timesteps: int = 1000) -> Schedule:
+def rcm_schedule(steps: int, sigma_max: float) -> Schedule:
     """The steps of rCM (arXiv 2510.08431) and TurboDiffusion, 1 to 4 of them.
 
     Their noise is told by an angle, of tangent noise / data: atan(sigma_max), 1.5, 1.4, 1.0. In a rectified flow that
@@ -86,7 +85,7 @@ def rcm_schedule(steps: int, sigma_max: float, num_train_timesteps: int = 1000) 
         raise UsageError(f"rcm has 1 to {len(angles)} steps of its own, not {steps}; --sigmas lists others")
     if not sigma_max > 0 or (np.diff(angles) >= 0).any():
         raise UsageError(f"the sigma_max of rcm must be above {math.tan(RCM_ANGLES[0]):.1f}, got {sigma_max:g}")
-    return sigma_schedule([math.tan(angle) / (1 + math.tan(angle)) for angle in angles], num_train_timesteps)
+    return sigma_schedule([math.tan(angle) / (1 + math.tan(angle)) for angle in angles])
 
 
 def joined(schedules: Sequence[Schedule]) -> Schedule:
@@ -98,9 +97,9 @@ def joined(schedules: Sequence[Schedule]) -> Schedule:
     return Schedule(timesteps, sigmas)
 
 
-def _schedule(sigmas: np.ndarray, num_train_timesteps: int) -> Schedule:
+def _schedule(sigmas: np.ndarray) -> Schedule:
     # Timesteps are truncated, sigmas are not: the network sees 999 where the solver integrates from 0.9998.
-    timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.int64))
+    timesteps = torch.from_numpy((sigmas * TIMESTEPS).astype(np.int64))
     return Schedule(timesteps, _with_zero(sigmas))
 
 

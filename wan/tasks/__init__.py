@@ -18,33 +18,17 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C, where
 
 # Key -> type, a tuple of types, or a nested table. A key that ends in "?" may be left out.
 SCHEMA: dict[str, Any] = {
-    "name": str,
-    "title": str,
-    "kind": str,
+    **dict.fromkeys(("name", "title", "kind"), str),
     "hub?": list,
-    "checkpoint?": str,
-    "prompt?": str,
-    "image?": str,
-    "audio?": str,
-    "src_root_path?": str,
-    "dtype?": str,
-    "negative_prompt": str,
+    **dict.fromkeys(("checkpoint?", "prompt?", "image?", "audio?", "src_root_path?", "dtype?", "negative_prompt"), str),
     "vae_stride": list,
     "boundary?": float,
     # Names of cache coefficients (cache/data): in general, for runs from an image, and for those of 720p.
-    "coefficients?": str,
-    "coefficients_image?": str,
-    "coefficients_720p?": str,
+    **dict.fromkeys(("coefficients?", "coefficients_image?", "coefficients_720p?"), str),
     "dit": {
         "model_type": str,
         "patch_size": list,
-        "text_len": int,
-        "in_dim": int,
-        "dim": int,
-        "ffn_dim": int,
-        "freq_dim": int,
-        "text_dim": int,
-        "out_dim": int,
+        **dict.fromkeys(("text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim"), int),
         "num_heads": int,
         "num_layers": int,
         "eps": float,
@@ -52,37 +36,19 @@ SCHEMA: dict[str, Any] = {
         "vace_layers?": list,
         "vace_in_dim?": int,
         "audio_inject_layers?": list,
-        "audio_dim?": int,
-        "num_audio_token?": int,
-        "cond_dim?": int,
+        **dict.fromkeys(("audio_dim?", "num_audio_token?", "cond_dim?", "motion_frames?"), int),
         "enable_adain?": bool,
         "enable_framepack?": bool,
-        "motion_frames?": int,
-        "motion_encoder_dim?": int,
-        "face_px?": int,
-        "face_dim?": int,
-        "motion_channels?": int,
+        **{f"{key}?": int for key in OF_ANIMATE},
     },
     "vae": {
         "version": str,
-        "dim": int,
-        "dec_dim?": int,
-        "z_dim": int,
+        **dict.fromkeys(("dim", "dec_dim?", "z_dim"), int),
         "dim_mult": list,
         "num_res_blocks": int,
-        "temporal_downsample": list,
-        "latent_mean?": list,
-        "latent_std?": list,
+        **dict.fromkeys(("temporal_downsample", "latent_mean?", "latent_std?"), list),
     },
-    "text": {
-        "vocab": int,
-        "dim": int,
-        "dim_attn": int,
-        "dim_ffn": int,
-        "num_heads": int,
-        "num_layers": int,
-        "num_buckets": int,
-    },
+    "text": dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets"), int),
     # As `wan.models.audio.audio_model` takes them; by default those of XLSR-53.
     "wav2vec?": dict.fromkeys(
         ("dim", "dim_ffn", "num_layers", "num_heads", "conv_dim", "position_width", "position_groups"), int
@@ -182,6 +148,8 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
     """What a type cannot say: names that must agree, and lists of a fixed length."""
     two_experts = "experts" in data
     pair = isinstance(data["sampling"]["guide_scale"], list) and len(data["sampling"]["guide_scale"]) == 2
+    of_s2v = {bool(data["dit"].get("audio_inject_layers")), "wav2vec" in data["files"], data["kind"] == "s2v"}
+    of_s2v.add("infer_frames" in data["sampling"])
     problems = {
         f"name must be {path.stem!r}": data["name"] != path.stem,
         f"kind must be one of {', '.join(KINDS)}": data["kind"] not in KINDS,
@@ -194,15 +162,7 @@ def _check_values(data: dict[str, Any], path: Path) -> None:
         ),
         "either hub or checkpoint is needed": not data.get("hub") and not data.get("checkpoint"),
         "kind vace and dit.vace_layers go together": (data["kind"] == "vace") != bool(data["dit"].get("vace_layers")),
-        "kind s2v, dit.audio_inject_layers, files.wav2vec and sampling.infer_frames go together": 1
-        < len(
-            {
-                data["kind"] == "s2v",
-                bool(data["dit"].get("audio_inject_layers")),
-                "wav2vec" in data["files"],
-                "infer_frames" in data["sampling"],
-            }
-        ),
+        "kind s2v, dit.audio_inject_layers, files.wav2vec and sampling.infer_frames go together": len(of_s2v) > 1,
         f"kind animate and dit.{', '.join(OF_ANIMATE)} go together": any(
             (data["kind"] == "animate") != (key in data["dit"]) for key in OF_ANIMATE
         ),

@@ -321,6 +321,19 @@ def count(names: Iterable[str], prefix: str) -> int:
     return max((int(match[1]) + 1 for name in names if (match := pattern.match(name))), default=0)
 
 
+def encoder_heads(source: Source, dim: int, head_dim: int) -> int:
+    """Heads of an encoder: by a config.json of transformers beside it, else of the usual width."""
+    config = config_beside(source)
+    told = config.get("num_attention_heads") if config.get("hidden_size") == dim else None
+    return told or max(dim // head_dim, 1)
+
+
+def no_encoder(source: Source, what: str, error: Exception) -> SwanError:
+    """Why `source` is not `what`, by what went wrong when its shapes were looked at."""
+    lacks = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"its tensors do not fit ({error})"
+    return SwanError(f"{source.describe()}: not {what}, {lacks}{looks_like(source)}")
+
+
 def told_heads(source: Source, dim: int) -> int | None:
     """Heads by the file itself, or by an official or diffusers config of a transformer of this width beside it."""
     told = getattr(source, "metadata", {}).get(HEADS_KEY)

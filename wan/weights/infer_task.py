@@ -38,14 +38,10 @@ def infer_task(ckpt_dir: str, files: Mapping[str, str], among: Sequence[str] = (
     return _of_folder(ckpt_dir, specs), "told from the checkpoint"
 
 
-def _fitting(config: Mapping[str, Any], has_two: bool, specs: Sequence[Any]) -> list[Any]:
-    """Those of transformers with this configuration, see `infer_dit_config`, and with two experts, or one."""
-    return [spec for spec in specs if ("experts" in spec) == has_two and not misfits(config, spec)]
-
-
 def _of_file(path: Path, specs: Sequence[Any], has_two: bool) -> str:
     source, config = _look(files_at(path))
-    alone, pairs = ([spec.name for spec in _fitting(config, two, specs)] for two in (False, True))
+    fits = [spec for spec in specs if not misfits(config, spec)]
+    alone, pairs = ([spec.name for spec in fits if ("experts" in spec) == two] for two in (False, True))
     if not has_two and pairs:
         name, experts = f"{path.parent.name}/{path.name}", " or ".join(pairs)
         version = _VERSION.search(path.name) or _VERSION.search(path.parent.name)

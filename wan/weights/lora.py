@@ -94,7 +94,7 @@ class Update:
     def branch(self, base: ReadBase, strength: float, device: torch.device) -> Branch:
         """The same for a matrix that stays packed: what its layer adds to its output."""
         if self.kind != "product":
-            return Dense(self.delta(base, None, device) * strength)
+            return Dense(matrix=self.delta(base, None, device) * strength)
         parts = {part: self._read(part, device) for part in self.keys}
         if "dora" not in self.keys:
             return product_branch(parts, self._scale() * strength)
@@ -207,10 +207,7 @@ def weight_shapes(model: nn.Module) -> dict[str, Shape]:
 @torch.inference_mode(False)  # branches may take part in autograd
 @torch.no_grad()
 def set_loras(
-    model: nn.Module,
-    source: Source,
-    loras: Iterable[tuple[Lora, float]],
-    device: torch.device | None = None,
+    model: nn.Module, source: Source, loras: Iterable[tuple[Lora, float]], device: torch.device | None = None
 ) -> None:
     """Give a transformer that was loaded from `source` exactly these (LoRA, strength), whatever it had before.
 

@@ -57,7 +57,7 @@ def product_branch(parts: Parts, scale: float) -> Branch:
     """What a layer adds to its output for `scale` times the product of `parts`, a matrix: exact, and in the smallest
     form that is."""
     if "down" in parts and "mid" not in parts:
-        return LowRank(parts["down"].flatten(1), parts["up"].flatten(1) * scale)
+        return LowRank(down=parts["down"].flatten(1), up=parts["up"].flatten(1) * scale)
     if "hada_w1_b" in parts and "hada_t1" not in parts:
         a1, b1, a2, b2 = (parts[f"hada_{one}"] for one in ("w1_a", "w1_b", "w2_a", "w2_b"))
         pairs = len(b1) * len(b2)
@@ -65,11 +65,11 @@ def product_branch(parts: Parts, scale: float) -> Branch:
             # An elementwise product of low ranks has the rank of all pairs of their columns.
             up = torch.einsum("or,os->ors", a1, a2).flatten(1)
             down = torch.einsum("ri,si->rsi", b1, b2).flatten(0, 1)
-            return LowRank(down, up * scale)
+            return LowRank(down=down, up=up * scale)
     if _is_kron(parts) and "lokr_t2" not in parts:
         w1, w2 = _kron_factors(parts)
-        return Kron(w1 * scale, w2)
-    return Dense(product(parts) * scale)
+        return Kron(w1=w1 * scale, w2=w2)
+    return Dense(matrix=product(parts) * scale)
 
 
 class Branch(nn.Module):
@@ -92,9 +92,6 @@ class Branch(nn.Module):
 class LowRank(Branch):
     """Factors down [R, I] and up [O, R]."""
 
-    def __init__(self, down: Tensor, up: Tensor):
-        super().__init__(down=down, up=up)
-
     def bound(self) -> float:
         down, up = _largest(self.down), _largest(self.up)
         return down + up + down * up * len(self.down)
@@ -105,9 +102,6 @@ class LowRank(Branch):
 
 class Kron(Branch):
     """The Kronecker product of w1 [O1, I1] and w2 [O2, I2], which is never made."""
-
-    def __init__(self, w1: Tensor, w2: Tensor):
-        super().__init__(w1=w1, w2=w2)
 
     def bound(self) -> float:
         w1, w2 = _largest(self.w1), _largest(self.w2)
@@ -120,9 +114,6 @@ class Kron(Branch):
 
 class Dense(Branch):
     """A whole matrix [O, I], where nothing smaller is exact."""
-
-    def __init__(self, matrix: Tensor):
-        super().__init__(matrix=matrix)
 
     def bound(self) -> float:
         return _largest(self.matrix)

@@ -41,12 +41,12 @@ _VAE_22: Table = {
     for theirs, ours in (_KERNELS | {f"residual.layer_{index}": f"residual.{index}" for index in (0, 2, 3, 6)}).items()
 } | {f"{half}.head.layer_{index}": f"{half}.head.{index}" for half in ("encoder", "decoder") for index in (0, 2)}
 _TO_OFFICIAL = {
-    "dit": Dialect("mlx", r"^patch_embedding_proj\.", _DIT),
-    "t5": Dialect("mlx", r"\.ffn\.gate_proj\.", _T5),
-    "vae 2.2": Dialect("mlx", r"\.residual\.layer_\d\.", _VAE_22),
+    "dit": Dialect(r"^patch_embedding_proj\.", _DIT),
+    "t5": Dialect(r"\.ffn\.gate_proj\.", _T5),
+    "vae 2.2": Dialect(r"\.residual\.layer_\d\.", _VAE_22),
 }
 _TO_MLX = {
-    component: Dialect("official", "", {str(ours): path for path, ours in table.items()})
+    component: Dialect.back(table)
     for component, table in (("dit", _DIT), ("t5", _T5), ("vae 2.2", _VAE_22), ("vae 2.1", {}))
 }
 _TABLES = ("freqs",)  # computed, not trained; saved along with a quantised transformer
@@ -96,9 +96,10 @@ def translate_mlx(source: Source) -> Source:
     """`source` under official names if it is a file of mlx-video; else itself."""
     keys = source.keys()
     for component, dialect in _TO_OFFICIAL.items():
-        if any(dialect.marker.search(name) for name in keys):
-            names = {dialect.translate(name, {})[0]: name for name in keys if name not in _TABLES}
-            if len(names) == len([name for name in keys if name not in _TABLES]):
+        if any(map(dialect.marker.search, keys)):
+            held = [name for name in keys if name not in _TABLES]
+            names = {dialect.translate(name, {})[0]: name for name in held}
+            if len(names) == len(held):
                 return MlxSource(source, names, is_last=component == "vae 2.2")
             return source  # a mixture of layouts: `official_names` says which tensors clash
     shape = source.info(_VAE_MARKER).shape if _VAE_MARKER in keys else ()

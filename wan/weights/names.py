@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 from wan.errors import SwanError
 
-COMPONENTS = ("dit", "vae", "t5", "clip", "wav2vec")
-
 
 class Rows(NamedTuple):
     """Part `index` of `count` equal parts of the first axis of tensor `name`."""
@@ -219,8 +217,7 @@ _AUDIO_OLD: Table = {  # of a weight that is a direction and a length
 class Dialect:
     """A way to name tensors. A file speaks it if `marker` is found in one of its names."""
 
-    def __init__(self, name: str, marker: str, table: Table):
-        self.name = name
+    def __init__(self, marker: str, table: Table):
         self.marker = re.compile(marker)
         # Only rules with as many dots as a name can match it.
         self.rules: dict[int, list[tuple[re.Pattern, tuple[str, ...]]]] = {}
@@ -228,6 +225,11 @@ class Dialect:
             pattern = re.escape(path).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
             targets = (ours,) if isinstance(ours, str) else ours
             self.rules.setdefault(path.count("."), []).append((re.compile(pattern), targets))
+
+    @classmethod
+    def back(cls, table: Table) -> Dialect:
+        """From our names to those of a table."""
+        return cls("", {str(ours): path for path, ours in table.items()})
 
     def translate(self, name: str, counts: dict[str, int]) -> tuple[str, ...]:
         """Our names for one name: itself if no rule matches, several if the tensor is cut up."""
@@ -241,30 +243,20 @@ class Dialect:
 
 
 _DIALECTS: dict[str, tuple[Dialect, ...]] = {
-    "dit": (Dialect("diffusers", r"^condition_embedder\.", _DIT_DIFFUSERS | _ANIMATE_DIFFUSERS),),
+    "dit": (Dialect(r"^condition_embedder\.", _DIT_DIFFUSERS | _ANIMATE_DIFFUSERS),),
     "vae": (
-        Dialect("diffusers 2.2", r"\.(down_blocks\.\d+\.(resnets|downsampler)|upsampler)\.", _VAE_22_DIFFUSERS),
-        Dialect("diffusers", r"^(en|de)coder\.conv_in\.", _VAE_21_DIFFUSERS),
+        Dialect(r"\.(down_blocks\.\d+\.(resnets|downsampler)|upsampler)\.", _VAE_22_DIFFUSERS),
+        Dialect(r"^(en|de)coder\.conv_in\.", _VAE_21_DIFFUSERS),
     ),
     "t5": (
-        Dialect("official", r"^token_embedding\.|^blocks\.0\.", _T5_OFFICIAL),
-        Dialect("gguf", r"^enc\.blk\.", _T5_GGUF),
+        Dialect(r"^token_embedding\.|^blocks\.0\.", _T5_OFFICIAL),
+        Dialect(r"^enc\.blk\.", _T5_GGUF),
     ),
-    "clip": (Dialect("official", r"^visual\.", _CLIP_OFFICIAL),),
-    "wav2vec": (Dialect("transformers before torch 2", r"\.weight_g$", _AUDIO_OLD),),
+    "clip": (Dialect(r"^visual\.", _CLIP_OFFICIAL),),
+    "wav2vec": (Dialect(r"\.weight_g$", _AUDIO_OLD),),  # of transformers before torch 2
 }
-# The dialect with our own names needs no rules.
-_NATIVE = {
-    "dit": Dialect("official", "", {}),
-    "vae": Dialect("official", "", {}),
-    "t5": Dialect("transformers", "", {}),
-    "clip": Dialect("transformers", "", {}),
-    "wav2vec": Dialect("transformers", "", {}),
-}
-
-_DIT_TO_DIFFUSERS = Dialect("diffusers", "", {str(ours): path for path, ours in _DIT_DIFFUSERS.items()})
-_T5_TO_OFFICIAL = Dialect("transformers", "", {str(ours): path for path, ours in _T5_OFFICIAL.items()})
-_T5_TO_GGUF = Dialect("transformers", "", {str(ours): path for path, ours in _T5_GGUF.items()})
+_OURS = Dialect("", {})
+_DIT_TO_DIFFUSERS, _T5_TO_OFFICIAL, _T5_TO_GGUF = map(Dialect.back, (_DIT_DIFFUSERS, _T5_OFFICIAL, _T5_GGUF))
 
 # A single file for ComfyUI may hold every component, each under its prefix.
 _PREFIXES = {
@@ -303,7 +295,8 @@ _IGNORED = {
 
 
 def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]:
-    """Our name -> the name in the file (or `Rows` of it) for every tensor of `component` (see COMPONENTS).
+    """Our name -> the name in the file (or `Rows` of it) for every tensor of `component`, "dit", "vae", "t5",
+    "clip" or "wav2vec".
 
     A name that no rule knows stays as it is, so that it is reported as unexpected by the name its file gives it.
     Raises SwanError if two tensors of the file would get the same name.
@@ -314,7 +307,7 @@ def official_names(keys: Iterable[str], component: str) -> dict[str, str | Rows]
 @lru_cache(maxsize=16)  # a run asks some ten times for each of its files
 def _official_names(keys: tuple[str, ...], component: str) -> dict[str, str | Rows]:
     found = _strip(list(keys), component)
-    speaks = _detect(found, component)
+    speaks = next((one for one in _DIALECTS[component] if any(map(one.marker.search, found))), _OURS)
     counts = _b_count(found)
     result: dict[str, str | Rows] = {}
     for name, file_name in found.items():
@@ -348,21 +341,6 @@ def gguf_t5_name(our_name: str) -> str:
     A name that no rule knows stays as it is.
     """
     return _T5_TO_GGUF.translate(our_name, {})[0]
-
-
-def dialect(keys: Iterable[str], component: str) -> str:
-    """The dialect a file is written in: "official", "diffusers", "transformers", ..., with its prefix if it has one."""
-    keys = list(keys)
-    name = _detect(_strip(keys, component), component).name
-    prefix = _prefix(keys, component)
-    return f"{name}, prefix {prefix}" if prefix and component != "clip" else name
-
-
-def _detect(names: Iterable[str], component: str) -> Dialect:
-    for one in _DIALECTS[component]:
-        if any(one.marker.search(name) for name in names):
-            return one
-    return _NATIVE[component]
 
 
 def without_wrappers(name: str) -> str:

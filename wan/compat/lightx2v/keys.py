@@ -191,15 +191,12 @@ KEYS: dict[str, Key] = {
     "cfg_parallel": _idle("flag", "parallel says it"),
     "seq_parallel": _idle("flag", "parallel says it"),
     # What the model has
-    "text_len": _told("whole", "dit.text_len"),
-    "in_dim": _told("whole", "dit.in_dim"),
-    "dim": _told("whole", "dit.dim"),
-    "ffn_dim": _told("whole", "dit.ffn_dim"),
-    "freq_dim": _told("whole", "dit.freq_dim"),
-    "text_dim": _told("whole", "dit.text_dim"),
-    "out_dim": _told("whole", "dit.out_dim"),
-    "num_heads": _told("whole", "dit.num_heads"),
-    "num_layers": _told("whole", "dit.num_layers"),
+    **{
+        name: _told("whole", f"dit.{name}")
+        for name in (
+            *("text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim", "num_heads", "num_layers"),
+        )
+    },
     "eps": _told("number", "dit.eps"),
     "patch_size": _told("list", "dit.patch_size"),
     "num_channels_latents": _told("whole", "vae.z_dim"),
@@ -211,10 +208,10 @@ KEYS: dict[str, Key] = {
     "cross_attn_norm": Key("flag", "refused", "all models have it", (True,)),
     # Kernels
     "rope_type": _idle("text", _KERNELS, "torch_complex_rope"),
-    "modulate_type": _idle("text", _KERNELS, "torch"),
-    "rms_norm_type": _idle("text", _KERNELS, "torch"),
-    "layer_norm_type": _idle("text", _KERNELS, "torch"),
-    "norm_modulate_backend": _idle("text", _KERNELS, "torch"),
+    **dict.fromkeys(
+        ("modulate_type", "rms_norm_type", "layer_norm_type", "norm_modulate_backend"),
+        _idle("text", _KERNELS, "torch"),
+    ),
     "tp_rms_norm_type": _idle("text", _KERNELS),
     "mxfp8_fuse_enable": _idle("flag", _KERNELS),
     "mxint8_fuse_enable": _idle("flag", _KERNELS),

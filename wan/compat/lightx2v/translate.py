@@ -14,7 +14,7 @@ from wan.compat.lightx2v.given import Given, place_of
 from wan.compat.lightx2v.keys import KEYS
 from wan.compat.lightx2v.models import model_class, task_of
 from wan.errors import SwanError, UsageError
-from wan.options import FLAGS, PART_OF
+from wan.options import FLAGS, of_part
 from wan.options.beside import beside
 from wan.options.files import told_task
 from wan.options.schema import of_kinds
@@ -36,7 +36,7 @@ class Translated:
 
     def part(self, name: str) -> dict[str, Any]:
         """The options of one part: load, sample or output."""
-        return {flag: value for flag, value in self.options.items() if PART_OF[flag] == name}
+        return of_part(self.options, name)
 
     def renamed(self, error: SwanError) -> SwanError:
         """An error about options, which speaks of the keys that they came from."""

@@ -86,19 +86,9 @@ class WanModel(nn.Module):
         if vace_layers:
             self.adapters.append(Vace(vace_layers, vace_in_dim, self.patch_size, block))
         if audio_inject_layers:
-            self.adapters.append(
-                S2V(
-                    audio_inject_layers,
-                    self.patch_embedding,
-                    num_heads,
-                    cond_dim=cond_dim,
-                    audio_dim=audio_dim,
-                    num_audio_token=num_audio_token,
-                    adain=enable_adain,
-                    framepack=enable_framepack,
-                    motion_frames=motion_frames,
-                )
-            )
+            sizes = {"cond_dim": cond_dim, "audio_dim": audio_dim, "num_audio_token": num_audio_token}
+            parts = {"adain": enable_adain, "framepack": enable_framepack, "motion_frames": motion_frames}
+            self.adapters.append(S2V(audio_inject_layers, self.patch_embedding, num_heads, **sizes, **parts))
         if motion_encoder_dim is not None:
             sizes = {"face_px": face_px, "face_dim": face_dim, "motion_channels": motion_channels}
             self.adapters.append(Animate(motion_encoder_dim, num_layers, self.patch_size, block, **sizes))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import struct
 import time
 from collections import Counter
@@ -33,8 +32,8 @@ from wan.weights.containers.gguf_header import ARRAY, BOOL, SCALARS, STRING, GGU
 from wan.weights.infer import HEADS_KEY, count, infer_dit_config, looks_like, our_names, told_heads
 from wan.weights.names import gguf_t5_name
 from wan.weights.source import Source
-from wan.weights.write.recipes import RECIPES, T5, WAN, Layout, Recipe, tensor_type
-from wan.weights.write.stream import Job, Part, write_tensors
+from wan.weights.write.recipes import LAYOUTS, RECIPES, T5, Recipe, tensor_type
+from wan.weights.write.stream import Job, Part, Progress, check_space, write_tensors
 
 ALIGNMENT = 32  # bytes; the data of every tensor begins at a multiple
 _VERSION = 3
@@ -86,7 +85,7 @@ def plan_tensors(source: Source, recipe: Recipe) -> list[Planned]:
     if component == "dit":
         infer_dit_config(source)
     _check_names(source, component, names)
-    layout, plan = _layout(component), []
+    layout, plan = LAYOUTS[component], []
     for ours, source_name in names.items():
         info = source.info(source_name)
         if not info.dtype.is_floating_point:
@@ -110,10 +109,6 @@ def quantised_before(source: Source, planned: list[Planned]) -> str | None:
         elif one.type.torch_dtype is None and isinstance(source, GGUFSource):
             types += [source.type(one.source_name).name] if source.type(one.source_name).torch_dtype is None else []
     return Counter(types).most_common(1)[0][0] if types else None
-
-
-def _layout(component: str) -> Layout:
-    return T5 if component == "t5" else WAN
 
 
 def _check_names(source: Source, component: str, names: Mapping[str, str]) -> None:
@@ -143,7 +138,7 @@ def _check_names(source: Source, component: str, names: Mapping[str, str]) -> No
 def make_metadata(source: Source, recipe: Recipe) -> dict[str, Value]:
     """The keys and values of the file; for the text encoder its shapes, and the tokenizer where the source has one."""
     component = component_of(source)
-    metadata: dict[str, Value] = {"general.architecture": _layout(component).architecture}
+    metadata: dict[str, Value] = {"general.architecture": LAYOUTS[component].architecture}
     if component == "t5":
         metadata |= _t5_metadata(source)
     elif heads := told_heads(source, infer_dit_config(source)["dim"]):
@@ -236,20 +231,13 @@ def export_gguf(
     write_header(header, metadata, planned)
     total = header.tell() + data_bytes(planned)
     place = Path(os.path.realpath(output))  # of a link, what it leads to is written
-    _check_space(place, total)
-    done = header.tell()
-
-    def advance(size_bytes: int) -> None:
-        nonlocal done
-        done += size_bytes
-        if on_progress:
-            on_progress(done, total)
-
+    check_space(place, total)
+    advance = Progress(total, on_progress, done=header.tell())
     with atomic(place) as temporary, temporary.open("wb") as file:
         file.write(header.getvalue())
         write_tensors(file, _jobs(source, planned, header.tell()), advance, threads)
         file.truncate(total)
-        advance(total - done)  # what lies between tensors
+        advance(total - advance.done)  # what lies between tensors
     types = Counter(one.type.name for one in planned)
     return {
         "file": str(output),
@@ -274,13 +262,6 @@ def _jobs(source: Source, planned: list[Planned], start: int) -> Iterator[Job]:
 
 def _blocks(tensor: torch.Tensor, kind: GGMLType) -> tuple[np.ndarray]:
     return (quantize(tensor, kind),)
-
-
-def _check_space(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        room = f"{output.parent} has {free / 1e9:.2f} GB free"
-        raise SwanError(f"{output} needs {needed / 1e9:.2f} GB, and {room}")
 
 
 def _padded(size_bytes: int) -> int:

@@ -41,17 +41,10 @@ from wan.weights.names import Rows, official_t5_name
 from wan.weights.source import Source
 from wan.weights.write.export import component_of, plan_tensors
 from wan.weights.write.recipes import RECIPES
-from wan.weights.write.stream import Job, Part, write_tensors
+from wan.weights.write.stream import Job, Part, Progress, check_space, write_tensors
 from wan.weights.write.written import check_inputs, check_output, list_files, name_tensors
 
-FORMATS = ("mlx", "fp8", "int8", "nvfp4", "mxfp8")
-PARTS = ("dit", "high", "low", "t5", "vae")
-_DIT_FILE = "diffusion_pytorch_model.safetensors"
-_OFFICIAL_FILES = {
-    "dit": _DIT_FILE,
-    "high": f"high_noise_model/{_DIT_FILE}",
-    "low": f"low_noise_model/{_DIT_FILE}",
-}
+_DIT_FOLDERS = {"dit": "", "high": "high_noise_model/", "low": "low_noise_model/"}
 _ATTENTION = r"(?:vace_)?blocks\.\d+\.(?:self_attn|cross_attn)\.[qkvo]\.weight"
 _QUANTISED = {
     "dit": re.compile(_ATTENTION + r"|(?:vace_)?blocks\.\d+\.(?:ffn\.[02]|cross_attn\.[kv]_img)\.weight"),
@@ -71,8 +64,8 @@ _DTYPE_CODES = {
 
 @dataclass(frozen=True)
 class Form:
-    """What is written. format: one of FORMATS; dtype: of all that is not quantised; bits: 4, 8, or 0 for none (mlx
-    only); group: columns that share a scale (mlx only)."""
+    """What is written. format: see above; dtype: of all that is not quantised; bits: 4, 8, or 0 for none (mlx only);
+    group: columns that share a scale (mlx only)."""
 
     format: str
     dtype: torch.dtype = torch.bfloat16
@@ -232,7 +225,9 @@ def file_name(part: str, form: Form, source: Source) -> str:
         return MLX_FILES["model" if part == "dit" else part]
     if part == "t5":
         return f"models_t5_umt5-xxl-enc-{form.format}.safetensors"
-    return f"Wan{vae_version(source)}_VAE.safetensors" if part == "vae" else _OFFICIAL_FILES[part]
+    if part == "vae":
+        return f"Wan{vae_version(source)}_VAE.safetensors"
+    return f"{_DIT_FOLDERS[part]}diffusion_pytorch_model.safetensors"
 
 
 def vae_version(source: Source) -> str:
@@ -272,18 +267,8 @@ def export_folder(
     check_output(output, replace)
     check_inputs(output, [*(path for source in parts.values() for path in source.paths), *(copies or {}).values()])
     copied = (one for path in (copies or {}).values() for one in (path, *path.rglob("*")) if one.is_file())
-    needed, free = total + sum(one.stat().st_size for one in copied), shutil.disk_usage(output.parent).free
-    if needed > free:
-        room = f"{output.parent} has {free / 1e9:.2f} GB free"
-        raise SwanError(f"{output} needs {needed / 1e9:.2f} GB, and {room}")
-    done = 0
-
-    def advance(size_bytes: int) -> None:
-        nonlocal done
-        done += size_bytes
-        if on_progress:
-            on_progress(done, total)
-
+    check_space(output, total + sum(one.stat().st_size for one in copied))
+    advance = Progress(total, on_progress)
     with atomic_folder(output) as folder:
         for name, path in (copies or {}).items():
             advance(0)
@@ -311,11 +296,7 @@ def export_folder(
 
 
 def _write_file(
-    file: BinaryIO,
-    source: Source,
-    plan: list[Planned],
-    metadata: Mapping[str, str],
-    advance: Callable[[int], None],
+    file: BinaryIO, source: Source, plan: list[Planned], metadata: Mapping[str, str], advance: Progress
 ) -> None:
     """A safetensors file; what is made of a tensor is written to its place at once."""
     # Larger elements first, so that every tensor lies at a multiple of its element size.

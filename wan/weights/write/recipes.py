@@ -93,6 +93,7 @@ T5 = Layout(
     table="token_embd.weight",
     keep_f32=True,
 )
+LAYOUTS = {"dit": WAN, "t5": T5}
 
 
 def tensor_type(recipe: Recipe, layout: Layout, name: str, shape: Sequence[int], source_bf16: bool) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -63,6 +65,26 @@ class Job:
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
             yield (last - first) * width, (first, last)
+
+
+class Progress:
+    """Bytes that were written, of so many. show: called with both; what it raises ends the work."""
+
+    def __init__(self, total: int, show: Callable[[int, int], None] | None, done: int = 0):
+        self.done, self._total, self._show = done, total, show
+
+    def __call__(self, size_bytes: int) -> None:
+        self.done += size_bytes
+        if self._show:
+            self._show(self.done, self._total)
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raises SwanError where the disk has no room for so many bytes."""
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        room = f"{output.parent} has {free / 1e9:.2f} GB free"
+        raise SwanError(f"{output} needs {needed / 1e9:.2f} GB, and {room}")
 
 
 def write_tensors(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.adapters.motion import MotionEncoder
+from wan.models.dit.adapters.s2v import CausalConv1d
 from wan.models.dit.block import Context, Hold, RMSNorm
 from wan.models.dit.sequence import Group, Sequence
 
@@ -39,25 +40,14 @@ class Face:
         self.tokens: Tensor | None = None
 
 
-class CausalConv(nn.Module):
-    """Along time; before the first frame there are copies of it. `[B, C, T] -> [B, C, T / stride]`"""
-
-    def __init__(self, in_dim: int, out_dim: int, stride: int = 1):
-        super().__init__()
-        self.conv = nn.Conv1d(in_dim, out_dim, 3, stride)
-
-    def forward(self, x_BCT: Tensor) -> Tensor:
-        return self.conv(F.pad(x_BCT, (2, 0), mode="replicate"))
-
-
 class FaceEncoder(nn.Module):
     """Vectors of motion to tokens: some that are made of them and a learned one."""
 
     def __init__(self, in_dim: int, hidden_dim: int, num_heads: int = _HEADS, head_dim: int = 1024):
         super().__init__()
         self.num_heads = num_heads
-        self.conv1_local = CausalConv(in_dim, num_heads * head_dim)
-        self.conv2, self.conv3 = (CausalConv(head_dim, head_dim, stride=2) for _ in range(2))
+        self.conv1_local = CausalConv1d(in_dim, num_heads * head_dim)
+        self.conv2, self.conv3 = (CausalConv1d(head_dim, head_dim, stride=2) for _ in range(2))
         self.out_proj = nn.Linear(head_dim, hidden_dim)
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
 

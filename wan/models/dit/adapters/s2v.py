@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class CausalConv1d(nn.Module):
-    """Looks at this step and the two before it; before the first there are copies of it."""
+    """Looks at this step and the two before it; before the first there are copies of it: `[B, C, T] -> [B, C', T']`."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int = 1):
         super().__init__()
