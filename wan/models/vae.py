@@ -25,7 +25,7 @@ from wan.models.vae_blocks import (
     State,
     Upsample,
     UpStage,
-    in_turn,
+    by_twos,
 )
 
 
@@ -49,9 +49,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         layers = [self.conv1, *self.downsamples, *self.middle]
-        # At the size of the video, to where frames are halved.
-        first = 1 + next(at for at, layer in enumerate(layers) if isinstance(layer, (Downsample, DownStage)))
-        x = in_turn(layers[:first], x, state, self.conv1.out_channels)
+        # At the size of the video, to where it is halved.
+        first = 1 + next((at for at, layer in enumerate(layers) if isinstance(layer, (Downsample, DownStage))), 0)
+        x = by_twos(layers[:first], x, state, self.conv1.out_channels)
         for layer in layers[first:]:
             x = layer(x, state)
         return self.head["2"](x, state, norm=self.head["0"])
@@ -81,12 +81,13 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         layers = [self.conv1, *self.middle, *self.upsamples]
-        # At the size of the video, from where frames are doubled.
-        last = max(at for at, layer in enumerate(layers) if isinstance(layer, Upsample) or getattr(layer, "up", False))
+        # At the size of the video, from where it is reached.
+        ups = [at for at, layer in enumerate(layers) if isinstance(layer, Upsample) or getattr(layer, "up", False)]
+        last = max(ups, default=0)
         for layer in layers[: last + 1]:
             x = layer(x, state)
         head = lambda x, state: self.head["2"](x, state, norm=self.head["0"])  # noqa: E731
-        return in_turn([*layers[last + 1 :], head], x, state, x.shape[-1])
+        return by_twos([*layers[last + 1 :], head], x, state, x.shape[-1])
 
 
 class WanVAE(VideoVAE):

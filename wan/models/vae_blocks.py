@@ -93,7 +93,7 @@ class CausalConv3d(nn.Conv3d):
         return y.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def in_turn(layers: Iterable[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, channels: int) -> Tensor:
+def by_twos(layers: Iterable[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, channels: int) -> Tensor:
     """One layer after another. Of large frames two go through all of them before the next two: half is held at once.
 
     channels: of what the layers make.
