@@ -80,14 +80,10 @@ class Decoder(nn.Module):
         self.head = nn.ModuleDict({"0": RMSNorm(width), "2": CausalConv3d(width, 12 if version == "2.2" else 3)})
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        layers = [self.conv1, *self.middle, *self.upsamples]
-        # At the size of the video, from where it is reached.
-        ups = [at for at, layer in enumerate(layers) if isinstance(layer, Upsample) or getattr(layer, "up", False)]
-        last = max(ups, default=0)
-        for layer in layers[: last + 1]:
+        x = self.conv1(x, state)
+        for layer in (*self.middle, *self.upsamples):
             x = layer(x, state)
-        head = lambda x, state: self.head["2"](x, state, norm=self.head["0"])  # noqa: E731
-        return by_twos([*layers[last + 1 :], head], x, state, x.shape[-1])
+        return self.head["2"](x, state, norm=self.head["0"])
 
 
 class WanVAE(VideoVAE):

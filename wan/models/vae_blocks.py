@@ -96,7 +96,7 @@ class CausalConv3d(nn.Conv3d):
 def by_twos(layers: Iterable[Callable[[Tensor, State], Tensor]], x: Tensor, state: State, channels: int) -> Tensor:
     """One layer after another. Of large frames two go through all of them before the next two: half is held at once.
 
-    channels: of what the layers make.
+    channels: of what the layers make. (In the decoder it would save less, and take 5 % of the time.)
     """
     is_large = x[:, :1, ..., :1].nbytes * channels >= _LARGE_FRAME_BYTES
     made = []
