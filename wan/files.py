@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import gc
 import hashlib
 import json
 import os
@@ -91,10 +92,15 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
     # What is read may take much more memory than its text: 56 bytes for "[],".
     if sum(map(text.count, ",[{")) > _MANY_VALUES + len(text) // 16:
         raise ValueError(f"too many values for {len(text):,} letters")
+    collects = gc.isenabled()
+    gc.disable()  # what is collected where the recursion ends could not be closed
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
