@@ -67,7 +67,7 @@ def make(file: str | None, count: int, steps: int | None, ckpt_dir: str | None) 
     """Load the transformer (None: the one of the checkpoint) and make `count` clips."""
     clip, seed = cases()[0]
     options = {"dit": file, "gguf_mode": "stream"} if file else {}
-    short = make_request(clip.prompt, seed, 1, ckpt_dir, **options)
+    short = make_request(clip.prompt, seed, 1, ckpt_dir, frame_num=1, **options)
     engine = Engine.of(short.load, load_task(TASK))
 
     def load() -> float:

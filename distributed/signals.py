@@ -68,13 +68,11 @@ class Signals:
         self._ending = True
 
     def leave(self, exit_code: int) -> None:
-        """All is done and said but for the end of the interpreter, which a signal now cuts short."""
-        heard = list(self._handlers)
-        self._handlers.clear()  # nothing is given back
-        for signum in heard:
+        """All is done and said but for what libraries do at the end of a process, which a signal now cuts short."""
+        for signum in self._handlers:
             signal.signal(signum, lambda *_: os._exit(exit_code))
-        # Python gives its handlers back towards its end, and a second SIGTERM would have the last word.
-        atexit.register(lambda: [signal.signal(signum, signal.SIG_IGN) for signum in heard])
+        self._handlers.clear()  # nothing is given back
+        atexit.register(_end, exit_code)  # is called first, being last
 
     def _listen(self) -> None:
         for signum in WORDS:
@@ -134,3 +132,13 @@ def listening() -> Iterator[Signals]:
     finally:
         signals._stop()
         _current = None
+
+
+def _end(exit_code: int) -> None:
+    """What else is called at the end of a process, and that end: taking down what torch imports would take a second."""
+    atexit.unregister(_end)
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 
 # One thread in each process: networks and frames are tiny, and threads of tests side by side would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -54,6 +55,22 @@ def cluster():
     made = Cluster()
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory):
+    """The path of a Python that has imported torch already."""
+    from tests.dist.processes import Forked
+    from tests.quick_python import serve, write_client
+
+    folder = tmp_path_factory.mktemp("python")
+    write_client(folder / "python", folder / "socket")
+    server = Forked(serve, str(folder / "socket"))
+    while not (folder / "socket").exists():
+        assert server.poll() is None
+        time.sleep(0.05)
+    yield str(folder / "python")
+    server.kill()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from benchmarks import cache_overhead, cache_quality
 from benchmarks.cache_cases import TASKS, tiny_cases
 from benchmarks.judge import judge
 from benchmarks.peers import DIT
-from tests.caching.quick_python import write_client
 from tools.tiny.world import render
 from wan import calibrate
 from wan.options import build_request
@@ -210,8 +208,10 @@ def test_margin_best_and_front():
 
 
 @pytest.mark.parametrize("task", CALIBRATED[:1])
-def test_quality(tmp_path, capsys, task):
+def test_quality(tmp_path, monkeypatch, capsys, task):
     out, picture = tmp_path / "q.json", tmp_path / "q.png"
+    few = (*cache_quality.SERIES["magcache K=4"][:2], (0.01, 0.24))
+    monkeypatch.setitem(cache_quality.SERIES, "magcache K=4", few)
     flags = ["--task", task, "--prompts", "1", "--steps", "5", "--series", "magcache K=4", "--fewer", "1", "3"]
     assert cache_quality.main([*flags, "--out", str(out), "--picture", str(picture)]) == 0
     text, result = capsys.readouterr().out, json.loads(out.read_text())
@@ -222,9 +222,9 @@ def test_quality(tmp_path, capsys, task):
     assert [(row["predictor"], row["threshold"]) for row in rows] == [
         (predictor, threshold)
         for predictor in PREDICTORS
-        for threshold in (0.01, 0.02, 0.04, 0.08, 0.12, 0.24)
+        for threshold in (0.01, 0.24)
     ]  # fmt: skip
-    assert rows[0]["compute"] > rows[5]["compute"] and rows[0]["psnr_db"] > rows[5]["psnr_db"]
+    assert rows[0]["compute"] > rows[1]["compute"] and rows[0]["psnr_db"] > rows[1]["psnr_db"]
     best = result["best_at_half_the_compute"]
     assert best["on_these_clips"] in rows and set(best["reaches_target"].values()) <= {True, False}
     with Image.open(picture) as image:
@@ -288,19 +288,6 @@ def test_scripts_name_the_failure(tmp_path):
     done = bash("tests/test_cache_smoke.sh", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.startswith("error: t2v-1.3B --sample_steps 10") and done.stderr.count("\n") == 1
-
-
-@pytest.fixture(scope="module")
-def quick_python(tmp_path_factory):
-    """A Python that has imported torch already."""
-    folder = tmp_path_factory.mktemp("python")
-    write_client(folder / "python", folder / "socket")
-    with subprocess.Popen([sys.executable, "-m", "tests.caching.quick_python", folder / "socket"], cwd=REPO) as server:
-        while not (folder / "socket").exists():
-            assert server.poll() is None
-            time.sleep(0.05)
-        yield str(folder / "python")
-        server.terminate()
 
 
 @pytest.mark.slow

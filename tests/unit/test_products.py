@@ -176,8 +176,14 @@ def test_the_table_that_comes_with_the_code_names_no_gpu_that_nobody_measured():
     [
         (["--matmul", "fp4"], "unknown --matmul 'fp4'; choose one of: bf16, fp8, int8, auto"),
         (["--matmul", "fp8", "--dtype", "bf16", "--device", "cpu"], "fp8 is for CUDA devices, not --device cpu"),
-        (["--matmul", "fp8", "--dtype", "fp16"], "--matmul fp8 takes activations in bf16, not in --dtype fp16"),
-        (["--matmul", "fp8"], "--matmul fp8 takes activations in bf16, not in --dtype fp32"),  # the tiny task's
+        (
+            ["--matmul", "fp8", "--dtype", "fp16"],
+            "a CUDA device, and activations in bf16, not in --dtype fp16",
+        ),
+        (
+            ["--matmul", "fp8"],
+            "a CUDA device, and activations in bf16, not in --dtype fp32",
+        ),  # the tiny task's
         (["--matmul", "int8", "--dtype", "bf16", "--gguf_mode", "resident"], "--matmul int8 multiplies weights as"),
         (["--matmul", "int8", "--dtype", "bf16", "--vram_gb", "8"], "int8: no weights are stored in int8 with a"),
     ],

@@ -148,7 +148,7 @@ def check_matmul(at: Asked, given: Any) -> str:
     if device not in ("auto", "cuda") and not device.startswith("cuda:"):
         raise UsageError(f"--matmul {name} is for CUDA devices, not --device {device}")
     if dtype != "bf16":
-        raise UsageError(f"--matmul {name} takes activations in bf16, not in --dtype {dtype}")
+        raise UsageError(f"--matmul {name} takes a CUDA device, and activations in bf16, not in --dtype {dtype}")
     if at.done["gguf_mode"] == "resident":
         raise UsageError(f"--matmul {name} multiplies weights as they are stored, and --gguf_mode resident does not")
     return name

@@ -1,6 +1,5 @@
-"""A stand-in for the Python of a script that starts it many times: what it runs is forked from a process that has
-imported torch and planned such videos. `python -m tests.caching.quick_python SOCKET` is that process; `write_client`
-the stand-in.
+"""A stand-in for Python where it is started many times: what it runs is forked from a process that has imported torch
+and planned such videos. `serve` is that process, `write_client` the stand-in.
 """
 
 import atexit
@@ -12,7 +11,9 @@ import os
 import runpy
 import socket
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -40,36 +41,38 @@ def write_client(path: Path, server: Path) -> None:
 
 
 def serve(path: str) -> None:
-    import transformers.models.umt5.modeling_umt5  # noqa: F401
-
+    """Of tests/conftest.py, from which it is forked itself."""
     import wan.cli
-    import wan.pipeline  # noqa: F401
 
     with contextlib.redirect_stdout(io.StringIO()):
         for flags in PLANNED:
             wan.cli.main([*flags, "--dry_run"])
     gc.freeze()
-    atexit.register(gc.unfreeze)  # or Triton tells of all that it still has
     with socket.create_server(path, family=socket.AF_UNIX) as server:
         while True:
             with server.accept()[0] as client:
                 asked, outputs, _, _ = socket.recv_fds(client, 1 << 16, 3)
                 child = os.fork()
                 if child == 0:
-                    return run(*json.loads(asked), outputs)
+                    run(*json.loads(asked), outputs)
                 client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
             for one in outputs:
                 os.close(one)
 
 
-def run(folder: str, arguments: list[str], files: list[int]) -> None:
+def run(folder: str, arguments: list[str], files: list[int]) -> NoReturn:
     """`python *arguments` in a folder, with these in place of the standard input and outputs."""
     for place, file in enumerate(files):
         os.dup2(file, place)
     os.chdir(folder)
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])
+    sys.argv, code = arguments, 0
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # to take down all that was imported takes longer than most videos
