@@ -1,7 +1,9 @@
 import atexit
+import ctypes
 import gc
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import time
@@ -33,6 +35,8 @@ PRELOADED = [
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
 _frozen_at = 0
 atexit.register(gc.unfreeze)  # or Triton tells of all that it still has, behind the last line of a run
 
@@ -45,6 +49,15 @@ def quick_collection():
         gc.collect()
         gc.freeze()
         _frozen_at = len(sys.modules)
+
+
+@pytest.fixture(autouse=True)
+def kept_memory():
+    """What is freed serves the next tensor: glibc would give it back, and the system zero it anew. A pipeline undoes
+    that, and processes of their own have what is usual."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from wan.models import layers
 from wan.models.ops import OPS, choose_ops
 from wan.models.ops.reference import Modulated
 
@@ -136,3 +137,14 @@ def test_fused_ops_are_their_parts(dtype, ops):
     torch.testing.assert_close(
         made.view_as(x).double(), exact * exact.sigmoid(), rtol=3 * torch.finfo(dtype).eps, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("name, shape", [("Linear", (3, 4)), ("Conv2d", (3, 4, 3)), ("Conv3d", (3, 4, 3))])
+def test_layers_draw_their_first_values_as_those_of_torch(name, shape):
+    made = []
+    for kind in (getattr(layers, name), getattr(torch.nn, name)):
+        torch.manual_seed(0)
+        made.append(kind(*shape).state_dict())
+    assert all(torch.equal(made[0][key], made[1][key]) for key in ("weight", "bias"))
+    with torch.device("meta"):
+        assert getattr(layers, name)(*shape).weight.is_meta

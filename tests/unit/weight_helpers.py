@@ -59,6 +59,7 @@ def dit_shapes(task: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(one.shape) for name, one in build("dit", load_task(task).dit).state_dict().items()}
 
 
+@cache
 def fact(relative: str):
     """A JSON file of the facts folder; skips the test where that folder is absent."""
     path = SHARED / "facts" / relative
@@ -69,7 +70,7 @@ def fact(relative: str):
 
 def manifest(name: str) -> dict[str, list[int]]:
     """Tensor name -> shape of a released checkpoint."""
-    return fact(f"state_dicts/{name}.json")
+    return dict(fact(f"state_dicts/{name}.json"))
 
 
 def golden(name: str) -> Case:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.models.layers import Conv2d
 from wan.models.vae_base import LATENT_STATS, VideoVAE
 from wan.models.vae_blocks import ROWS, State, conv2d, upsampled_conv
 
@@ -24,7 +25,7 @@ _BOUND = 3.0  # that latents are softly held within
 GROWS = (1, 2, 2)  # how many frames a stage of the decoder makes of one
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Conv2d):
     """Of each frame, zeros around it."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = True):
@@ -59,7 +60,7 @@ class TPool(nn.Module):
     def __init__(self, channels: int, stride: int):
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(stride * channels, channels, 1, bias=False)
+        self.conv = Conv2d(stride * channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unflatten(1, (-1, self.stride)).movedim(2, -2).flatten(-2)  # channels of the earliest frame first
@@ -72,7 +73,7 @@ class TGrow(nn.Module):
     def __init__(self, channels: int, stride: int):
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(channels, stride * channels, 1, bias=False)
+        self.conv = Conv2d(channels, stride * channels, 1, bias=False)
 
     def forward(self, x: Tensor, grows: bool = True) -> Tensor:
         """Of all the frames; grows: else of the last one alone."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.distributed.halo import WHOLE, RowShards
+from wan.models.layers import Conv2d, Conv3d
 from wan.models.ops import choose_ops
 
 ROWS = 2  # the axis of the rows
@@ -48,7 +49,7 @@ class RMSNorm(nn.Module):
         return choose_ops(None, x.device).rms_norm(x, self.gamma.flatten(), out, silu)
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(Conv3d):
     """Convolution over time, rows and columns whose window ends at the present frame (zeros before the first)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int, int] = 3):
@@ -133,8 +134,8 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = RMSNorm(channels, num_axes=2)
-        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
+        self.to_qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
         B, T, H, W, C = x.shape
@@ -150,7 +151,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.resample = nn.ModuleDict({"1": Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -176,7 +177,7 @@ class Upsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(in_channels, out_channels, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": Conv2d(in_channels, out_channels, 3, padding=1)})
         self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State) -> Tensor:

@@ -54,7 +54,7 @@ def keep_narrow(model: nn.Module, dtype: torch.dtype) -> None:
     stays = getattr(model, "keep_fp32", lambda name: False)
     made: dict[nn.Module, nn.Module] = {}  # a layer that has two places in the model keeps them
     for path, layer in list(model.named_modules(remove_duplicate=False)):
-        wide = _WIDE.get(type(layer))
+        wide = next((wide for kind, wide in _WIDE.items() if isinstance(layer, kind)), None)
         if wide is None or stays(f"{path}.weight"):
             continue
         if layer not in made:

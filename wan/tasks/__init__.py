@@ -3,6 +3,7 @@
 A task names the shapes of its models, the files of its checkpoint and the official sampling defaults.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,15 @@ def load_task(name: str) -> EasyDict:
 
 def read_task(path: Path) -> EasyDict:
     """Read and check one task file. Raises SwanError that names the file and the key at fault."""
-    data = _read_yaml(path)
+    return EasyDict(_task(path, _read(path)))
+
+
+@lru_cache(maxsize=256)
+def _task(path: Path, text: str) -> dict[str, Any]:
+    data = _parse(path, text)
     _check(data, SCHEMA, path, "")
     _check_values(data, path)
-    return EasyDict(data)
+    return data
 
 
 def preset_names() -> list[str]:
@@ -112,15 +118,22 @@ def load_preset(name: str, spec: EasyDict) -> dict[str, Any]:
     if name not in preset_names():
         raise UsageError(f"unknown --preset {name!r}; choose one of: {', '.join(preset_names())}")
     path = config_dir("presets") / f"{name}.yaml"
-    data = _read_yaml(path)
+    data = _parse(path, _read(path))
     _check(data, {"title": str, "options": dict, "expert_options": dict}, path, "")
     return data["options"] | (data["expert_options"] if "experts" in spec else {})
 
 
-def _read_yaml(path: Path) -> Any:
+def _read(path: Path) -> str:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SwanError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
         raise SwanError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.models.dit.sequence import Sequence
+from wan.models.layers import Linear
 from wan.models.ops.reference import Modulated, Reference
 from wan.quant.linear import project
 
@@ -35,7 +36,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
         self.head_dim = dim // num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def heads(self, x_BLC: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class CrossAttention(SelfAttention):
     def __init__(self, dim: int, num_heads: int, eps: float, images: bool):
         super().__init__(dim, num_heads, eps)
         if images:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x_BLC: Tensor, context: Context, sequence: Sequence) -> Tensor:
@@ -84,7 +85,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps, images)
-        self.ffn = nn.ModuleDict({"0": nn.Linear(dim, ffn_dim), "2": nn.Linear(ffn_dim, dim)})
+        self.ffn = nn.ModuleDict({"0": Linear(dim, ffn_dim), "2": Linear(ffn_dim, dim)})
         self.modulation = nn.Parameter(_random_modulation(6, dim))
 
     def forward(self, x_BLC: Tensor, sequence: Sequence, context: Context, hold: Hold) -> Tensor:
@@ -105,7 +106,7 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, dim: int, positions: bool):
         super().__init__()
-        proj = [nn.LayerNorm(CLIP_DIM), nn.Linear(CLIP_DIM, CLIP_DIM), nn.GELU(), nn.Linear(CLIP_DIM, dim)]
+        proj = [nn.LayerNorm(CLIP_DIM), Linear(CLIP_DIM, CLIP_DIM), nn.GELU(), Linear(CLIP_DIM, dim)]
         self.proj = nn.Sequential(*proj, nn.LayerNorm(dim))
         self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_DIM)) if positions else None
 
@@ -120,7 +121,7 @@ class Head(nn.Module):
     def __init__(self, dim: int, out_dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.head = nn.Linear(dim, out_dim)
+        self.head = Linear(dim, out_dim)
         self.modulation = nn.Parameter(_random_modulation(2, dim))
 
     def forward(self, x_BLC: Tensor, sequence: Sequence) -> Tensor:

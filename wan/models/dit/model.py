@@ -19,6 +19,7 @@ from wan.models.dit.adapters.s2v import S2V
 from wan.models.dit.adapters.vace import Vace
 from wan.models.dit.block import Block, Context, Head, ImageEmbedding
 from wan.models.dit.sequence import Group, Segments, Sequence, Times
+from wan.models.layers import Conv3d, Linear
 from wan.models.ops import Reference, choose_ops
 
 _IN_FP32 = ("time_embedding.", "time_projection.", "casual_audio_encoder.", "trainable_cond_mask.")
@@ -74,10 +75,10 @@ class WanModel(nn.Module):
         self.offload = Resident()
         clip = model_type in ("i2v", "flf2v", "animate") if clip is None else clip
 
-        self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
+        self.patch_embedding = Conv3d(in_dim, dim, self.patch_size, self.patch_size)
         self.text_embedding = _mlp(text_dim, dim)
         self.time_embedding = _mlp(freq_dim, dim)
-        self.time_projection = nn.ModuleDict({"1": nn.Linear(dim, 6 * dim)})
+        self.time_projection = nn.ModuleDict({"1": Linear(dim, 6 * dim)})
         block = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "eps": eps}
         self.blocks = nn.ModuleList(Block(**block, images=clip) for _ in range(num_layers))
         self.head = Head(dim, out_dim * self.patch_size[0] * self.patch_size[1] * self.patch_size[2], eps)
@@ -250,4 +251,4 @@ class WanModel(nn.Module):
 
 
 def _mlp(in_dim: int, dim: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": nn.Linear(in_dim, dim), "2": nn.Linear(dim, dim)})
+    return nn.ModuleDict({"0": Linear(in_dim, dim), "2": Linear(dim, dim)})

@@ -27,7 +27,7 @@ _counted_for: ContextVar[str | None] = ContextVar("counted_for", default=None)
 @contextmanager
 def counted_for(device_type: str) -> Iterator[None]:
     """While memory and work are counted: tensors on the meta device go the way of those on `device_type`, and of the
-    slices of a chain, which are alike, the first one alone is run."""
+    slices of a chain, and of its frames, which are alike, the first one alone is run."""
     token = _counted_for.set(device_type)
     try:
         yield
@@ -47,8 +47,12 @@ def slices(x: Tensor, elements: int | None = None, copies: int = 1) -> Iterator[
         return iter(())
     elements = elements or (CPU_ELEMENTS if acting_type(x.device) == "cpu" else GPU_ELEMENTS)
     rows = max(1, elements // max(1, x[0].numel()) // copies)
-    stop = min(rows, len(x)) if x.device.type == "meta" and _counted_for.get() else len(x)
+    stop = min(rows, len(x)) if _is_counted(x) else len(x)
     return (slice(start, start + rows) for start in range(0, stop, rows))
+
+
+def _is_counted(x: Tensor) -> bool:
+    return x.device.type == "meta" and _counted_for.get() is not None
 
 
 class Gpu(Reference):
@@ -93,6 +97,8 @@ class Gpu(Reference):
         # Frame by frame, because `out` may be a window of a longer buffer whose batch axis is strided.
         for source, target in zip(x_BTHWC.flatten(0, 1).flatten(1, -2), _frames(out), strict=True):
             self._rms(source, gamma_C, target, silu)
+            if _is_counted(source):
+                break
         return out
 
     def _rms(self, x_NC: Tensor, gamma_C: Tensor, out_NC: Tensor, silu: bool) -> None:

@@ -46,7 +46,8 @@ class Triton(Gpu):
 
     def linear_gelu(self, linear: nn.Module, x: Tensor) -> Tensor:
         """By the product's epilogue, whose GELU has the tanh form on CUDA (that of a CPU has not)."""
-        if type(linear) is not nn.Linear or linear.bias is None or acting_type(x.device) != "cuda":
+        is_plain = isinstance(linear, nn.Linear) and linear.weight.dtype == x.dtype and linear.bias is not None
+        if not is_plain or acting_type(x.device) != "cuda":
             return super().linear_gelu(linear, x)
         y = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])

@@ -17,6 +17,7 @@ from wan.models.dit.adapters.motion import MotionEncoder
 from wan.models.dit.adapters.s2v import CausalConv1d
 from wan.models.dit.block import Context, Hold, RMSNorm
 from wan.models.dit.sequence import Group, Sequence
+from wan.models.layers import Conv3d, Linear
 
 POSE_DIM = 16  # channels of a latent of Wan2.1's VAE
 FACE_EVERY = 5  # blocks, after the first of which it is looked at
@@ -48,7 +49,7 @@ class FaceEncoder(nn.Module):
         self.num_heads = num_heads
         self.conv1_local = CausalConv1d(in_dim, num_heads * head_dim)
         self.conv2, self.conv3 = (CausalConv1d(head_dim, head_dim, stride=2) for _ in range(2))
-        self.out_proj = nn.Linear(head_dim, hidden_dim)
+        self.out_proj = Linear(head_dim, hidden_dim)
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
 
     def forward(self, motion_BTC: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class FaceBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.head_dim = dim // num_heads
-        self.linear1_kv, self.linear1_q = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.linear2 = nn.Linear(dim, dim)
+        self.linear1_kv, self.linear1_q = Linear(dim, 2 * dim), Linear(dim, dim)
+        self.linear2 = Linear(dim, dim)
         self.q_norm, self.k_norm = RMSNorm(self.head_dim, _EPS), RMSNorm(self.head_dim, _EPS)
 
     def forward(self, x_BLC: Tensor, face_BFNC: Tensor, sequence: Sequence, hold: Hold) -> Tensor:
@@ -122,7 +123,7 @@ class Animate(Adapter):
     ):
         """block: the arguments of a `Block`, but for its images; face_dim: of each head of the face encoder."""
         self.face_px, dim, heads = face_px, block["dim"], block["num_heads"]
-        self.pose_patch_embedding = nn.Conv3d(POSE_DIM, dim, patch_size, patch_size)
+        self.pose_patch_embedding = Conv3d(POSE_DIM, dim, patch_size, patch_size)
         self.motion_encoder = MotionEncoder(face_px, motion_encoder_dim, channels=motion_channels)
         self.face_encoder = FaceEncoder(motion_encoder_dim, dim, head_dim=face_dim)
         self.fuser_blocks = nn.ModuleList(FaceBlock(dim, heads) for _ in range(num_layers // FACE_EVERY))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.block import Context, CrossAttention, Hold
 from wan.models.dit.sequence import Group, Sequence
+from wan.models.layers import Conv3d, Linear
 from wan.models.ops.reference import Modulated
 from wan.weights.infer import AUDIO_LAYERS
 
@@ -67,7 +68,7 @@ class AudioTokens(nn.Module):
         self.conv1_global = CausalConv1d(in_dim, dim // 4) if adain else None
         self.conv2 = CausalConv1d(dim // 4, dim // 2, stride=2)
         self.conv3 = CausalConv1d(dim // 2, dim, stride=2)
-        self.final_linear = nn.Linear(dim, dim) if adain else None
+        self.final_linear = Linear(dim, dim) if adain else None
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x_BCT: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +112,7 @@ class AudioNorm(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.linear = nn.Linear(dim, 2 * dim)
+        self.linear = Linear(dim, 2 * dim)
 
     def forward(self, x_BLC: Tensor, audio_BTC: Tensor, part: Part, sequence: Sequence, hold: Hold) -> Tensor:
         with hold(self.linear):
@@ -166,9 +167,9 @@ class FramePacker(nn.Module):
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
-        self.proj = nn.Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))
-        self.proj_2x = nn.Conv3d(in_dim, dim, (2, 4, 4), (2, 4, 4))
-        self.proj_4x = nn.Conv3d(in_dim, dim, (4, 8, 8), (4, 8, 8))
+        self.proj = Conv3d(in_dim, dim, (1, 2, 2), (1, 2, 2))
+        self.proj_2x = Conv3d(in_dim, dim, (2, 4, 4), (2, 4, 4))
+        self.proj_4x = Conv3d(in_dim, dim, (4, 8, 8), (4, 8, 8))
 
     def forward(self, motion_BCTHW: Tensor) -> list[tuple[Tensor, Group]]:
         """Tokens of the nearest latent, of the two before it and of the 16 before these; what is not there is 0."""
@@ -197,7 +198,7 @@ class S2V(Adapter):
     def __init__(
         self,
         layers: Iterable[int],
-        patch_embedding: nn.Conv3d,
+        patch_embedding: Conv3d,
         num_heads: int,
         *,
         cond_dim: int,
@@ -211,7 +212,7 @@ class S2V(Adapter):
         self.motion_frames = motion_frames
         self.layers = {layer: n for n, layer in enumerate(sorted(layers))}
         self.patch_embedding, dim = patch_embedding, patch_embedding.out_channels
-        self.cond_encoder = nn.Conv3d(cond_dim, dim, patch_embedding.kernel_size, patch_embedding.stride)
+        self.cond_encoder = Conv3d(cond_dim, dim, patch_embedding.kernel_size, patch_embedding.stride)
         self.audio_encoder = AudioEncoder(audio_dim, dim, num_audio_token, adain)
         self.injector = AudioInjector(len(self.layers), dim, num_heads, adain)
         self.marks = nn.Embedding(3, dim)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wan.models.dit.adapters import Adapter, After
 from wan.models.dit.block import Block, Context, Hold
 from wan.models.dit.sequence import Sequence
+from wan.models.layers import Conv3d, Linear
 
 
 class VaceBlock(Block):
@@ -21,8 +22,8 @@ class VaceBlock(Block):
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, is_first: bool):
         super().__init__(dim, ffn_dim, num_heads, eps, images=False)
-        self.before_proj = nn.Linear(dim, dim) if is_first else None
-        self.after_proj = nn.Linear(dim, dim)
+        self.before_proj = Linear(dim, dim) if is_first else None
+        self.after_proj = Linear(dim, dim)
         self.parts = (*(("before_proj",) if is_first else ()), *Block.parts, "after_proj")
 
     def forward(
@@ -50,7 +51,7 @@ class Vace(Adapter):
     def __init__(self, layers: Iterable[int], in_dim: int, patch_size: tuple[int, ...], block: dict[str, Any]):
         """block: the arguments of a `Block`, but for its images."""
         self.layers = {layer: n for n, layer in enumerate(layers)}
-        self.patch_embedding = nn.Conv3d(in_dim, block["dim"], patch_size, patch_size)
+        self.patch_embedding = Conv3d(in_dim, block["dim"], patch_size, patch_size)
         self.blocks = nn.ModuleList(VaceBlock(**block, is_first=n == 0) for n in range(len(self.layers)))
         self.names = {"vace_patch_embedding": self.patch_embedding, "vace_blocks": self.blocks}
 
