@@ -1,6 +1,7 @@
 """Animate's transformer as diffusers has it: other names, keys and values of the face in two matrices."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from wan.tasks import load_task
 from wan.weights.assign import check_weights, load_weights
 from wan.weights.infer import check_dit, infer_dit_config
 from wan.weights.infer_task import infer_task
+from wan.weights.lora import open_lora, set_loras, weight_shapes
 from wan.weights.source import open_source
 from wan.weights.write.export import export_gguf
 
@@ -134,3 +136,55 @@ def test_halves_that_differ(theirs, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(SwanError, match="face_adapter.0.to_k.weight and face_adapter.0.to_v.weight must be alike"):
         open_source(tmp_path / "bad.safetensors")
+
+
+def test_a_lora_changes_keys_or_values_alone(theirs, tmp_path):
+    """As diffusers trains them: of a layer that is one here, with a LoRA for each half, DoRA and alpha among them."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator) * 0.1  # noqa: E731
+    tensors, base = load_file(next(theirs[1].glob("*.safetensors"))), load_file(next(theirs[1].glob("*.safetensors")))
+    found = {}
+    for name, rank in (("face_adapter.0.to_k", 4), ("face_adapter.0.to_v", 3), ("face_adapter.1.to_v", 2)):
+        down, up, weight = draw(rank, WIDTH), draw(WIDTH, rank), base[f"{name}.weight"]
+        found |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        merged = weight + up @ down
+        if name.endswith("1.to_v"):
+            found[f"transformer.{name}.lora_magnitude_vector"] = magnitude = 3 + draw(WIDTH)
+            merged *= (magnitude / merged.norm(dim=1))[:, None]
+        tensors[f"{name}.weight"] = merged
+    found["transformer.face_adapter.1.to_k.diff_b"] = draw(WIDTH)
+    tensors["face_adapter.1.to_k.bias"] = base["face_adapter.1.to_k.bias"] + found[[*found][-1]]
+    save_file(found, tmp_path / "lora.safetensors")
+    changed = shutil.copytree(theirs[1], tmp_path / "changed")
+    save_file(tensors, next(changed.glob("*.safetensors")))
+    model = loaded(open_source(theirs[1]))
+    shapes = weight_shapes(model)
+    lora = open_lora(tmp_path / "lora.safetensors", shapes)
+    assert not lora.notes and lora.targets == {name: shapes[name] for name in lora.targets} and len(lora.targets) == 3
+    set_loras(model, open_source(theirs[1]), [(lora, 1.0)])
+    wanted = loaded(open_source(changed))
+    for name, one in model.state_dict().items():
+        torch.testing.assert_close(one, wanted.state_dict()[name], rtol=1e-5, atol=1e-6)
+    name = "face_adapter.fuser_blocks.1.linear1_kv.weight"
+    weights = torch.cat([base[f"face_adapter.1.to_{half}.weight"] for half in "kv"])
+    read = lambda rows: weights[slice(*(rows or (None,)))]  # noqa: E731
+    whole = lora.delta(name, read)
+    for rows in ((0, 5), (WIDTH - 3, WIDTH + 4), (WIDTH, 2 * WIDTH), (2 * WIDTH - 1, 2 * WIDTH)):
+        torch.testing.assert_close(lora.delta(name, read, rows), whole[slice(*rows)], rtol=1e-5, atol=1e-6)
+    export_gguf(open_source(theirs[1]), tmp_path / "q8.gguf", "Q8_0")
+    packed = loaded(open_source(tmp_path / "q8.gguf"), stream=True)
+    dense = loaded(open_source(tmp_path / "q8.gguf"))
+    results = []
+    for one in (packed, dense):
+        before = predicted(one, inputs())
+        set_loras(one, open_source(tmp_path / "q8.gguf"), [(lora, 1.0)])
+        results += [predicted(one, inputs())]
+        assert not torch.equal(before, results[-1])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_for_one_half_must_fit_it(theirs, tmp_path):
+    factors = {"lora_A.weight": torch.ones(2, WIDTH), "lora_B.weight": torch.ones(2 * WIDTH, 2)}
+    save_file({f"face_adapter.0.to_k.{name}": one for name, one in factors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(SwanError, match=r"linear1_kv.weight \[128, 64\] for \[64, 64\]"):
+        open_lora(tmp_path / "lora.safetensors", weight_shapes(loaded(open_source(theirs[1]))))

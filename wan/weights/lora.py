@@ -51,8 +51,9 @@ class Update:
 
     kind: "product" (of factors), "add" (a tensor as it is) or "set" (the new value itself)
     keys: part -> key; of "add" and "set" the one part is "value"
-    shape: of the parameter
+    shape: of the parameter, or of half of it
     scale: of what is added; alpha: key of a number that it is multiplied by
+    half: 0 or 1 where only the upper or the lower half of the parameter's rows is changed
     """
 
     kind: str
@@ -61,6 +62,12 @@ class Update:
     shape: Shape
     scale: float = 1.0
     alpha: str | None = None
+    half: int | None = None
+
+    @property
+    def target(self) -> Shape:
+        """Of the parameter."""
+        return self.shape if self.half is None else (2 * self.shape[0], *self.shape[1:])
 
     def broken(self) -> str | None:
         """The first of the tensors, or the alpha, that is not finite; None if all are."""
@@ -78,6 +85,17 @@ class Update:
 
     def delta(self, base: ReadBase, rows: Span | None, device: torch.device) -> Tensor:
         """What strength 1 adds to the parameter, or to some of its rows; fp32."""
+        if self.half is None:
+            return self._delta(base, rows, device)
+        rows, start = rows or (0, self.target[0]), self.half * self.shape[0]
+        first, last = (min(max(row - start, 0), self.shape[0]) for row in rows)  # of the half's rows
+        delta = torch.zeros(rows[1] - rows[0], *self.shape[1:], device=device)
+        if first < last:
+            of_half = lambda span: base((start, start + self.shape[0]) if span is None else _moved(span, start))  # noqa: E731
+            delta[slice(*_moved((first, last), start - rows[0]))] = self._delta(of_half, (first, last), device)
+        return delta
+
+    def _delta(self, base: ReadBase, rows: Span | None, device: torch.device) -> Tensor:
         if self.kind != "product":
             value = _cut(_fitted(self._read("value", device), self.shape), rows)
             return value - base(rows) if self.kind == "set" else value * self._scale()
@@ -93,9 +111,13 @@ class Update:
 
     def branch(self, base: ReadBase, strength: float, device: torch.device) -> Branch:
         """The same for a matrix that stays packed: what its layer adds to its output."""
-        if self.kind != "product":
+        is_plain = self.keys.keys() == {"up", "down"}
+        if self.kind != "product" or (self.half is not None and not is_plain):
             return Dense(matrix=self.delta(base, None, device) * strength)
         parts = {part: self._read(part, device) for part in self.keys}
+        if self.half is not None:  # the other rows get zeros
+            rows = len(parts["up"])
+            parts["up"] = F.pad(parts["up"].flatten(1), (0, 0, self.half * rows, (1 - self.half) * rows))
         if "dora" not in self.keys:
             return product_branch(parts, self._scale() * strength)
         changed = self._product(None, device).add_(base(None))
@@ -130,7 +152,7 @@ class Lora:
     @property
     def targets(self) -> dict[str, Shape]:
         """The parameters that it changes, with their shapes."""
-        return {name: updates[0].shape for name, updates in self.updates.items()}
+        return {name: updates[0].target for name, updates in self.updates.items()}
 
     def delta(self, name: str, base: ReadBase, rows: Span | None = None, device: torch.device | str = "cpu") -> Tensor:
         """What strength 1 adds to parameter `name`, or to some of its rows: fp32 on `device`.
@@ -349,6 +371,7 @@ def _updates(
     source: Source, path: str, module: Module, shapes: Mapping[str, Shape], config: AdapterConfig
 ) -> Iterator[tuple[str, Update]]:
     """(parameter, what the tensors of one module do to it); not all of them need be parameters of the model."""
+    path, _, half = path.partition(":")
     factors = {part: key for part, key in module.keys.items() if part not in (*_SINGLE, "reshape", "alpha")}
     found = [("weight", "product", factors, True)] if factors else []
     for part, (leaf, kind) in _SINGLE.items():
@@ -362,7 +385,11 @@ def _updates(
         scaling = {"scale": config.scale(module.stem, divisor)}
     for leaf, kind, keys, is_scaled in found:
         name = path if path in shapes else f"{path}.{leaf}"
-        yield name, Update(kind, source, keys, shapes.get(name, ()), **(scaling if is_scaled else {}))
+        shape = shapes.get(name, ())
+        more = dict(scaling) if is_scaled else {}
+        if half and shape:
+            shape, more["half"] = (shape[0] // 2, *shape[1:]), int(half)
+        yield name, Update(kind, source, keys, shape, **more)
 
 
 def _problem(update: Update) -> str:
@@ -435,6 +462,10 @@ def _has_more_channels(update: Update) -> bool:
 
 def _but_channels(shape: Shape) -> Shape:
     return (*shape[:1], *shape[2:])
+
+
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
 
 
 def _cut(tensor: Tensor, rows: Span | None) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from wan.errors import SwanError, printable
 from wan.files import parse_json, read_json
 from wan.weights.infer import looks_like
-from wan.weights.names import diffusers_dit_name, without_wrappers
+from wan.weights.names import diffusers_dit_name, diffusers_halves, without_wrappers
 from wan.weights.source import Source
 
 _ANY = r"(?:\.[^.]+)?"  # the adapter's name, which PEFT may put in
@@ -116,8 +116,9 @@ def sort_keys(source: Source, names: Iterable[str], expert: str) -> tuple[dict[s
     """(official path -> its tensors, keys that belong to no part of the model, whether the file has a half for each
     expert), for a model of the parameters `names`.
 
-    A path is a module's, or that of a parameter outside of one; that of a block, for its modulation. expert: "high" or
-    "low", whose half is taken where there are halves, or "model". Raises SwanError where the file is no LoRA, is one of
+    A path is a module's, or that of a parameter outside of one; that of a block, for its modulation. Of a layer that
+    diffusers has in two it may be followed by ":0" or ":1", see `diffusers_halves`. expert: "high" or "low", whose half
+    is taken where there are halves, or "model". Raises SwanError where the file is no LoRA, is one of
     a kind that cannot be merged, holds two tensors for the same part, or halves for a model of one expert.
     """
     table = _table(names)
@@ -262,6 +263,8 @@ def _table(names: Iterable[str]) -> dict[str, str]:
             for alias in (path, diffusers_dit_name(path)):
                 table.setdefault(alias, path)
                 table.setdefault(alias.replace(".", "_"), path)
+            for number, alias in enumerate(diffusers_halves(path)):
+                table |= dict.fromkeys((alias, alias.replace(".", "_")), f"{path}:{number}")
     return table
 
 

@@ -80,6 +80,20 @@ _DIT_DIFFUSERS: Table = {
 }
 
 _CONVS = "motion_encoder.enc.net_app.convs"
+_FACE_DIFFUSERS: Table = {
+    **{f"face_encoder.{one}": f"face_encoder.{one}.conv" for one in ("conv1_local", "conv2", "conv3")},
+    **_under(
+        "face_adapter.{a}",
+        "face_adapter.fuser_blocks.{a}",
+        {
+            "to_q": "linear1_q",
+            "to_kv": "linear1_kv",  # two in the file, see `joined`
+            "to_out": "linear2",
+            "norm_q": "q_norm",
+            "norm_k": "k_norm",
+        },
+    ),
+}
 _ANIMATE_DIFFUSERS: Table = {
     "motion_encoder.conv_in": f"{_CONVS}.0.0",
     "motion_encoder.conv_in.act_fn": f"{_CONVS}.0.1",
@@ -97,18 +111,7 @@ _ANIMATE_DIFFUSERS: Table = {
     "motion_encoder.conv_out": f"{_CONVS}.{{end}}",
     "motion_encoder.motion_network.{a}": "motion_encoder.enc.fc.{a}",
     "motion_encoder.motion_synthesis_weight": "motion_encoder.dec.direction.weight",
-    **{f"face_encoder.{one}": f"face_encoder.{one}.conv" for one in ("conv1_local", "conv2", "conv3")},
-    **_under(
-        "face_adapter.{a}",
-        "face_adapter.fuser_blocks.{a}",
-        {
-            "to_q": "linear1_q",
-            "to_kv": "linear1_kv",  # two in the file, see `joined`
-            "to_out": "linear2",
-            "norm_q": "q_norm",
-            "norm_k": "k_norm",
-        },
-    ),
+    **_FACE_DIFFUSERS,
 }
 
 _VAE_RESNET: Table = {
@@ -256,7 +259,9 @@ _DIALECTS: dict[str, tuple[Dialect, ...]] = {
     "wav2vec": (Dialect(r"\.weight_g$", _AUDIO_OLD),),  # of transformers before torch 2
 }
 _OURS = Dialect("", {})
-_DIT_TO_DIFFUSERS, _T5_TO_OFFICIAL, _T5_TO_GGUF = map(Dialect.back, (_DIT_DIFFUSERS, _T5_OFFICIAL, _T5_GGUF))
+_DIT_TO_DIFFUSERS, _T5_TO_OFFICIAL, _T5_TO_GGUF = map(
+    Dialect.back, (_DIT_DIFFUSERS | _FACE_DIFFUSERS, _T5_OFFICIAL, _T5_GGUF)
+)
 
 # A single file for ComfyUI may hold every component, each under its prefix.
 _PREFIXES = {
@@ -328,6 +333,12 @@ def diffusers_dit_name(our_path: str) -> str:
     A path that no rule knows stays as it is.
     """
     return _DIT_TO_DIFFUSERS.translate(our_path, {})[0]
+
+
+def diffusers_halves(our_path: str) -> tuple[str, ...]:
+    """What diffusers calls the two halves, one above the other, of a layer that it has in two: see `joined`."""
+    name = diffusers_dit_name(our_path)
+    return tuple(name.removesuffix("kv") + half for half in "kv") if name.endswith(".to_kv") else ()
 
 
 def official_t5_name(our_name: str) -> str:
