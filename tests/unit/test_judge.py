@@ -76,12 +76,12 @@ def rate(pairs):
 
 
 def test_rendered_truth():
-    assert rate((judge(frames_of(*one)), truth(one[0])) for one in clips(240, seed=1)) >= 0.99
+    assert rate((judge(frames_of(*one)), truth(one[0])) for one in clips(120, seed=1)) >= 0.99
 
 
 @pytest.mark.parametrize("degrade", [blurred, noisy, brighter, tinted, soft, everything])
 def test_degraded_truth(degrade):
-    assert rate((judge(degrade(frames_of(*one))), truth(one[0])) for one in clips(60, seed=2)) >= 0.95
+    assert rate((judge(degrade(frames_of(*one))), truth(one[0])) for one in clips(30, seed=2)) >= 0.95
 
 
 @pytest.mark.parametrize("field", Verdict._fields)

@@ -87,6 +87,9 @@ class ScaledSource(Source):
         packed = self.packed(name, rows=rows) if name in self._stored else None
         return self._inner.read(name, rows) if packed is None else packed.dequantize()
 
+    def read_into(self, name: str, out: Tensor, start: int = 0) -> bool:
+        return name not in self._stored and self._inner.read_into(name, out, start)
+
     def extent(self, name: str) -> Extent | None:
         return None if name in self._stored else self._inner.extent(name)
 
