@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 
 .PHONY: setup demo test bench lint
 
@@ -14,8 +14,7 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 demo: setup
 	$(VENV)/bin/python generate.py
 
-# Tests compute on one thread. Some wait for other processes: three keep two cores busy. "worksteal" leaves most tests
-# of a file in one process, which makes its fixtures once.
+# Tests compute on one thread. "worksteal" leaves most tests of a file in one process, which makes its fixtures once.
 test: setup
 	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
