@@ -51,7 +51,7 @@ def test_a_head_that_goes_is_told_of(monkeypatch, capsys):
     monkeypatch.setattr(cluster, "_AWAY_S", 0.0)
     head = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{head.getsockname()[1]}"
-    with cluster.watched(address):
+    with cluster.watched("the head of the cluster", address):
         head.accept()[0].close()  # it was looked at
         head.close()
         told, deadline = "", time.monotonic() + 300

@@ -36,8 +36,8 @@ _TRIES = {
 _TRIES |= {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
 _STORE_BYTES = 256 << 20  # of a Ray of this machine, for files on their way; what is larger goes to its folder
 _GONE = (
-    "the head of the cluster, {}, does not answer any more: where it stays away, Ray ends this process within a minute,"
-    " with exit code 1; what is done is kept, and the same command goes on from there"
+    "{} does not answer any more: where it stays away, Ray ends this process within a minute, with exit code 1; what is"
+    " done is kept, and the same command goes on from there"
 )
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
@@ -82,7 +82,11 @@ def joined(address: str) -> Iterator[None]:
             stack.callback(ray.shutdown)
             _join(ray, address, options)
             if not (match and match["client"]):  # else Ray tells
-                stack.enter_context(watched(ray.get_runtime_context().gcs_address))
+                context = ray.get_runtime_context()
+                mine = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+                own = f"{mine['NodeManagerAddress']}:{mine['NodeManagerPort']}"
+                for name, address in (("the head of the cluster", context.gcs_address), ("this machine's Ray", own)):
+                    stack.enter_context(watched(name, address))
         yield
 
 
@@ -131,8 +135,9 @@ def _of_this_machine(stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def watched(address: str) -> Iterator[None]:
-    """Within, a line on stderr tells of a head, HOST:PORT, that has gone: Ray ends this process later without one."""
+def watched(name: str, address: str) -> Iterator[None]:
+    """Within, a line on stderr tells of a part of the cluster, at HOST:PORT, that has gone and without which Ray ends
+    this process, later and without a word."""
     host, _, port = address.rpartition(":")
     over = threading.Event()
 
@@ -145,7 +150,11 @@ def watched(address: str) -> Iterator[None]:
             except OSError as error:
                 if not is_told and time.monotonic() - seen > _AWAY_S:
                     is_told = True
-                    print(f"warning: --ray: {_GONE.format(address)} ({one_line(error)})", file=sys.stderr, flush=True)
+                    print(
+                        f"warning: --ray: {_GONE.format(f'{name}, {address},')} ({one_line(error)})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
     threading.Thread(target=watch, daemon=True).start()
     try:

@@ -93,6 +93,8 @@ class RemoteGroup:
         except Exception as error:
             if not self._is_killed:
                 told = str(error) if isinstance(error, SwanError) else f"{type(error).__name__}: {one_line(error)}"
+                if isinstance(error, ConnectionError):  # of ray://
+                    told = "the cluster does not answer any more"
                 self._tell_user({"broken": told, "machine": self._machine})
         finally:
             self._outbox.put(None)
