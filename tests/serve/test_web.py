@@ -1,10 +1,14 @@
 """The page, by what its scripts ask of the server: fields, jobs, files, languages, and who may do what."""
 
+import copy
 import io
+import json
 import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from random import Random
 from urllib.parse import urlsplit
 
 import pytest
@@ -196,15 +200,6 @@ def test_fields_of_another_model_count_for_nothing():
 # Jobs
 
 
-def test_a_field_of_a_wrong_kind_is_named(server):
-    tab = Tab(server)
-    for name, value in {"others": {"a": 1}, "cache_choice": ["x"], "prompt": {"b": 2}}.items():
-        tab.fill(**{name: value})
-        tab.fire("run")
-        assert f"{name} must be a text" in tab.message
-        tab.fill(**{name: ""})
-
-
 def test_a_video_is_made_shown_and_its_settings_are_used_again(server):
     tab = Tab(server)
     tab.fill(**QUICK, others="trim_first_frames = 1")
@@ -344,7 +339,8 @@ def test_events_name_no_files_but_those_that_were_sent(server, path):
         tab.fill(**QUICK, model="pictures", image=None)
         tab.fill(**{name: file})
         status, told, _ = tab.post(tab.event("run", "click")[1])
-        assert status == 400 and "files that were sent to it" in told["error"]["message"]
+        wanted = "files that were sent to it" if name == "image" else "prompt must be a text"
+        assert status == 400 and wanted in told["error"]["message"]
     assert not any((server.folder / "uploads").glob("*/passwd"))
 
 
@@ -381,6 +377,83 @@ def test_a_gigabyte_is_not_taken(server):
     kept = sum(path.stat().st_size for path in (server.folder / "uploads").rglob("*") if path.is_file())
     assert kept < 5_000_000
     assert server.ask("GET", "/health")[0] == 200
+
+
+# Events
+
+
+@pytest.mark.parametrize(
+    "part, values, told",
+    [
+        ("fn_index", (None, "0", -1, 10**30, 1.0, True), "the number of an event"),
+        ("data", (None, [], ["en"], [None] * 999, {"0": "en"}, "en"), "a list of"),
+        ("session_hash", (None, 5, "", "../x", "x" * 65, []), "a text of"),
+        ("event_data", (5, "id", ["id"], {"id": 5}), "an object"),
+    ],
+)
+def test_a_part_of_an_event_that_is_wrong_is_named(server, part, values, told):
+    tab = Tab(server)
+    body = tab.event("run", "click")[1]
+    for value in values:
+        status, answer, _ = tab.post(body | {part: value})
+        assert (status, answer["error"]["param"]) == (400, part) and told in answer["error"]["message"], value
+    for value in ([body], 7):
+        assert tab.post(value)[1]["error"]["param"] == "fn_index"
+    assert server.ask("POST", "/gradio_api/run/predict", b"{}", {"Content-Type": "text/plain"})[0] == 415
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("language", 5, "language must be a text"),
+        ("others", {"a": 1}, "others must be a text"),
+        ("cache_choice", ["x"], "cache_choice must be a text"),
+        ("cache_force", "yes", "cache_force must be true or false"),
+        ("image", "x.png", "image: an event of the page names files"),
+    ],
+)
+def test_a_field_of_a_wrong_kind_is_named(server, name, value, told):
+    tab = Tab(server)
+    tab.fill(**{name: value})
+    status, answer, _ = tab.post(tab.event("run", "click")[1])
+    assert (status, answer["error"]["param"]) == (400, name) and told in answer["error"]["message"]
+
+
+DEEP = json.loads("[" * 600 + "]" * 600)
+ODD = [True, 5, -1, 1e300, 10**30, float("nan"), "", "x", "\ud800", "\0", [], {}, [5], {"path": "/etc/passwd"}, DEEP]
+ODD += [{"meta": 5, "path": "x"}, {"meta": {"_type": "gradio.FileData"}}, {"id": ["x"]}, {"url": "http://127.0.0.1:1/"}]
+ODD += [{"language": ["zh"], "job": {}, "count": -1}, {"job": "\ud800", "path": "x", "meta": "y"}, "x" * 10_000]
+MORE = ("event_id", "event_data", "batched", "simple_format", "oauth_token")
+
+
+def change(body, random):
+    """A part of an event, or a value of its data, is left out, added, moved or of any kind."""
+    data, how = body.get("data"), random.randrange(6)
+    if how == 0:
+        body.pop(random.choice([*body, "data"]), None)
+    elif how == 1:
+        body[random.choice([*body, *MORE])] = random.choice([None, *ODD])
+    elif isinstance(data, list) and data:
+        odd = random.choice([None, *ODD])
+        at = random.randrange(len(data))
+        data[:] = (
+            random.choice([data[1:], [*data, odd], data[::-1]]) if how == 2 else [*data[:at], odd, *data[at + 1 :]]
+        )
+
+
+def test_no_event_whatever_it_says_is_an_error_of_the_server(server):
+    tab, log, random = Tab(server), Path(f"{server.folder}.log"), Random(1)
+    until(lambda: server.ask("GET", "/health")[1]["busy"] == 0)
+    before = log.read_text()
+    bodies = [tab.body(event) for event in tab.config["dependencies"]]
+    for number in range(400):
+        body = copy.deepcopy(bodies[number % len(bodies)])
+        for _ in range(random.randint(1, 3)):
+            change(body, random)
+        sent = body if number % 40 else random.choice(ODD)
+        status, told, _ = tab.post(sent)
+        assert status == 200 or (status == 400 and "\n" not in told["error"]["message"]), (sent, told)
+    assert log.read_text() == before
 
 
 # Who may do what
