@@ -1,12 +1,14 @@
 """The page, by what its scripts ask of the server: fields, jobs, files, languages, and who may do what."""
 
 import copy
+import html
 import io
 import json
 import re
 import socket
 import subprocess
 import sys
+import wave
 from pathlib import Path
 from random import Random
 from urllib.parse import urlsplit
@@ -267,10 +269,10 @@ def test_what_has_not_changed_is_not_sent_again(server):
 @pytest.mark.parametrize(
     "values, told",
     [
-        ({"size": "100*100"}, "--size 100*100: t2v-tiny needs multiples of 16"),
-        ({"prompt": ""}, "prompt is missing"),
+        ({"size": "100*100"}, "“Size” 100*100: t2v-tiny needs multiples of 16"),
+        ({"prompt": ""}, "“Prompt” is missing"),
         ({"others": "lora = ../x"}, "no LoRA"),
-        ({"frame_num": "<b>6</b>"}, "--frame_num must be a whole number"),
+        ({"frame_num": "<b>6</b>"}, "“Frames” must be a whole number"),
         ({"model": "of before"}, "of before"),
     ],
 )
@@ -281,6 +283,37 @@ def test_what_cannot_be_made_is_one_line(server, values, told):
     assert told in tab.message and 'role="alert"' in tab.message
     assert "<b>" not in tab.message and "Traceback" not in tab.message and str(server.folder.parent) not in tab.message
     assert len(tab.jobs) == before
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"frame_num": "6"}, "“帧数”: "),
+        ({"fps": "x"}, "“帧率” must be "),
+        ({"prompt": ""}, "“提示词” is missing"),
+        ({"seed": "2", "others": "seed = 3"}, "“随机种子” 重复"),
+        ({"others": "sigmas = 1,0.5"}, "“步数” '3' contradicts sigmas, which"),
+        ({"others": "preview_every = x"}, "：preview_every must be"),
+        ({"others": "ckpt_dir = /x"}, "：ckpt_dir says what is loaded"),
+    ],
+)
+def test_a_refusal_names_fields_as_the_page_does(server, values, told):
+    tab = Tab(server)
+    tab.fill(language="zh", **QUICK | values)
+    tab.fire("run")
+    assert told in html.unescape(tab.message) and "--" not in tab.message
+
+
+def test_a_warning_names_fields_as_the_page_does(server):
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    tab = Tab(server)
+    tab.fill(prompt=RED, model="speech", image=tab.send(png()), audio=tab.send(sound.getvalue(), "a.wav"), num_clip="9")
+    tab.fire("run")
+    assert "“Clips” 9 is more than “Speech or song” needs" in tab["job"]["value"], tab.message
+    tab.fire("cancel")
 
 
 def test_models_have_their_fields_and_languages_their_words(server):
@@ -324,7 +357,7 @@ def test_files_that_are_no_pictures_are_refused(server, data):
     assert status == 200 and "script" not in headers["Content-Type"] and headers["X-Content-Type-Options"] == "nosniff"
     tab.fill(**QUICK, model="pictures", image=sent)
     tab.fire("run")
-    assert "image" in tab.message and 'role="alert"' in tab.message
+    assert re.search("image|“First frame”", tab.message) and 'role="alert"' in tab.message
     assert len(tab.jobs) == before
 
 
@@ -461,12 +494,12 @@ def test_no_event_whatever_it_says_is_an_error_of_the_server(server):
 
 def test_the_page_asks_nothing_of_others(server):
     status, page, headers = server.ask("GET", "/", headers={"Accept-Encoding": "br, gzip"})
-    html = page.decode()
-    assert status == 200 and "gradio_config" in html
+    shown = page.decode()
+    assert status == 200 and "gradio_config" in shown
     policy = headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "http" not in policy
-    assert not re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', html)
-    for path in re.findall(r'(?:src|href)="\./([^"]+)"', html):
+    assert not re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', shown)
+    for path in re.findall(r'(?:src|href)="\./([^"]+)"', shown):
         assert server.ask("GET", f"/{path}")[0] == 200, path
     assert b"url(http" not in server.ask("GET", "/theme.css")[1]
 

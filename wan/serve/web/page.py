@@ -319,7 +319,8 @@ class Page:
                 wanted = replace(wanted, preview_every=form.preview_every(asked, wanted.options))
             id = (await service.accept(wanted)).id
         except (Refused, SwanError) as error:
-            told = shown.message(text("refused", language, why=without_paths(str(error))), is_error=True)
+            why = form.in_words(without_paths(str(error)), language, getattr(error, "param", None))
+            told = shown.message(text("refused", language, why=why), is_error=True)
             return [told, *[gr.skip() for _ in self._of_job[1:]]]
         return await self._shown("", _Kept(language, id), language, {})
 
