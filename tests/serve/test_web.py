@@ -29,6 +29,7 @@ from wan.video import open_video
 
 GIGABYTE = 1_000_000_000
 LONG = {"frame_num": "33", "sample_steps": "900"}  # is cancelled
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 QUICK = {"prompt": RED, "frame_num": "5", "sample_steps": "3", "seed": "1"}
 
 
@@ -546,16 +547,15 @@ def test_a_key_is_asked_for(locked):
     status, page, headers = locked.ask("GET", "/", headers={"Accept-Language": "zh"})
     assert status == 401 and 'action="login"' in page.decode() and "密钥" in page.decode()
     assert "default-src 'none'" in headers["Content-Security-Policy"] and b"<script" not in page
-    form_kind = {"Content-Type": "application/x-www-form-urlencoded"}
     for wrong in (b"key=", b"key=wrong", b"", b"key=%ff%fe", b"key=a&key=b"):
-        status, page, headers = locked.ask("POST", "/login", wrong, form_kind)
+        status, page, headers = locked.ask("POST", "/login", wrong, FORM)
         assert status == 401 and b"no valid key" in page and "Set-Cookie" not in headers
     status, _, headers = locked.ask("GET", "/login")
     assert (status, headers["Location"]) == (303, "./")
-    assert locked.ask("POST", "/login", b"key=" + bytes(20_000), form_kind)[0] == 413  # from strangers little is taken
+    assert locked.ask("POST", "/login", b"key=" + bytes(20_000), FORM)[0] == 413  # from strangers little is taken
     assert locked.ask("POST", "/logout", b"", {"Cookie": "swan=00"})[0] == 303  # of a server that was started again
-    assert locked.ask("POST", "/login", f"key={KEY}".encode(), form_kind | {"Origin": "https://example.com"})[0] == 403
-    status, _, headers = locked.ask("POST", "/login", f"key={KEY}".encode(), form_kind)
+    assert locked.ask("POST", "/login", f"key={KEY}".encode(), FORM | {"Origin": "https://example.com"})[0] == 403
+    status, _, headers = locked.ask("POST", "/login", f"key={KEY}".encode(), FORM)
     cookie = headers["Set-Cookie"]
     assert status == 303 and "HttpOnly" in cookie and "samesite=strict" in cookie.lower() and KEY not in cookie
     given = {"Cookie": f"other=1; {cookie.partition(';')[0]}"}
@@ -568,6 +568,28 @@ def test_a_key_is_asked_for(locked):
         assert locked.ask("GET", "/v1/videos", headers={"Cookie": wrong})[0] == 401
     _, _, headers = locked.ask("POST", "/logout", b"", given)
     assert 'swan=""' in headers["Set-Cookie"]
+
+
+@pytest.mark.parametrize("at", ["", "/swan"], ids=["taken off", "left"])
+def test_the_page_is_where_a_proxy_has_it(locked, at):
+    """Whether the proxy takes the path off or not."""
+    status, page, _ = locked.ask("GET", f"{at}/")
+    assert status == 401 and 'action="login"' in page.decode()
+    status, _, headers = locked.ask("POST", f"{at}/login", f"key={KEY}".encode(), FORM)
+    assert (status, headers["Location"]) == (303, "./")
+    given = {"Cookie": headers["Set-Cookie"].partition(";")[0]}
+    status, page, _ = locked.ask("GET", f"{at}/", headers=given)
+    paths = re.findall(r'(?:src|href)="\./([^"]+)"', page.decode())
+    for path in (*paths, "v1/videos", "v1/models", "health"):
+        assert locked.ask("GET", f"{at}/{path}", headers=given)[0] in (200, 503), path
+    assert paths
+    tab = Tab(locked, **given)
+    assert urlsplit(tab.config["root"]).path == "/swan"
+    assert locked.ask("POST", f"{at}/gradio_api/run/predict", tab.event(None, "tick")[1], given)[0] == 200
+    for path in ("/swans/config", "/swan/swan/config"):
+        assert locked.ask("GET", path, headers=given)[0] == 404
+    status, _, headers = locked.ask("GET", "/swan")
+    assert (status, headers["Location"]) == (307, "/swan/")
 
 
 def test_the_process_of_the_page_has_no_torch():

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from wan.files import parse_json
 from wan.serve.guard import Keys, Receive, Scope
@@ -68,6 +68,11 @@ class Web:
         if keys:
             add_login(app, keys)
         app.add_middleware(_Reached, web=self)
+
+    def add_around(self, app: FastAPI) -> None:
+        """What comes before all checks of the app."""
+        if self._root_path:
+            app.add_middleware(_Prefixed, prefix=self._root_path)
 
     @asynccontextmanager
     async def life(self, service: Service) -> AsyncIterator[None]:
@@ -133,6 +138,22 @@ class Web:
             return messages.pop() if messages else await receive()
 
         return again
+
+
+class _Prefixed:
+    """Takes the prefix of a path off, where the proxy has not done so."""
+
+    def __init__(self, app: Any, prefix: str):
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
+        path = scope.get("path", "")
+        if path == self._prefix:  # what is relative in the page would be looked for beside it
+            await RedirectResponse(f"{path}/")(scope, receive, send)
+            return
+        if path.startswith(f"{self._prefix}/"):
+            scope = {**scope, "path": path.removeprefix(self._prefix)}
+        await self._app(scope, receive, send)
 
 
 class _Reached:
