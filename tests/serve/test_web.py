@@ -570,6 +570,15 @@ def test_a_key_is_asked_for(locked):
     assert 'swan=""' in headers["Set-Cookie"]
 
 
+@pytest.mark.parametrize("headers", [{"Origin": "http{}"}, {"Origin": "https{}"}, {"X-Forwarded-Proto": "https"}, {}])
+def test_the_cookie_is_secure_where_the_browser_came_by_https(locked, headers):
+    own = locked.url.removeprefix("http")
+    sent = {name: value.format(own) for name, value in headers.items()}
+    status, _, answer = locked.ask("POST", "/login", f"key={KEY}".encode(), FORM | sent)
+    is_secure = "https" in str(headers)
+    assert status == 303 and ("secure" in answer["Set-Cookie"].lower()) == is_secure
+
+
 @pytest.mark.parametrize("at", ["", "/swan"], ids=["taken off", "left"])
 def test_the_page_is_where_a_proxy_has_it(locked, at):
     """Whether the proxy takes the path off or not."""
