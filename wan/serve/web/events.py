@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -52,4 +53,5 @@ def _file(uploads: Uploads, name: str, value: Any) -> dict[str, Any]:
     path = value.get("path") if isinstance(value, dict) else None
     if not isinstance(path, str) or not uploads.holds(path):
         raise bad(name, f"{name}: an event of the page names files that were sent to it, and no others")
+    path = path if os.path.isfile(path) else str(uploads.folder)  # which is none: it is asked for again
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
