@@ -47,7 +47,8 @@ def paged(make_server, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def locked(make_server, tmp_path_factory):
-    """One with the page that asks for a key."""
+    """One with the page that asks for a key, and is at /swan/ by a proxy."""
     folder = tmp_path_factory.mktemp("locked")
     (folder / "keys.txt").write_text(f"{KEY}\n")
-    return make_server("--task", "t2v-tiny", "--web", "--api_key_file", folder / "keys.txt")
+    flags = ("--root_path", "/swan", "--api_key_file", folder / "keys.txt")
+    return make_server("--task", "t2v-tiny", "--web", *flags)

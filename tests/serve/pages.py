@@ -31,9 +31,13 @@ class Tab:
             for one in self.config["dependencies"]
             if any(kind == event and own in (None, target) for target, kind in one["targets"])
         )
+        return found, self.body(found, own)
+
+    def body(self, found, own=None):
+        """What is sent for one of the events of the page. own: the component that is used"""
         states = {one["id"] for one in self.config["components"] if one["type"] == "state"}
         data = [None if one in states else self.props[one].get("value") for one in found["inputs"]]
-        return found, {"data": data, "fn_index": found["id"], "session_hash": self.session, "trigger_id": own}
+        return {"data": data, "fn_index": found["id"], "session_hash": self.session, "trigger_id": own}
 
     def fire(self, name, event="click", **data):
         """What happens when a component is used; its outputs are values then."""

@@ -181,6 +181,7 @@ def test_all_of_the_form(server, browser, folder, language, colours, run):
 
 def test_a_key_opens_the_page(locked, browser, folder):
     desk = Desk(browser, locked, folder, locale="zh-CN")
+    desk.page.goto(f"{locked.url}/swan/")
     desk.page.locator("input[name=key]").fill("another")
     desk.page.locator("button").click()
     desk.page.locator("[role=alert]").wait_for()

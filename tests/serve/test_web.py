@@ -1,10 +1,16 @@
 """The page, by what its scripts ask of the server: fields, jobs, files, languages, and who may do what."""
 
+import copy
+import html
 import io
+import json
 import re
 import socket
 import subprocess
 import sys
+import wave
+from pathlib import Path
+from random import Random
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,6 +29,7 @@ from wan.video import open_video
 
 GIGABYTE = 1_000_000_000
 LONG = {"frame_num": "33", "sample_steps": "900"}  # is cancelled
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 QUICK = {"prompt": RED, "frame_num": "5", "sample_steps": "3", "seed": "1"}
 
 
@@ -35,6 +42,12 @@ def png(width=64, height=64):
     file = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(file, format="PNG")
     return file.getvalue()
+
+
+def said(server):
+    """What stands in its log, but for what becomes of jobs."""
+    lines = Path(f"{server.folder}.log").read_text().splitlines()
+    return [line for line in lines if not line.startswith("video_")]
 
 
 def job_of(tab):
@@ -196,15 +209,6 @@ def test_fields_of_another_model_count_for_nothing():
 # Jobs
 
 
-def test_a_field_of_a_wrong_kind_is_named(server):
-    tab = Tab(server)
-    for name, value in {"others": {"a": 1}, "cache_choice": ["x"], "prompt": {"b": 2}}.items():
-        tab.fill(**{name: value})
-        tab.fire("run")
-        assert f"{name} must be a text" in tab.message
-        tab.fill(**{name: ""})
-
-
 def test_a_video_is_made_shown_and_its_settings_are_used_again(server):
     tab = Tab(server)
     tab.fill(**QUICK, others="trim_first_frames = 1")
@@ -272,10 +276,10 @@ def test_what_has_not_changed_is_not_sent_again(server):
 @pytest.mark.parametrize(
     "values, told",
     [
-        ({"size": "100*100"}, "--size 100*100: t2v-tiny needs multiples of 16"),
-        ({"prompt": ""}, "prompt is missing"),
+        ({"size": "100*100"}, "“Size” 100*100: t2v-tiny needs multiples of 16"),
+        ({"prompt": ""}, "“Prompt” is missing"),
         ({"others": "lora = ../x"}, "no LoRA"),
-        ({"frame_num": "<b>6</b>"}, "--frame_num must be a whole number"),
+        ({"frame_num": "<b>6</b>"}, "“Frames” must be a whole number"),
         ({"model": "of before"}, "of before"),
     ],
 )
@@ -286,6 +290,37 @@ def test_what_cannot_be_made_is_one_line(server, values, told):
     assert told in tab.message and 'role="alert"' in tab.message
     assert "<b>" not in tab.message and "Traceback" not in tab.message and str(server.folder.parent) not in tab.message
     assert len(tab.jobs) == before
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"frame_num": "6"}, "“帧数”: "),
+        ({"fps": "x"}, "“帧率” must be "),
+        ({"prompt": ""}, "“提示词” is missing"),
+        ({"seed": "2", "others": "seed = 3"}, "“随机种子” 重复"),
+        ({"others": "sigmas = 1,0.5"}, "“步数” '3' contradicts sigmas, which"),
+        ({"others": "preview_every = x"}, "：preview_every must be"),
+        ({"others": "ckpt_dir = /x"}, "：ckpt_dir says what is loaded"),
+    ],
+)
+def test_a_refusal_names_fields_as_the_page_does(server, values, told):
+    tab = Tab(server)
+    tab.fill(language="zh", **QUICK | values)
+    tab.fire("run")
+    assert told in html.unescape(tab.message) and "--" not in tab.message
+
+
+def test_a_warning_names_fields_as_the_page_does(server):
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    tab = Tab(server)
+    tab.fill(prompt=RED, model="speech", image=tab.send(png()), audio=tab.send(sound.getvalue(), "a.wav"), num_clip="9")
+    tab.fire("run")
+    assert "“Clips” 9 is more than “Speech or song” needs" in tab["job"]["value"], tab.message
+    tab.fire("cancel")
 
 
 def test_models_have_their_fields_and_languages_their_words(server):
@@ -329,7 +364,7 @@ def test_files_that_are_no_pictures_are_refused(server, data):
     assert status == 200 and "script" not in headers["Content-Type"] and headers["X-Content-Type-Options"] == "nosniff"
     tab.fill(**QUICK, model="pictures", image=sent)
     tab.fire("run")
-    assert "image" in tab.message and 'role="alert"' in tab.message
+    assert re.search("image|“First frame”", tab.message) and 'role="alert"' in tab.message
     assert len(tab.jobs) == before
 
 
@@ -344,8 +379,19 @@ def test_events_name_no_files_but_those_that_were_sent(server, path):
         tab.fill(**QUICK, model="pictures", image=None)
         tab.fill(**{name: file})
         status, told, _ = tab.post(tab.event("run", "click")[1])
-        assert status == 400 and "files that were sent to it" in told["error"]["message"]
+        wanted = "files that were sent to it" if name == "image" else "prompt must be a text"
+        assert status == 400 and wanted in told["error"]["message"]
     assert not any((server.folder / "uploads").glob("*/passwd"))
+
+
+@pytest.mark.parametrize("path", ["x/a.png", "", "\0", "x" * 5000, "x/" * 5000])
+def test_a_file_that_is_gone_is_asked_for_again(server, path):
+    tab, before = Tab(server), said(server)
+    file = {"path": f"{server.folder}/uploads/{path}", "meta": {"_type": "gradio.FileData"}}
+    tab.fill(**QUICK, model="pictures", image=file)
+    tab.fire("run")
+    assert "First frame: the file is not here any more" in tab.message
+    assert said(server) == before
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{}/jobs.db", "{}/uploads/../jobs.db", "http://127.0.0.1:1/", "x", ""])
@@ -383,17 +429,92 @@ def test_a_gigabyte_is_not_taken(server):
     assert server.ask("GET", "/health")[0] == 200
 
 
+# Events
+
+
+@pytest.mark.parametrize(
+    "part, values, told",
+    [
+        ("fn_index", (None, "0", -1, 10**30, 1.0, True), "the number of an event"),
+        ("data", (None, [], ["en"], [None] * 999, {"0": "en"}, "en"), "a list of"),
+        ("session_hash", (None, 5, "", "../x", "x" * 65, []), "a text of"),
+        ("event_data", (5, "id", ["id"], {"id": 5}), "an object"),
+    ],
+)
+def test_a_part_of_an_event_that_is_wrong_is_named(server, part, values, told):
+    tab = Tab(server)
+    body = tab.event("run", "click")[1]
+    for value in values:
+        status, answer, _ = tab.post(body | {part: value})
+        assert (status, answer["error"]["param"]) == (400, part) and told in answer["error"]["message"], value
+    for value in ([body], 7):
+        assert tab.post(value)[1]["error"]["param"] == "fn_index"
+    assert server.ask("POST", "/gradio_api/run/predict", b"{}", {"Content-Type": "text/plain"})[0] == 415
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("language", 5, "language must be a text"),
+        ("others", {"a": 1}, "others must be a text"),
+        ("cache_choice", ["x"], "cache_choice must be a text"),
+        ("cache_force", "yes", "cache_force must be true or false"),
+        ("image", "x.png", "image: an event of the page names files"),
+    ],
+)
+def test_a_field_of_a_wrong_kind_is_named(server, name, value, told):
+    tab = Tab(server)
+    tab.fill(**{name: value})
+    status, answer, _ = tab.post(tab.event("run", "click")[1])
+    assert (status, answer["error"]["param"]) == (400, name) and told in answer["error"]["message"]
+
+
+DEEP = json.loads("[" * 600 + "]" * 600)
+ODD = [True, 5, -1, 1e300, 10**30, float("nan"), "", "x", "\ud800", "\0", [], {}, [5], {"path": "/etc/passwd"}, DEEP]
+ODD += [{"meta": 5, "path": "x"}, {"meta": {"_type": "gradio.FileData"}}, {"id": ["x"]}, {"url": "http://127.0.0.1:1/"}]
+ODD += [{"language": ["zh"], "job": {}, "count": -1}, {"job": "\ud800", "path": "x", "meta": "y"}, "x" * 10_000]
+MORE = ("event_id", "event_data", "batched", "simple_format", "oauth_token")
+
+
+def change(body, random):
+    """A part of an event, or a value of its data, is left out, added, moved or of any kind."""
+    data, how = body.get("data"), random.randrange(6)
+    if how == 0:
+        body.pop(random.choice([*body, "data"]), None)
+    elif how == 1:
+        body[random.choice([*body, *MORE])] = random.choice([None, *ODD])
+    elif isinstance(data, list) and data:
+        odd = random.choice([None, *ODD])
+        at = random.randrange(len(data))
+        data[:] = (
+            random.choice([data[1:], [*data, odd], data[::-1]]) if how == 2 else [*data[:at], odd, *data[at + 1 :]]
+        )
+
+
+def test_no_event_whatever_it_says_is_an_error_of_the_server(server):
+    tab, before, random = Tab(server), said(server), Random(1)
+    bodies = [tab.body(event) for event in tab.config["dependencies"]]
+    for number in range(400):
+        body = copy.deepcopy(bodies[number % len(bodies)])
+        for _ in range(random.randint(1, 3)):
+            change(body, random)
+        sent = body if number % 40 else random.choice(ODD)
+        status, told, _ = tab.post(sent)
+        assert status == 200 or (status == 400 and "\n" not in told["error"]["message"]), (sent, told)
+    assert said(server) == before
+
+
 # Who may do what
 
 
 def test_the_page_asks_nothing_of_others(server):
     status, page, headers = server.ask("GET", "/", headers={"Accept-Encoding": "br, gzip"})
-    html = page.decode()
-    assert status == 200 and "gradio_config" in html
+    shown = page.decode()
+    assert status == 200 and "gradio_config" in shown
     policy = headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "http" not in policy
-    assert not re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', html)
-    for path in re.findall(r'(?:src|href)="\./([^"]+)"', html):
+    assert not re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', shown)
+    for path in re.findall(r'(?:src|href)="\./([^"]+)"', shown):
         assert server.ask("GET", f"/{path}")[0] == 200, path
     assert b"url(http" not in server.ask("GET", "/theme.css")[1]
 
@@ -440,16 +561,15 @@ def test_a_key_is_asked_for(locked):
     status, page, headers = locked.ask("GET", "/", headers={"Accept-Language": "zh"})
     assert status == 401 and 'action="login"' in page.decode() and "密钥" in page.decode()
     assert "default-src 'none'" in headers["Content-Security-Policy"] and b"<script" not in page
-    form_kind = {"Content-Type": "application/x-www-form-urlencoded"}
     for wrong in (b"key=", b"key=wrong", b"", b"key=%ff%fe", b"key=a&key=b"):
-        status, page, headers = locked.ask("POST", "/login", wrong, form_kind)
+        status, page, headers = locked.ask("POST", "/login", wrong, FORM)
         assert status == 401 and b"no valid key" in page and "Set-Cookie" not in headers
     status, _, headers = locked.ask("GET", "/login")
     assert (status, headers["Location"]) == (303, "./")
-    assert locked.ask("POST", "/login", b"key=" + bytes(20_000), form_kind)[0] == 413  # from strangers little is taken
+    assert locked.ask("POST", "/login", b"key=" + bytes(20_000), FORM)[0] == 413  # from strangers little is taken
     assert locked.ask("POST", "/logout", b"", {"Cookie": "swan=00"})[0] == 303  # of a server that was started again
-    assert locked.ask("POST", "/login", f"key={KEY}".encode(), form_kind | {"Origin": "https://example.com"})[0] == 403
-    status, _, headers = locked.ask("POST", "/login", f"key={KEY}".encode(), form_kind)
+    assert locked.ask("POST", "/login", f"key={KEY}".encode(), FORM | {"Origin": "https://example.com"})[0] == 403
+    status, _, headers = locked.ask("POST", "/login", f"key={KEY}".encode(), FORM)
     cookie = headers["Set-Cookie"]
     assert status == 303 and "HttpOnly" in cookie and "samesite=strict" in cookie.lower() and KEY not in cookie
     given = {"Cookie": f"other=1; {cookie.partition(';')[0]}"}
@@ -462,6 +582,37 @@ def test_a_key_is_asked_for(locked):
         assert locked.ask("GET", "/v1/videos", headers={"Cookie": wrong})[0] == 401
     _, _, headers = locked.ask("POST", "/logout", b"", given)
     assert 'swan=""' in headers["Set-Cookie"]
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http{}"}, {"Origin": "https{}"}, {"X-Forwarded-Proto": "https"}, {}])
+def test_the_cookie_is_secure_where_the_browser_came_by_https(locked, headers):
+    own = locked.url.removeprefix("http")
+    sent = {name: value.format(own) for name, value in headers.items()}
+    status, _, answer = locked.ask("POST", "/login", f"key={KEY}".encode(), FORM | sent)
+    is_secure = "https" in str(headers)
+    assert status == 303 and ("secure" in answer["Set-Cookie"].lower()) == is_secure
+
+
+@pytest.mark.parametrize("at", ["", "/swan"], ids=["taken off", "left"])
+def test_the_page_is_where_a_proxy_has_it(locked, at):
+    """Whether the proxy takes the path off or not."""
+    status, page, _ = locked.ask("GET", f"{at}/")
+    assert status == 401 and 'action="login"' in page.decode()
+    status, _, headers = locked.ask("POST", f"{at}/login", f"key={KEY}".encode(), FORM)
+    assert (status, headers["Location"]) == (303, "./")
+    given = {"Cookie": headers["Set-Cookie"].partition(";")[0]}
+    status, page, _ = locked.ask("GET", f"{at}/", headers=given)
+    paths = re.findall(r'(?:src|href)="\./([^"]+)"', page.decode())
+    for path in (*paths, "v1/videos", "v1/models", "health"):
+        assert locked.ask("GET", f"{at}/{path}", headers=given)[0] in (200, 503), path
+    assert paths
+    tab = Tab(locked, **given)
+    assert urlsplit(tab.config["root"]).path == "/swan"
+    assert locked.ask("POST", f"{at}/gradio_api/run/predict", tab.event(None, "tick")[1], given)[0] == 200
+    for path in ("/swans/config", "/swan/swan/config"):
+        assert locked.ask("GET", path, headers=given)[0] == 404
+    status, _, headers = locked.ask("GET", "/swan")
+    assert (status, headers["Location"]) == (307, "/swan/")
 
 
 def test_the_process_of_the_page_has_no_torch():

@@ -81,6 +81,8 @@ def make_app(
             allow_headers=["*"],
             expose_headers=["openai-poll-after-ms"],
         )
+    if web:
+        web.add_around(app)
 
     def failed(request: Request, error: Exception) -> JSONResponse:
         told = _as_refused(error)

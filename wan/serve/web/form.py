@@ -7,6 +7,7 @@ the guidance of each of two experts, seconds, the cache, rows of LoRAs, and all 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -178,6 +179,22 @@ def named(field: str, language: str) -> tuple[str, str]:
     if field in FLAGS:
         return label(field, language), help_of(field, language)
     return text(field, language), text(f"{field}_help", language)
+
+
+def in_words(told: str, language: str, param: str | None = None) -> str:
+    """A message, in which flags of fields become labels, and other options are as they are written among these.
+
+    param: a field that the message may begin with, without dashes
+    """
+
+    def word(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in FIELDS:
+            return f"“{named(name, language)[0]}”"
+        return match[0] if PART_OF.get(name, "load") == "load" else name
+
+    begin = "--" if param is None else rf"--|\A(?={re.escape(param)}\b)"
+    return re.sub(rf"(?:{begin})(\w+)", word, told)
 
 
 def body_of(model: Model, values: Mapping[str, Any], language: str) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def add_login(app: FastAPI, keys: Keys) -> None:
         if not isinstance(key, str) or not keys.has(key.strip()):
             return login_page(request.headers.get("accept-language", ""), is_wrong=True)
         answer = RedirectResponse("./", 303)
-        is_secure = request.url.scheme == "https"
+        # The browser itself says how it came; of a proxy's headers uvicorn believes those from this machine alone.
+        is_secure = "https" in (request.url.scheme, request.headers.get("origin", "").partition(":")[0])
         answer.set_cookie(COOKIE, keys.cookie(key.strip()), httponly=True, samesite="strict", secure=is_secure)
         return answer
 

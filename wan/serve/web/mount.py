@@ -8,15 +8,18 @@ that goes with each answer, and finds nothing in the page that asks it to.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.responses import JSONResponse, Response
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from wan.files import parse_json
 from wan.serve.guard import Keys, Receive, Scope
@@ -55,6 +58,7 @@ class Web:
     def __init__(self, data: Path, most_upload_bytes: int, root_path: str = ""):
         self._uploads = Uploads(data / "uploads", _UPLOADED_MORE * most_upload_bytes)
         self._most_bytes, self._root_path = most_upload_bytes, root_path
+        self._checked: Callable[[Any], dict[str, Any]] | None = None  # events of the page
         self._pages: FastAPI | None = None  # gradio's
         # Before gradio is imported, which else tells its makers of it.
         os.environ |= {"GRADIO_TEMP_DIR": str(self._uploads.folder), "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -65,10 +69,16 @@ class Web:
             add_login(app, keys)
         app.add_middleware(_Reached, web=self)
 
+    def add_around(self, app: FastAPI) -> None:
+        """What comes before all checks of the app."""
+        if self._root_path:
+            app.add_middleware(_Prefixed, prefix=self._root_path)
+
     @asynccontextmanager
     async def life(self, service: Service) -> AsyncIterator[None]:
         import gradio
 
+        from wan.serve.web.events import checked
         from wan.serve.web.page import Page
 
         page = Page(service, self._uploads)
@@ -86,15 +96,17 @@ class Web:
         pages.routes[-1].app.add_exception_handler(Refused, _refused)
         sweeping = asyncio.ensure_future(self._uploads.sweep())
         async with pages.router.lifespan_context(pages):
-            self._pages = pages
+            self._checked, self._pages = partial(checked, page.blocks, self._uploads), pages
             yield
-            self._pages = None
+            self._checked = self._pages = None
         sweeping.cancel()
         page.close()
 
     async def answer(self, scope: Scope, receive: Receive, send: Any) -> None:
         """A request that is for gradio."""
         if scope["path"] == _EVENT:
+            if Headers(scope=scope).get("content-type", "").partition(";")[0] != "application/json":
+                raise Refused(415, "an event of the page is JSON", "unsupported_media_type")
             receive = await self._event(receive)
         elif scope["path"] == _UPLOAD:
             await asyncio.to_thread(self._uploads.make_room)
@@ -107,7 +119,7 @@ class Web:
         await self._pages(scope, receive, _Answer(send, scope["path"] == "/"))
 
     async def _event(self, receive: Receive) -> Receive:
-        """Its body, which is read and checked, to be read again. Raises Refused."""
+        """Its body, which is read, to be read again: what was checked and no more. Raises Refused."""
         body = b""
         while True:
             message = await receive()
@@ -117,20 +129,31 @@ class Web:
             if not message.get("more_body", False):
                 break
         try:
-            waiting = [parse_json(body)]
+            body = json.dumps(self._checked(parse_json(body)), ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise bad(None, "the request is not valid JSON", "invalid_json") from error
-        while waiting:
-            one = waiting.pop()
-            if isinstance(one, dict) and "path" in one and not self._uploads.holds(str(one["path"])):
-                raise bad(None, "an event of the page names files that were sent to it, and no others")
-            waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> dict[str, Any]:
             return messages.pop() if messages else await receive()
 
         return again
+
+
+class _Prefixed:
+    """Takes the prefix of a path off, where the proxy has not done so."""
+
+    def __init__(self, app: Any, prefix: str):
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
+        path = scope.get("path", "")
+        if path == self._prefix:  # what is relative in the page would be looked for beside it
+            await RedirectResponse(f"{path}/")(scope, receive, send)
+            return
+        if path.startswith(f"{self._prefix}/"):
+            scope = {**scope, "path": path.removeprefix(self._prefix)}
+        await self._app(scope, receive, send)
 
 
 class _Reached:

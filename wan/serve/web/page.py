@@ -31,7 +31,8 @@ _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "PingFang S
 _SYSTEM_FONTS += ("Noto Sans CJK SC", "sans-serif")
 _PICTURES_ALONE = {"image", "last_frame", "src_ref"}
 _LINES = {"prompt": 3, "negative_prompt": 2, "prompts": 3, "others": 4}
-_QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+# Values are taken as browsers send them, see `events`: files are those of the upload folder, see `mount`.
+_QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private", "preprocess": False}
 
 Props = Callable[["_At"], dict[str, Any]]
 
@@ -223,7 +224,7 @@ class Page:
         for button in (self._cancel, self._delete):
             button.click(self._ended, view, job, **_QUIET)
         self._again.click(self._settings, [self._kept, self._language], [self._message, self._model, *fields], **_QUIET)
-        how = _QUIET | {"show_progress": "minimal", "show_progress_on": self._message, "preprocess": False}
+        how = _QUIET | {"show_progress": "minimal", "show_progress_on": self._message}
         self._run.click(self._generate, [self._language, self._model, *fields], job, **how)
 
     async def _loaded(
@@ -271,7 +272,7 @@ class Page:
         return [told, kept.__dict__, *await self._parts(kept.__dict__, language, seen)]
 
     async def _choose(self, kept: Any, language: str, seen: Any, event: gr.EventData) -> list[Any]:
-        return await self._shown("", replace(_Kept.of(kept), job=str(event._data.get("id"))), language, seen)
+        return await self._shown("", replace(_Kept.of(kept), job=event._data["id"]), language, seen)
 
     async def _older(self, kept: Any, language: str, seen: Any) -> list[Any]:
         told = _Kept.of(kept)
@@ -307,18 +308,19 @@ class Page:
         return {flag: add(names) for flag, names in job.files.items()}
 
     async def _generate(self, language: str, model: str, *values: Any) -> list[Any]:
-        """values: as the browser sends them: files are those of the upload folder, see `mount`."""
         service = self._service
         try:
             if (asked := service.models.get(str(model))) is None:  # of a server that has others now
                 raise bad("model", text("model_gone", language, model=model))
-            given = {name: _sent(name, one) for name, one in zip(self._fields, values)}
+            sent = zip(self._fields, values)
+            given = {name: _path(one) if name in form.FILES else one for name, one in sent}
             wanted = read_fields(form.body_of(asked, given, language), service.models, service.loras)
             if not wanted.preview_every and not service.settings.preview_every:
                 wanted = replace(wanted, preview_every=form.preview_every(asked, wanted.options))
             id = (await service.accept(wanted)).id
         except (Refused, SwanError) as error:
-            told = shown.message(text("refused", language, why=without_paths(str(error))), is_error=True)
+            why = form.in_words(without_paths(str(error)), language, getattr(error, "param", None))
+            told = shown.message(text("refused", language, why=why), is_error=True)
             return [told, *[gr.skip() for _ in self._of_job[1:]]]
         return await self._shown("", _Kept(language, id), language, {})
 
@@ -337,15 +339,6 @@ def _kind(name: str, has_choices: bool) -> tuple[Callable[..., Any], dict[str, A
     if form.is_switch(name):
         return gr.Checkbox, {"value": False}
     return gr.Textbox, {"value": "", "lines": _LINES.get(name, 1), "max_lines": 12 if name in _LINES else 1}
-
-
-def _sent(field: str, value: Any) -> Any:
-    """What a browser sends for a field. Raises Refused for what no field has."""
-    if field in form.FILES:
-        return _path(value)
-    if value is not None and not isinstance(value, (str, int, float)):
-        raise bad(field, f"{field} must be a text, a number or true or false")
-    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def _path(sent: Any) -> Any:

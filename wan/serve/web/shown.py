@@ -10,6 +10,7 @@ from typing import Any
 from wan.serve.service import Service
 from wan.serve.store import Job
 from wan.serve.web.follow import Last
+from wan.serve.web.form import in_words
 from wan.serve.web.texts import TEXTS, text, time_text
 
 _MOST_PROMPT = 300
@@ -43,7 +44,7 @@ def job(service: Service, job: Job, last: Last | None, language: str) -> str:
     lines = [_how(service, job, view, last, language), *view["warnings"]]
     if job.error and state_of(job) == "failed":
         lines.append(view["error"]["message"])
-    below = "".join(f'<div class="swan-line">{escape(line)}</div>' for line in lines if line)
+    below = "".join(f'<div class="swan-line">{escape(in_words(line, language))}</div>' for line in lines if line)
     bar = "" if job.is_over else _bar(view["progress"], text(job.state, language))
     return (
         f'<div class="swan-job" data-id="{job.id}" data-state="{job.state}">'
