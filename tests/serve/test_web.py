@@ -45,9 +45,9 @@ def png(width=64, height=64):
 
 
 def said(server):
-    """What stands in its log, but for what becomes of jobs."""
+    """What stands in its log, but for what becomes of jobs and workers."""
     lines = Path(f"{server.folder}.log").read_text().splitlines()
-    return [line for line in lines if not line.startswith("video_")]
+    return [line for line in lines if not line.startswith(("video_", "worker "))]
 
 
 def job_of(tab):
