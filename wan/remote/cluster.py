@@ -83,10 +83,10 @@ def joined(address: str) -> Iterator[None]:
             _join(ray, address, options)
             if not (match and match["client"]):  # else Ray tells
                 context = ray.get_runtime_context()
-                mine = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-                own = f"{mine['NodeManagerAddress']}:{mine['NodeManagerPort']}"
-                for name, address in (("the head of the cluster", context.gcs_address), ("this machine's Ray", own)):
-                    stack.enter_context(watched(name, address))
+                stack.enter_context(watched("the head of the cluster", context.gcs_address))
+                for node in (one for one in ray.nodes() if one["NodeID"] == context.get_node_id()):
+                    own = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+                    stack.enter_context(watched("this machine's Ray", own))
         yield
 
 
@@ -150,11 +150,8 @@ def watched(name: str, address: str) -> Iterator[None]:
             except OSError as error:
                 if not is_told and time.monotonic() - seen > _AWAY_S:
                     is_told = True
-                    print(
-                        f"warning: --ray: {_GONE.format(f'{name}, {address},')} ({one_line(error)})",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    told = f"{_GONE.format(f'{name}, {address},')} ({one_line(error)})"
+                    print(f"warning: --ray: {told}", file=sys.stderr, flush=True)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
