@@ -2,7 +2,6 @@
 and planned such videos. `serve` is that process, `write_client` the stand-in.
 """
 
-import atexit
 import contextlib
 import gc
 import io
@@ -11,9 +10,7 @@ import os
 import runpy
 import socket
 import sys
-import traceback
 from pathlib import Path
-from typing import NoReturn
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -54,25 +51,16 @@ def serve(path: str) -> None:
                 asked, outputs, _, _ = socket.recv_fds(client, 1 << 16, 3)
                 child = os.fork()
                 if child == 0:
-                    run(*json.loads(asked), outputs)
+                    return run(*json.loads(asked), outputs)
                 client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
             for one in outputs:
                 os.close(one)
 
 
-def run(folder: str, arguments: list[str], files: list[int]) -> NoReturn:
+def run(folder: str, arguments: list[str], files: list[int]) -> None:
     """`python *arguments` in a folder, with these in place of the standard input and outputs."""
     for place, file in enumerate(files):
         os.dup2(file, place)
     os.chdir(folder)
-    sys.argv, code = arguments, 0
-    try:
-        runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(code)  # to take down all that was imported takes longer than most videos
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
