@@ -118,8 +118,8 @@ def sort_keys(source: Source, names: Iterable[str], expert: str) -> tuple[dict[s
 
     A path is a module's, or that of a parameter outside of one; that of a block, for its modulation. Of a layer that
     diffusers has in two it may be followed by ":0" or ":1", see `diffusers_halves`. expert: "high" or "low", whose half
-    is taken where there are halves, or "model". Raises SwanError where the file is no LoRA, is one of a kind that cannot
-    be merged, holds two tensors for the same part, or halves for a model of one expert.
+    is taken where there are halves, or "model". Raises SwanError where the file is no LoRA, is one of a kind that
+    cannot be merged, holds two tensors for the same part, or halves for a model of one expert.
     """
     table = _table(names)
     longest = max(map(len, table), default=0)
